@@ -1,1 +1,24 @@
-//! pool-domain
+//! Types, decisions and planners of pool-managerd.
+//!
+//! Everything that decides lives here as plain functions: state + event + now + random draw → new state + actions.
+//! Nothing is awaited, no clock is read, no randomness is drawn; both are arguments.
+#![forbid(unsafe_code)]
+
+pub mod backoff;
+pub mod breaker;
+pub mod device;
+pub mod failure;
+pub mod health;
+pub mod id;
+pub mod lifecycle;
+pub mod mask;
+pub mod tick;
+
+pub use backoff::{Backoff, BackoffPolicy};
+pub use breaker::{BreakerPolicy, BreakerState, CircuitBreaker};
+pub use device::{DeviceHealth, DeviceSnapshot};
+pub use failure::{Failure, FailureClass};
+pub use health::HealthStatus;
+pub use id::{EngineName, Generation, ModelRef, PoolId, ReplicaId, ReplicaKey};
+pub use mask::{DeviceMask, ResolvedMask};
+pub use tick::{Draw, Tick};

@@ -1,0 +1,476 @@
+//! The transition function.
+
+use std::time::Duration;
+
+use super::{Action, Command, Event, Fact, Launch, OnDeadline, Policy, Replica, State, StopStage, Then, Wait};
+use crate::{Draw, Failure, FailureClass, Tick};
+
+/// Ports tried at once before a conflict waits like a failure.
+const PORT_TRIES: u32 = 3;
+
+/// The fixed surroundings of one step.
+struct Cx<'a> {
+    now: Tick,
+    draw: Draw,
+    policy: &'a Policy,
+}
+
+impl Replica {
+    /// Takes in one event and says what has to be done.
+    #[must_use]
+    pub fn step(&mut self, event: Event, now: Tick, draw: Draw, policy: &Policy) -> Vec<Action> {
+        let cx = Cx { now, draw, policy };
+        match event {
+            Event::Command(c) => self.command(c, &cx),
+            Event::Engine(generation, fact) if generation == self.generation => self.fact(fact, &cx),
+            Event::Engine(..) => Vec::new(),
+            Event::Timer => self.timer(&cx),
+        }
+    }
+
+    fn command(&mut self, command: Command, cx: &Cx<'_>) -> Vec<Action> {
+        match command {
+            Command::Start => self.start(cx),
+            Command::Drain { deadline, on_deadline } => self.drain(deadline, on_deadline, cx),
+            Command::Resume => match &self.state {
+                State::Draining { .. } => self.undrain(),
+                _ => Vec::new(),
+            },
+            Command::ResetBreaker => {
+                self.breaker.reset();
+                self.backoff.reset();
+                match &self.state {
+                    State::Waiting { why: Wait::Backoff { .. } | Wait::Breaker { .. }, .. } => self.attempt(cx),
+                    _ => Vec::new(),
+                }
+            }
+            Command::Unfence => match std::mem::replace(&mut self.state, State::Idle) {
+                State::Fenced { then, .. } => self.go(then, cx),
+                other => {
+                    self.state = other;
+                    Vec::new()
+                }
+            },
+            Command::Unblocked => match &self.state {
+                State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. } => self.attempt(cx),
+                _ => Vec::new(),
+            },
+            Command::Adopt { generation } => match &self.state {
+                State::Idle if generation >= self.generation => {
+                    self.generation = generation;
+                    self.state = State::Adopting { since: cx.now };
+                    vec![Action::Adopt]
+                }
+                _ => Vec::new(),
+            },
+        }
+    }
+
+    fn start(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        match &mut self.state {
+            State::Idle | State::Failed { .. } => self.attempt(cx),
+            State::Stopping { then, .. } | State::Fenced { then, .. } => {
+                if matches!(then, Then::Idle | Then::Fail(_)) {
+                    *then = Then::Start;
+                }
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Begins a start attempt if the breaker lets it.
+    fn attempt(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        if !self.breaker.admit(cx.now) {
+            let until = self.breaker.open_until().unwrap_or(cx.now);
+            self.state = State::Waiting { since: cx.now, why: Wait::Breaker { until } };
+            return Vec::new();
+        }
+        self.generation = self.generation.next();
+        self.state = State::Staging { since: cx.now };
+        vec![Action::Stage]
+    }
+
+    fn drain(&mut self, deadline: Duration, on_deadline: OnDeadline, cx: &Cx<'_>) -> Vec<Action> {
+        match &mut self.state {
+            State::Idle | State::Failed { .. } => Vec::new(),
+            State::Staging { .. } | State::Preparing { .. } | State::Waiting { .. } => {
+                self.breaker.inconclusive(cx.now);
+                self.state = State::Idle;
+                vec![Action::CancelWork]
+            }
+            State::Stopping { then, .. } | State::Fenced { then, .. } => {
+                *then = Then::Idle;
+                Vec::new()
+            }
+            State::Starting { .. } | State::Warming { .. } | State::Adopting { .. } | State::Suspect { .. } => {
+                self.breaker.inconclusive(cx.now);
+                let mut actions = match self.state {
+                    State::Suspect { .. } => vec![Action::RevokeLeases],
+                    _ => Vec::new(),
+                };
+                actions.extend(self.stop(cx.policy.stop.forced_grace(), Then::Idle, cx));
+                actions
+            }
+            State::Ready { since, proof, .. } => {
+                self.state = State::Draining {
+                    since: cx.now,
+                    ready_since: *since,
+                    proof: proof.clone(),
+                    deadline: cx.now + deadline,
+                    on_deadline,
+                };
+                // Whoever counts leases answers with LeasesDone, at once if there are none.
+                let mut actions = vec![Action::CloseAdmission];
+                if deadline.is_zero() {
+                    actions.extend(self.timer(cx));
+                }
+                actions
+            }
+            // A second drain may only shorten the first, or change what happens at its end.
+            State::Draining { deadline: at, on_deadline: what, .. } => {
+                *at = (*at).min(cx.now + deadline);
+                *what = on_deadline;
+                self.timer(cx)
+            }
+        }
+    }
+
+    fn undrain(&mut self) -> Vec<Action> {
+        let State::Draining { ready_since, proof, .. } = &self.state else { return Vec::new() };
+        self.state = State::Ready { since: *ready_since, proof: proof.clone(), misses: 0 };
+        vec![Action::OpenAdmission, Action::WatchHealth]
+    }
+
+    fn fact(&mut self, fact: Fact, cx: &Cx<'_>) -> Vec<Action> {
+        match fact {
+            Fact::Staged => match self.state {
+                State::Staging { .. } => {
+                    self.state = State::Preparing { since: cx.now };
+                    vec![Action::Prepare]
+                }
+                _ => Vec::new(),
+            },
+            Fact::Prepared => match self.state {
+                State::Preparing { .. } => {
+                    let (stall_at, max_at) = (cx.now + cx.policy.start.stall, cx.now + cx.policy.start.max);
+                    self.state = State::Starting { since: cx.now, launch: Launch::Asked, stall_at, max_at };
+                    vec![Action::Launch]
+                }
+                _ => Vec::new(),
+            },
+            Fact::Blocked(why) => match self.state {
+                State::Preparing { .. } => {
+                    self.breaker.inconclusive(cx.now);
+                    self.state = State::Waiting { since: cx.now, why };
+                    vec![Action::CancelWork]
+                }
+                _ => Vec::new(),
+            },
+            Fact::Unstartable(failure) => match self.state {
+                State::Staging { .. } | State::Preparing { .. } => {
+                    let then = self.failed_start(failure, cx);
+                    self.go(then, cx)
+                }
+                _ => Vec::new(),
+            },
+            Fact::Launched => self.launched(cx),
+            Fact::LaunchFailed(failure) => match &self.state {
+                State::Starting { launch: Launch::Asked, .. } => {
+                    let then = self.failed_start(failure, cx);
+                    self.go(then, cx)
+                }
+                State::Stopping { stage: StopStage::Launching { .. }, then, .. } => {
+                    let then = then.clone();
+                    self.go(then, cx)
+                }
+                _ => Vec::new(),
+            },
+            Fact::Progress => {
+                if let State::Starting { stall_at, .. } | State::Warming { stall_at, .. } = &mut self.state {
+                    *stall_at = cx.now + cx.policy.start.stall;
+                }
+                Vec::new()
+            }
+            Fact::Serving => match self.state {
+                State::Starting { launch: Launch::Running, max_at, .. } => {
+                    self.state = State::Warming { since: cx.now, stall_at: cx.now + cx.policy.start.stall, max_at };
+                    vec![Action::Prove]
+                }
+                _ => Vec::new(),
+            },
+            Fact::Proved(proof) => match self.state {
+                State::Warming { .. } => self.become_ready(proof, cx),
+                _ => Vec::new(),
+            },
+            Fact::Unproved(failure) => match self.state {
+                State::Warming { .. } => self.end_failed(failure, false, cx),
+                _ => Vec::new(),
+            },
+            Fact::Healthy => self.healthy(cx),
+            Fact::Missed(failure) => self.missed(failure, cx),
+            Fact::Exited(failure) => self.exited(failure, cx),
+            Fact::Gone => match &self.state {
+                State::Stopping { then, .. } | State::Fenced { then, .. } => {
+                    let then = then.clone();
+                    self.go(then, cx)
+                }
+                _ => Vec::new(),
+            },
+            Fact::LeasesDone => match self.state {
+                State::Draining { .. } => self.stop(cx.policy.stop.grace, Then::Idle, cx),
+                _ => Vec::new(),
+            },
+            Fact::Adopted(proof) => match (&self.state, proof) {
+                (State::Adopting { .. }, Some(proof)) => self.become_ready(proof, cx),
+                (State::Adopting { .. }, None) => {
+                    let (stall_at, max_at) = (cx.now + cx.policy.start.stall, cx.now + cx.policy.start.max);
+                    self.state = State::Starting { since: cx.now, launch: Launch::Running, stall_at, max_at };
+                    vec![Action::WatchStart]
+                }
+                _ => Vec::new(),
+            },
+            Fact::NotAdopted(failure) => match self.state {
+                State::Adopting { .. } => {
+                    self.last_failure = Some((cx.now, failure));
+                    self.kill(Then::Start, cx)
+                }
+                _ => Vec::new(),
+            },
+        }
+    }
+
+    fn launched(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        match &mut self.state {
+            State::Starting { launch: launch @ Launch::Asked, stall_at, .. } => {
+                *launch = Launch::Running;
+                *stall_at = cx.now + cx.policy.start.stall;
+                vec![Action::WatchStart]
+            }
+            State::Stopping { stage, .. } => {
+                let StopStage::Launching { kill_at } = *stage else { return Vec::new() };
+                *stage = StopStage::Term { kill_at: kill_at.max(cx.now) };
+                vec![Action::Terminate, Action::AwaitGone]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn become_ready(&mut self, proof: super::Proof, cx: &Cx<'_>) -> Vec<Action> {
+        self.breaker.became_ready();
+        self.port_conflicts = 0;
+        self.state = State::Ready { since: cx.now, proof, misses: 0 };
+        vec![Action::OpenAdmission, Action::WatchHealth]
+    }
+
+    fn healthy(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        match &mut self.state {
+            State::Ready { since, misses, .. } => {
+                *misses = 0;
+                let ready_for = cx.now.since(*since);
+                self.breaker.proved(&cx.policy.breaker, ready_for);
+                Vec::new()
+            }
+            State::Suspect { ready_since, proof, .. } => {
+                self.state = State::Ready { since: *ready_since, proof: proof.clone(), misses: 0 };
+                vec![Action::OpenAdmission]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn missed(&mut self, failure: Failure, cx: &Cx<'_>) -> Vec<Action> {
+        let (ready_since, proof, misses) = match &self.state {
+            State::Ready { since, proof, misses } => (*since, proof.clone(), misses + 1),
+            State::Suspect { ready_since, proof, misses, .. } => (*ready_since, proof.clone(), misses + 1),
+            _ => return Vec::new(),
+        };
+        if misses >= cx.policy.health.failures {
+            return self.end_failed(failure, true, cx);
+        }
+        if misses < 2 {
+            self.state = State::Ready { since: ready_since, proof, misses };
+            return Vec::new();
+        }
+        let was_ready = self.state.ready();
+        let since = match self.state {
+            State::Suspect { since, .. } => since,
+            _ => cx.now,
+        };
+        self.last_failure = Some((cx.now, failure));
+        self.state = State::Suspect { since, ready_since, proof, misses };
+        if was_ready { vec![Action::CloseAdmission] } else { Vec::new() }
+    }
+
+    fn exited(&mut self, failure: Failure, cx: &Cx<'_>) -> Vec<Action> {
+        match &self.state {
+            State::Starting { .. } | State::Warming { .. } | State::Ready { .. } | State::Suspect { .. } => {
+                self.end_failed(failure, true, cx)
+            }
+            State::Draining { .. } => {
+                self.last_failure = Some((cx.now, failure));
+                let mut actions = vec![Action::RevokeLeases];
+                actions.extend(self.kill(Then::Idle, cx));
+                actions
+            }
+            State::Adopting { .. } => {
+                self.last_failure = Some((cx.now, failure));
+                self.kill(Then::Start, cx)
+            }
+            // What the main process left behind gets no grace of its own.
+            State::Stopping { stage: StopStage::Term { .. }, then, .. } => {
+                let then = then.clone();
+                self.kill(then, cx)
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Ends a running engine because of `failure`. `at_once`: nothing is gained by asking it politely.
+    fn end_failed(&mut self, failure: Failure, at_once: bool, cx: &Cx<'_>) -> Vec<Action> {
+        let ready_since = match &self.state {
+            State::Ready { since, .. } => Some(*since),
+            State::Suspect { ready_since, .. } => Some(*ready_since),
+            _ => None,
+        };
+        let then = match ready_since {
+            Some(since) => self.crashed(failure, cx.now.since(since), cx),
+            None => self.failed_start(failure, cx),
+        };
+        let mut actions = Vec::new();
+        if ready_since.is_some() {
+            actions.extend([Action::CloseAdmission, Action::RevokeLeases]);
+        }
+        actions.extend(if at_once { self.kill(then, cx) } else { self.stop(cx.policy.stop.forced_grace(), then, cx) });
+        actions
+    }
+
+    fn failed_start(&mut self, failure: Failure, cx: &Cx<'_>) -> Then {
+        let policy = failure.class.policy();
+        let port_conflict = failure.class == FailureClass::PortConflict;
+        self.last_failure = Some((cx.now, failure.clone()));
+        if policy.permanent {
+            self.breaker.inconclusive(cx.now);
+            return Then::Fail(failure);
+        }
+        if port_conflict {
+            self.port_conflicts += 1;
+        }
+        if policy.counts {
+            self.breaker.failed_start(&cx.policy.breaker, cx.now);
+        } else {
+            self.breaker.inconclusive(cx.now);
+        }
+        if port_conflict && self.port_conflicts <= PORT_TRIES {
+            return Then::Start;
+        }
+        self.pause(policy.multiplier, cx)
+    }
+
+    fn crashed(&mut self, failure: Failure, ready_for: Duration, cx: &Cx<'_>) -> Then {
+        let policy = failure.class.policy();
+        self.last_failure = Some((cx.now, failure.clone()));
+        self.breaker.proved(&cx.policy.breaker, ready_for);
+        if policy.permanent {
+            self.breaker.inconclusive(cx.now);
+            return Then::Fail(failure);
+        }
+        if ready_for >= cx.policy.backoff.reset_after() {
+            self.backoff.reset();
+            self.breaker.reset();
+            return Then::Start;
+        }
+        self.breaker.early_crash(&cx.policy.breaker, cx.now);
+        self.pause(policy.multiplier, cx)
+    }
+
+    fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
+        let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
+        Then::Wait(match self.breaker.open_until() {
+            Some(until) => Wait::Breaker { until },
+            None => Wait::Backoff { until: cx.now + delay },
+        })
+    }
+
+    fn stop(&mut self, grace: Duration, then: Then, cx: &Cx<'_>) -> Vec<Action> {
+        let kill_at = cx.now + grace;
+        if let State::Starting { launch: Launch::Asked, .. } = self.state {
+            self.state = State::Stopping { since: cx.now, stage: StopStage::Launching { kill_at }, then };
+            return Vec::new();
+        }
+        self.state = State::Stopping { since: cx.now, stage: StopStage::Term { kill_at }, then };
+        vec![Action::CancelWork, Action::Terminate, Action::AwaitGone]
+    }
+
+    fn kill(&mut self, then: Then, cx: &Cx<'_>) -> Vec<Action> {
+        if let State::Starting { launch: Launch::Asked, .. } = self.state {
+            return self.stop(Duration::ZERO, then, cx);
+        }
+        let fence_at = cx.now + cx.policy.stop.prove;
+        self.state = State::Stopping { since: cx.now, stage: StopStage::Kill { fence_at }, then };
+        vec![Action::CancelWork, Action::Kill, Action::AwaitGone]
+    }
+
+    /// Goes on after a stop, or after a start that left nothing.
+    fn go(&mut self, then: Then, cx: &Cx<'_>) -> Vec<Action> {
+        let mut actions = vec![Action::CancelWork];
+        match then {
+            Then::Idle => self.state = State::Idle,
+            Then::Fail(failure) => self.state = State::Failed { since: cx.now, failure },
+            Then::Start => {
+                self.restarts += u64::from(self.last_failure.is_some());
+                actions.extend(self.attempt(cx));
+            }
+            Then::Wait(why) => {
+                self.state = State::Waiting { since: cx.now, why };
+                actions.extend(self.timer(cx));
+            }
+        }
+        actions
+    }
+
+    fn timer(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        let now = cx.now;
+        match &self.state {
+            State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. } if now >= *until => {
+                self.restarts += 1;
+                self.attempt(cx)
+            }
+            State::Starting { stall_at, max_at, .. } | State::Warming { stall_at, max_at, .. }
+                if now >= *stall_at.min(max_at) =>
+            {
+                let what = if now >= *max_at {
+                    "it took longer than startup_max"
+                } else {
+                    "it made no progress within startup_stall"
+                };
+                let failure = Failure::new(FailureClass::StartTimeout, what);
+                self.end_failed(failure, true, cx)
+            }
+            State::Draining { deadline, on_deadline, .. } if now >= *deadline => match on_deadline {
+                OnDeadline::Abort => self.undrain(),
+                OnDeadline::Force => {
+                    let mut actions = vec![Action::RevokeLeases];
+                    actions.extend(self.stop(cx.policy.stop.forced_grace(), Then::Idle, cx));
+                    actions
+                }
+            },
+            State::Stopping { since, stage: StopStage::Term { kill_at }, then } if now >= *kill_at => {
+                let (since, then) = (*since, then.clone());
+                self.state =
+                    State::Stopping { since, stage: StopStage::Kill { fence_at: now + cx.policy.stop.prove }, then };
+                vec![Action::Kill]
+            }
+            State::Stopping { stage: StopStage::Kill { fence_at }, then, .. } if now >= *fence_at => {
+                self.state = State::Fenced { since: now, then: then.clone() };
+                Vec::new()
+            }
+            State::Ready { since, .. } => {
+                let ready_for = now.since(*since);
+                self.breaker.proved(&cx.policy.breaker, ready_for);
+                Vec::new()
+            }
+            _ => Vec::new(),
+        }
+    }
+}

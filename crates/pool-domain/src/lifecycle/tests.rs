@@ -1,0 +1,298 @@
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::failure::Exit;
+use crate::{Draw, Failure, FailureClass, Generation, Tick};
+
+fn proof() -> Proof {
+    Proof { residency: "simulated", model: "m".into(), slots: 4, first_unit_ms: 1 }
+}
+
+/// What the executor would know, told only by actions.
+#[derive(Default)]
+struct Shadow {
+    admission_open: bool,
+    process: bool,
+    proved: Option<Generation>,
+}
+
+fn command() -> impl Strategy<Value = Command> {
+    prop_oneof![
+        6 => Just(Command::Start),
+        2 => (0u64..5000, any::<bool>()).prop_map(|(ms, f)| Command::Drain {
+            deadline: Duration::from_millis(ms),
+            on_deadline: if f { OnDeadline::Force } else { OnDeadline::Abort }
+        }),
+        1 => Just(Command::Resume),
+        1 => Just(Command::ResetBreaker),
+        1 => Just(Command::Unfence),
+        1 => Just(Command::Unblocked),
+        1 => (0u64..50).prop_map(|g| Command::Adopt { generation: Generation(g) }),
+    ]
+}
+
+fn failure() -> impl Strategy<Value = Failure> {
+    prop_oneof![
+        8 => Just(Failure::crash(Exit::Code(1))),
+        1 => Just(Failure::new(FailureClass::PortConflict, "taken")),
+        1 => Just(Failure::new(FailureClass::DriverError, "xid")),
+        1 => Just(Failure::new(FailureClass::Config, "flag")),
+    ]
+}
+
+fn fact() -> impl Strategy<Value = Fact> {
+    prop_oneof![
+        4 => Just(Fact::Staged),
+        4 => Just(Fact::Prepared),
+        1 => Just(Fact::Blocked(Wait::Vram { detail: "full".into() })),
+        1 => failure().prop_map(Fact::Unstartable),
+        4 => Just(Fact::Launched),
+        1 => failure().prop_map(Fact::LaunchFailed),
+        2 => Just(Fact::Progress),
+        4 => Just(Fact::Serving),
+        4 => Just(Fact::Proved(proof())),
+        1 => failure().prop_map(Fact::Unproved),
+        2 => Just(Fact::Healthy),
+        3 => failure().prop_map(Fact::Missed),
+        2 => failure().prop_map(Fact::Exited),
+        3 => Just(Fact::Gone),
+        1 => Just(Fact::LeasesDone),
+        1 => any::<bool>().prop_map(|p| Fact::Adopted(p.then(proof))),
+        1 => failure().prop_map(Fact::NotAdopted),
+    ]
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Command(Command),
+    /// A fact of the current generation less this many.
+    Fact(u64, Fact),
+    Timer,
+}
+
+fn op() -> impl Strategy<Value = (Op, u64)> {
+    let op = prop_oneof![
+        2 => command().prop_map(Op::Command),
+        8 => (prop_oneof![9 => Just(0u64), 1 => 1u64..3], fact()).prop_map(|(back, f)| Op::Fact(back, f)),
+        2 => Just(Op::Timer),
+    ];
+    (op, prop_oneof![4 => 0u64..50, 1 => 0u64..5_000, 1 => 0u64..700_000])
+}
+
+/// A state in which a process is known to exist.
+fn has_process(s: &State) -> bool {
+    matches!(
+        s,
+        State::Starting { launch: Launch::Running, .. }
+            | State::Warming { .. }
+            | State::Ready { .. }
+            | State::Suspect { .. }
+            | State::Draining { .. }
+            | State::Adopting { .. }
+    )
+}
+
+fn check_sequence(ops: Vec<(Op, u64)>) -> Result<(), TestCaseError> {
+    let policy = Policy::default();
+    let mut r = Replica::new(Generation(0));
+    let mut now = Tick(0);
+    let mut shadow = Shadow::default();
+    for (i, (op, dt)) in ops.into_iter().enumerate() {
+        now = now + Duration::from_millis(dt);
+        let before = r.clone();
+        let event = match op {
+            Op::Command(c) => Event::Command(c),
+            Op::Fact(back, f) => Event::Engine(Generation(r.generation.0.saturating_sub(back)), f),
+            Op::Timer => Event::Timer,
+        };
+        let stale = matches!(&event, Event::Engine(g, _) if *g != r.generation);
+        if let Event::Engine(g, Fact::Proved(_) | Fact::Adopted(Some(_))) = &event
+            && !stale
+        {
+            shadow.proved = Some(*g);
+        }
+        let event_is_gone =
+            matches!(event, Event::Engine(_, Fact::Gone)) || matches!(event, Event::Command(Command::Unfence));
+        let actions = r.step(event, now, Draw::new((i % 100) as f64 / 100.0), &policy);
+        if stale {
+            prop_assert_eq!(&before, &r, "a late answer changed something");
+            prop_assert!(actions.is_empty());
+        }
+        for a in &actions {
+            match a {
+                Action::OpenAdmission => {
+                    prop_assert!(r.state.ready(), "admission opened in {}", r.state.code());
+                    shadow.admission_open = true;
+                }
+                Action::CloseAdmission => shadow.admission_open = false,
+                Action::Launch => {
+                    prop_assert!(!shadow.process, "a second process was launched");
+                }
+                _ => {}
+            }
+        }
+        if r.state.ready() {
+            prop_assert_eq!(shadow.proved, Some(r.generation), "ready without a proof of this generation");
+        }
+        // Leases are granted in Ready only.
+        prop_assert_eq!(shadow.admission_open, r.state.ready(), "admission open in {}", r.state.code());
+        // A process is left behind only through Stopping.
+        if has_process(&before.state) && !has_process(&r.state) {
+            prop_assert!(matches!(r.state, State::Stopping { .. }), "{} -> {}", before.state.code(), r.state.code());
+        }
+        // Stopping and Fenced end only by proof, or by a person's word, or when the launch never brought a process.
+        if matches!(before.state, State::Stopping { .. } | State::Fenced { .. })
+            && !matches!(r.state, State::Stopping { .. } | State::Fenced { .. })
+        {
+            let nothing_launched = matches!(before.state, State::Stopping { stage: StopStage::Launching { .. }, .. });
+            prop_assert!(event_is_gone || nothing_launched);
+        }
+        shadow.process = has_process(&r.state) || matches!(r.state, State::Stopping { .. } | State::Fenced { .. });
+        prop_assert!(r.generation >= before.generation);
+        if let State::Waiting { why: Wait::Backoff { until }, .. } = &r.state
+            && *until > now
+        {
+            prop_assert!(until.since(now) <= policy.backoff.max() + Duration::from_millis(1));
+        }
+    }
+    Ok(())
+}
+
+proptest! {
+    // 2,000 sequences of 500 events: a million events.
+    #![proptest_config(ProptestConfig { cases: 2_000, max_shrink_iters: 20_000, ..ProptestConfig::default() })]
+    #[test]
+    fn no_order_of_events_breaks_a_promise(ops in prop::collection::vec(op(), 500)) {
+        check_sequence(ops)?;
+    }
+}
+
+/// Feeds facts of the current generation and returns the actions of the last.
+fn drive(r: &mut Replica, now: Tick, facts: impl IntoIterator<Item = Fact>) -> Vec<Action> {
+    let mut last = Vec::new();
+    for f in facts {
+        last = r.step(Event::Engine(r.generation, f), now, Draw::new(1.0), &Policy::default());
+    }
+    last
+}
+
+fn to_ready(r: &mut Replica, now: Tick) {
+    let _ = r.step(Event::Command(Command::Start), now, Draw::new(1.0), &Policy::default());
+    drive(r, now, [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Serving, Fact::Proved(proof())]);
+    assert!(r.state.ready());
+}
+
+#[test]
+fn a_crash_loop_waits_longer_each_time_and_then_opens_the_breaker() {
+    let mut r = Replica::new(Generation(0));
+    let mut now = Tick(0);
+    let _ = r.step(Event::Command(Command::Start), now, Draw::new(1.0), &Policy::default());
+    let mut delays = Vec::new();
+    for _ in 0..5 {
+        drive(
+            &mut r,
+            now,
+            [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Exited(Failure::crash(Exit::Code(1))), Fact::Gone],
+        );
+        let State::Waiting { why, .. } = &r.state else { panic!("{}", r.state.code()) };
+        delays.push((why.code(), why.until().unwrap().since(now).as_secs_f64().round() as u64));
+        now = why.until().unwrap();
+        let _ = r.step(Event::Timer, now, Draw::new(1.0), &Policy::default());
+    }
+    assert_eq!(delays, [("backoff", 1), ("backoff", 2), ("backoff", 4), ("backoff", 8), ("breaker", 30)]);
+    assert_eq!((r.state.code(), r.breaker.code(), r.generation), ("staging", "half_open", Generation(6)));
+}
+
+#[test]
+fn ready_for_ten_minutes_comes_back_at_once() {
+    let mut r = Replica::new(Generation(0));
+    to_ready(&mut r, Tick(0));
+    let actions = drive(&mut r, Tick(600_000), [Fact::Exited(Failure::crash(Exit::Signal(9))), Fact::Gone]);
+    assert_eq!((r.state.code(), actions), ("staging", vec![Action::CancelWork, Action::Stage]));
+}
+
+#[test]
+fn an_exit_with_a_child_alive_is_not_restarted_before_the_child_is_gone() {
+    let mut r = Replica::new(Generation(0));
+    to_ready(&mut r, Tick(0));
+    drive(&mut r, Tick(1), [Fact::Exited(Failure::crash(Exit::Code(0)))]);
+    for t in 2..9_000 {
+        assert!(r.step(Event::Timer, Tick(t), Draw::new(0.0), &Policy::default()).is_empty());
+        assert_eq!(r.state.code(), "stopping");
+    }
+    let _ = r.step(Event::Timer, Tick(10_001), Draw::new(0.0), &Policy::default());
+    assert_eq!(r.state.code(), "fenced");
+    drive(&mut r, Tick(10_002), [Fact::Gone]);
+    // The backoff delay was over long before the child was.
+    assert_eq!(r.state.code(), "staging");
+}
+
+#[test]
+fn a_stolen_port_is_tried_elsewhere_at_once_and_not_counted() {
+    let mut r = Replica::new(Generation(0));
+    let _ = r.step(Event::Command(Command::Start), Tick(0), Draw::new(0.0), &Policy::default());
+    for _ in 0..3 {
+        drive(
+            &mut r,
+            Tick(0),
+            [Fact::Staged, Fact::Prepared, Fact::LaunchFailed(Failure::new(FailureClass::PortConflict, "taken"))],
+        );
+        assert_eq!(r.state.code(), "staging");
+    }
+    drive(
+        &mut r,
+        Tick(0),
+        [Fact::Staged, Fact::Prepared, Fact::LaunchFailed(Failure::new(FailureClass::PortConflict, "taken"))],
+    );
+    assert_eq!((r.state.code(), r.breaker.code()), ("waiting", "closed"));
+}
+
+#[test]
+fn a_stop_during_the_launch_stops_what_the_launch_brings() {
+    let mut r = Replica::new(Generation(0));
+    let _ = r.step(Event::Command(Command::Start), Tick(0), Draw::new(0.0), &Policy::default());
+    drive(&mut r, Tick(0), [Fact::Staged, Fact::Prepared]);
+    let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
+    assert!(r.step(Event::Command(stop), Tick(1), Draw::new(0.0), &Policy::default()).is_empty());
+    assert_eq!(drive(&mut r, Tick(2), [Fact::Launched]), [Action::Terminate, Action::AwaitGone]);
+    drive(&mut r, Tick(3), [Fact::Gone]);
+    assert_eq!(r.state, State::Idle);
+}
+
+#[test]
+fn suspect_at_the_second_miss_and_ended_at_the_third() {
+    let mut r = Replica::new(Generation(0));
+    to_ready(&mut r, Tick(0));
+    let miss = || Fact::Missed(Failure::new(FailureClass::Hang, "no token"));
+    assert!(drive(&mut r, Tick(1), [miss()]).is_empty());
+    assert_eq!(drive(&mut r, Tick(2), [miss()]), [Action::CloseAdmission]);
+    assert_eq!(drive(&mut r, Tick(3), [Fact::Healthy]), [Action::OpenAdmission]);
+    drive(&mut r, Tick(4), [miss(), miss(), miss()]);
+    assert_eq!(r.state.code(), "stopping");
+    assert_eq!(r.last_failure.as_ref().unwrap().1.class, FailureClass::Hang);
+}
+
+#[test]
+fn drain_waits_forces_aborts_and_resumes() {
+    let force = |ms| Command::Drain { deadline: Duration::from_millis(ms), on_deadline: OnDeadline::Force };
+    let p = Policy::default();
+    let mut r = Replica::new(Generation(0));
+    to_ready(&mut r, Tick(0));
+    assert_eq!(r.step(Event::Command(force(2_000)), Tick(0), Draw::new(0.0), &p), [Action::CloseAdmission]);
+    assert!(r.step(Event::Timer, Tick(1_999), Draw::new(0.0), &p).is_empty());
+    let mut resumed = r.clone();
+    assert_eq!(
+        resumed.step(Event::Command(Command::Resume), Tick(1_999), Draw::new(0.0), &p)[0],
+        Action::OpenAdmission
+    );
+    assert_eq!(r.step(Event::Timer, Tick(2_000), Draw::new(0.0), &p)[0], Action::RevokeLeases);
+    // KILL follows within two seconds of the deadline.
+    assert_eq!(r.next_deadline(&p), Some(Tick(4_000)));
+    let mut r = resumed;
+    let abort = Command::Drain { deadline: Duration::from_secs(1), on_deadline: OnDeadline::Abort };
+    let _ = r.step(Event::Command(abort), Tick(5_000), Draw::new(0.0), &p);
+    assert_eq!(r.step(Event::Timer, Tick(6_000), Draw::new(0.0), &p)[0], Action::OpenAdmission);
+    assert!(r.state.ready());
+}
