@@ -1,0 +1,141 @@
+//! Starts the engine.
+#![expect(unsafe_code, reason = "what must happen between fork and exec can only be said with pre_exec")]
+
+use std::fs::File;
+use std::io::{self, ErrorKind, PipeReader, Read};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid};
+
+use crate::report::Report;
+use crate::spec::LaunchSpec;
+
+/// An engine that has been started.
+pub(crate) struct Engine {
+    pub(crate) pid: Pid,
+    /// Its stdout and stderr. Reading never blocks.
+    pub(crate) output: PipeReader,
+}
+
+/// Starts the engine, or says what stood in the way. On failure nothing is left running.
+pub(crate) fn spawn(spec: &LaunchSpec) -> Result<Engine, Report> {
+    if !spec.program.is_absolute() {
+        return Err(Report::failed("program", &io::Error::new(ErrorKind::InvalidInput, "not an absolute path")));
+    }
+    // "dir/." is found only if it is a directory that may be entered.
+    if let Err(error) = std::fs::metadata(spec.workdir.join(".")) {
+        return Err(Report::failed("workdir", &error));
+    }
+    let mut cgroups = Vec::with_capacity(spec.cgroup_procs.len());
+    for path in &spec.cgroup_procs {
+        cgroups.push(File::options().write(true).open(path).map_err(|error| Report::failed("cgroup", &error))?);
+    }
+    let at_pipe = |error| Report::failed("shim", &error);
+    let (output, engine_output) = io::pipe().map_err(at_pipe)?;
+    rustix::io::ioctl_fionbio(&output, true).map_err(|errno| at_pipe(errno.into()))?;
+    let (mut failed_step, step_report) = io::pipe().map_err(at_pipe)?;
+
+    let shim = rustix::process::getpid();
+    let own_ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let child = Child { shim, cgroups, nofile: spec.nofile, run_as: spec.run_as.filter(|ids| *ids != own_ids) };
+
+    let mut command = Command::new(&spec.program);
+    command
+        .args(&spec.args)
+        .env_clear()
+        .envs(spec.env.iter().map(|(key, value)| (key, value)))
+        .current_dir(&spec.workdir)
+        .stdin(Stdio::null())
+        .stdout(engine_output.try_clone().map_err(at_pipe)?)
+        .stderr(engine_output)
+        .process_group(0);
+    let before_exec = move || {
+        child.prepare().map_err(|(step, errno)| {
+            let _told = rustix::io::write(&step_report, &[step as u8]);
+            errno.into()
+        })
+    };
+    // SAFETY: the closure runs in the forked child and makes only system calls on values prepared before the fork:
+    // it does not allocate, take a lock, or touch anything the parent relies on.
+    unsafe { command.pre_exec(before_exec) };
+
+    let spawned = command.spawn();
+    // Closes this side's copies of the writing ends, so that both pipes can end.
+    drop(command);
+    match spawned {
+        Ok(process) => match Pid::from_raw(process.id().cast_signed()) {
+            Some(pid) => Ok(Engine { pid, output }),
+            None => Err(Report::failed("exec", &ErrorKind::InvalidData.into())),
+        },
+        Err(error) => {
+            let mut step = [0];
+            let told = failed_step.read(&mut step).is_ok_and(|count| count == 1);
+            Err(Report::failed(if told { Step::name(step[0]) } else { "exec" }, &error))
+        }
+    }
+}
+
+/// A pid as the records and reports have it.
+pub(crate) fn raw_pid(pid: Pid) -> u32 {
+    pid.as_raw_nonzero().get().cast_unsigned()
+}
+
+#[derive(Clone, Copy)]
+#[repr(u8)]
+enum Step {
+    Cgroup,
+    CoreLimit,
+    NofileLimit,
+    User,
+    ParentDeath,
+    NoNewPrivs,
+}
+
+impl Step {
+    fn name(step: u8) -> &'static str {
+        ["cgroup", "core_limit", "nofile_limit", "user", "parent_death", "no_new_privs"]
+            .get(usize::from(step))
+            .unwrap_or(&"exec")
+    }
+}
+
+/// What the child does to itself between fork and exec.
+struct Child {
+    shim: Pid,
+    cgroups: Vec<File>,
+    nofile: Option<u64>,
+    run_as: Option<(u32, u32)>,
+}
+
+impl Child {
+    fn prepare(&self) -> Result<(), (Step, Errno)> {
+        for procs in &self.cgroups {
+            rustix::io::write(procs, b"0").map_err(|errno| (Step::Cgroup, errno))?;
+        }
+        let limit = |bound| Rlimit { current: Some(bound), maximum: Some(bound) };
+        rustix::process::setrlimit(Resource::Core, limit(0)).map_err(|errno| (Step::CoreLimit, errno))?;
+        if let Some(nofile) = self.nofile {
+            rustix::process::setrlimit(Resource::Nofile, limit(nofile)).map_err(|errno| (Step::NofileLimit, errno))?;
+        }
+        if let Some((uid, gid)) = self.run_as {
+            change_user(Uid::from_raw(uid), Gid::from_raw(gid)).map_err(|errno| (Step::User, errno))?;
+        }
+        self.die_with_shim().map_err(|errno| (Step::ParentDeath, errno))?;
+        rustix::thread::set_no_new_privs(true).map_err(|errno| (Step::NoNewPrivs, errno))
+    }
+
+    /// After the change of user, which would clear it. A shim that died before the call sends no signal: look again.
+    fn die_with_shim(&self) -> Result<(), Errno> {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        if rustix::process::getppid() == Some(self.shim) { Ok(()) } else { Err(Errno::SRCH) }
+    }
+}
+
+/// Per thread, but a forked child has only the one.
+fn change_user(uid: Uid, gid: Gid) -> Result<(), Errno> {
+    rustix::thread::set_thread_groups(&[])?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+}

@@ -1,0 +1,67 @@
+//! What to start and how: the one file the shim reads.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Everything the shim needs to start one engine. Written as JSON by the daemon (mode 0600: it may hold secrets);
+/// the shim's argv carries only its path.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaunchSpec {
+    /// Names this one start; copied into both records.
+    pub nonce: String,
+    /// The engine's executable, an absolute path.
+    pub program: PathBuf,
+    /// Its arguments, without the program's name.
+    pub args: Vec<String>,
+    /// Its whole environment: nothing is inherited.
+    pub env: Vec<(String, String)>,
+    /// Its working directory.
+    pub workdir: PathBuf,
+    /// Where its stdout and stderr go. The previous part is kept beside it, with `.1` appended to the name.
+    pub log: PathBuf,
+    /// The most bytes in `log`, and again in `log.1` (at least 4 KiB).
+    pub log_max_bytes: u64,
+    /// Secret values, replaced by `[redacted]` in the log.
+    #[serde(default)]
+    pub scrub: Vec<String>,
+    /// Where the [`ExitRecord`](crate::ExitRecord) is written.
+    pub exit_record: PathBuf,
+    /// Where the [`StartRecord`](crate::StartRecord) is written.
+    pub start_record: PathBuf,
+    /// The `cgroup.procs` files the engine joins before exec. The shim stays where it was started.
+    #[serde(default)]
+    pub cgroup_procs: Vec<PathBuf>,
+    /// `RLIMIT_NOFILE`, soft and hard; `None` leaves it as it is.
+    #[serde(default)]
+    pub nofile: Option<u64>,
+    /// The uid and gid the engine runs as; supplementary groups are dropped. `None`, or the ids the shim has
+    /// already, changes nothing.
+    #[serde(default)]
+    pub run_as: Option<(u32, u32)>,
+    /// Whether everything is stopped when nobody reads the reports any more.
+    #[serde(default)]
+    pub stop_when_parent_gone: bool,
+}
+
+impl LaunchSpec {
+    pub(crate) fn read(path: &Path) -> io::Result<Self> {
+        Ok(serde_json::from_reader(BufReader::new(File::open(path)?))?)
+    }
+}
+
+/// Leaves out the values that may be secret.
+impl fmt::Debug for LaunchSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LaunchSpec")
+            .field("nonce", &self.nonce)
+            .field("program", &self.program)
+            .field("workdir", &self.workdir)
+            .field("log", &self.log)
+            .finish_non_exhaustive()
+    }
+}
