@@ -1,1 +1,2 @@
-//! pool-testkit
+//! Fakes that can be told to fail, hang or lie.
+#![forbid(unsafe_code)]

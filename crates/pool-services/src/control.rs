@@ -1,0 +1,142 @@
+//! The verbs. `PoolManager` implements them in process, `pool-api`'s client over HTTP.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use async_trait::async_trait;
+use pool_domain::lifecycle::OnDeadline;
+use pool_domain::{Generation, PoolId, ReplicaId};
+use thiserror::Error;
+
+use crate::snapshot::{NodeSnapshot, PoolSnapshot};
+
+/// Why a verb was refused.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum ControlError {
+    /// No such pool.
+    #[error("there is no pool `{0}`")]
+    PoolNotFound(String),
+    /// No such operation.
+    #[error("there is no operation `{0}`")]
+    OperationNotFound(String),
+    /// No such lease.
+    #[error("there is no lease `{0}`")]
+    LeaseNotFound(String),
+    /// It contradicts what is going on.
+    #[error("{0}")]
+    Conflict(String),
+    /// Every slot is taken.
+    #[error("every slot of the pool is taken")]
+    Saturated,
+    /// Nothing is ready.
+    #[error("the pool is not ready: {0}")]
+    Unready(String),
+    /// It is being drained or held.
+    #[error("the pool is drained")]
+    Draining,
+    /// The breaker is open.
+    #[error("the pool's engine keeps failing; the next start is tried in {retry_after:?}")]
+    Unavailable {
+        /// Until half-open.
+        retry_after: Duration,
+    },
+    /// The daemon is stopping or the far side did not answer.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The far side refused with a code this version does not know.
+    #[error("{detail}")]
+    Remote {
+        /// Its code.
+        code: String,
+        /// Its words.
+        detail: String,
+    },
+}
+
+/// How to drain. Unset means what the pool's spec says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DrainOptions {
+    /// Time for leases.
+    pub deadline: Option<Duration>,
+    /// What happens then.
+    pub on_deadline: Option<OnDeadline>,
+}
+
+/// How an operation stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum OperationState {
+    /// Under way.
+    Running,
+    /// Done; with its outcome as one word.
+    Succeeded(String),
+    /// Not done; with the reason.
+    Failed(String),
+}
+
+/// Something that takes a while.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Operation {
+    /// Its name.
+    pub id: String,
+    /// `preload`, `drain`, `resume`, `stop`.
+    pub verb: String,
+    /// The pool.
+    pub pool_id: PoolId,
+    /// Where it stands.
+    pub state: OperationState,
+    /// How far it is, in words.
+    pub progress: String,
+    /// When it began.
+    pub started_at: SystemTime,
+}
+
+/// The right to use one slot, as a value that can cross a wire. It is held until it is released or expires.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// Never used twice.
+    pub id: String,
+    /// The pool.
+    pub pool_id: PoolId,
+    /// The replica.
+    pub replica_id: ReplicaId,
+    /// Its generation.
+    pub generation: Generation,
+    /// Where to send the request.
+    pub endpoint: String,
+    /// When it expires by itself.
+    pub expires_at: SystemTime,
+}
+
+/// Everything that can be asked of a node.
+#[async_trait]
+pub trait PoolControl: fmt::Debug + Send + Sync {
+    /// The node and its devices.
+    async fn node(&self) -> Result<NodeSnapshot, ControlError>;
+    /// Every pool.
+    async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError>;
+    /// One pool.
+    async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError>;
+    /// One pool, once its picture is newer than `after` or the time is over.
+    async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError>;
+    /// Start every replica and lift the hold.
+    async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError>;
+    /// Refuse new leases, wait, stop; leaves a hold.
+    async fn drain(&self, id: &PoolId, options: DrainOptions) -> Result<Operation, ControlError>;
+    /// Give up a running drain or lift the hold.
+    async fn resume(&self, id: &PoolId) -> Result<Operation, ControlError>;
+    /// A drain with deadline 0 and force.
+    async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError>;
+    /// Forget failures and close the breaker.
+    async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError>;
+    /// Recent operations, newest first.
+    async fn operations(&self) -> Result<Vec<Operation>, ControlError>;
+    /// One operation.
+    async fn operation(&self, id: &str) -> Result<Operation, ControlError>;
+    /// One operation, once it is done or the time is over.
+    async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError>;
+    /// Take a slot for at most `ttl`. Nothing queues yet: no free slot is `Saturated`.
+    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError>;
+    /// Give a slot back; releasing what is already released is fine.
+    async fn release(&self, lease_id: &str) -> Result<(), ControlError>;
+}

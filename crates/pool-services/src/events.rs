@@ -1,0 +1,159 @@
+//! One event type, the source of log lines, event streams and metrics.
+
+use std::time::Duration;
+
+use pool_domain::{Failure, Generation, ReplicaKey};
+
+/// Something worth telling.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Whom it concerns.
+    pub key: ReplicaKey,
+    /// Its generation.
+    pub generation: Generation,
+    /// What happened.
+    pub kind: EventKind,
+}
+
+/// What can happen.
+#[derive(Debug, Clone, PartialEq)]
+pub enum EventKind {
+    /// A state was left for another.
+    StateChanged {
+        /// Before.
+        from: &'static str,
+        /// After.
+        to: &'static str,
+    },
+    /// The process was launched.
+    Started,
+    /// The engine proved that it serves.
+    BecameReady {
+        /// Since the start attempt began.
+        took: Duration,
+    },
+    /// The engine failed.
+    EngineFailed {
+        /// How.
+        failure: Failure,
+        /// How often in a row.
+        nth: u32,
+    },
+    /// A restart is planned.
+    RestartPlanned {
+        /// When.
+        delay: Duration,
+        /// Why it is needed.
+        failure: Failure,
+        /// Failures in a row.
+        nth: u32,
+    },
+    /// The breaker opened.
+    BreakerOpened {
+        /// For how long.
+        pause: Duration,
+    },
+    /// The breaker lets one start through.
+    BreakerHalfOpen,
+    /// The breaker closed.
+    BreakerClosed,
+    /// A drain began.
+    DrainStarted {
+        /// Leases still held.
+        leases: u32,
+        /// Time they have.
+        deadline: Duration,
+    },
+    /// A drain ended.
+    DrainEnded {
+        /// `drained`, `forced`, `aborted`, `resumed`.
+        outcome: &'static str,
+        /// Time it took.
+        took: Duration,
+    },
+    /// Nothing of the engine is left.
+    Stopped,
+    /// Something may be left.
+    Fenced,
+    /// A lease was granted.
+    LeaseGranted,
+    /// A lease was refused.
+    LeaseRefused {
+        /// Why, as one word.
+        reason: &'static str,
+    },
+}
+
+fn ordinal(n: u32) -> String {
+    match n {
+        0 | 1 => "the first time".into(),
+        2 => "the second time".into(),
+        3 => "the third time".into(),
+        n => format!("the {n}th time"),
+    }
+}
+
+fn seconds(d: Duration) -> String {
+    if d < Duration::from_secs(10) { format!("{:.1} s", d.as_secs_f64()) } else { format!("{} s", d.as_secs()) }
+}
+
+impl Event {
+    /// One plain sentence of at most 100 characters, without ids or secrets.
+    #[must_use]
+    pub fn human(&self) -> String {
+        let pool: String = self.key.pool.as_str().chars().take(24).collect();
+        let text = match &self.kind {
+            EventKind::StateChanged { from, to } => format!("The {pool} pool went from {from} to {to}"),
+            EventKind::Started => format!("Launched an engine for the {pool} pool"),
+            EventKind::BecameReady { took } => {
+                format!("The {pool} pool proved that it serves after {}", seconds(*took))
+            }
+            EventKind::EngineFailed { failure, nth } => {
+                format!("The engine of the {pool} pool {} for {}", failure.class.human(), ordinal(*nth))
+            }
+            EventKind::RestartPlanned { delay, failure, nth } => format!(
+                "Restarting the {pool} pool in {} after its engine {} for {}",
+                seconds(*delay),
+                failure.class.human(),
+                ordinal(*nth)
+            ),
+            EventKind::BreakerOpened { pause } => {
+                format!("Not restarting the {pool} pool for {}: its engine keeps failing", seconds(*pause))
+            }
+            EventKind::BreakerHalfOpen => format!("Trying to start the {pool} pool once more"),
+            EventKind::BreakerClosed => format!("The {pool} pool has recovered"),
+            EventKind::DrainStarted { leases, deadline } => {
+                format!("Draining the {pool} pool: {leases} leases have {} to finish", seconds(*deadline))
+            }
+            EventKind::DrainEnded { outcome, took } => {
+                format!("The drain of the {pool} pool was {outcome} after {}", seconds(*took))
+            }
+            EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
+            EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
+            EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
+            EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
+        };
+        text.chars().take(100).collect()
+    }
+
+    /// The event as one word.
+    #[must_use]
+    pub fn code(&self) -> &'static str {
+        match self.kind {
+            EventKind::StateChanged { .. } => "state_changed",
+            EventKind::Started => "started",
+            EventKind::BecameReady { .. } => "became_ready",
+            EventKind::EngineFailed { .. } => "engine_failed",
+            EventKind::RestartPlanned { .. } => "restart_planned",
+            EventKind::BreakerOpened { .. } => "breaker_opened",
+            EventKind::BreakerHalfOpen => "breaker_half_open",
+            EventKind::BreakerClosed => "breaker_closed",
+            EventKind::DrainStarted { .. } => "drain_started",
+            EventKind::DrainEnded { .. } => "drain_ended",
+            EventKind::Stopped => "stopped",
+            EventKind::Fenced => "fenced",
+            EventKind::LeaseGranted => "lease_granted",
+            EventKind::LeaseRefused { .. } => "lease_refused",
+        }
+    }
+}

@@ -1,0 +1,277 @@
+//! What the services need from the outside, as small traits. Adapters implement them, `pool-testkit` fakes them.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pool_domain::{DeviceSnapshot, Failure, Generation, ModelRef, PoolId, ReplicaKey, ResolvedMask};
+use thiserror::Error;
+use tokio::sync::watch;
+
+use crate::spec::{PoolSpec, Workload};
+
+/// The devices of the node at one moment.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Inventory {
+    /// Whether these devices exist only in a file.
+    pub simulated: bool,
+    /// Driver version, where known.
+    pub driver: Option<String>,
+    /// Every GPU and MIG slice.
+    pub devices: Vec<DeviceSnapshot>,
+    /// Why there are none, or why this is old.
+    pub problem: Option<String>,
+}
+
+/// Memory of one process on one device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The device.
+    pub uuid: String,
+    /// The process.
+    pub pid: u32,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// What is known of who holds memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Residency {
+    /// Every holder is listed, so that absence is proof of absence.
+    Provable(Vec<Holder>),
+    /// Holders on simulated devices: only engines that made a claim are listed.
+    Simulated(Vec<Holder>),
+    /// Nobody can say now.
+    Unknown(String),
+}
+
+/// The GPUs.
+#[async_trait]
+pub trait GpuProbe: fmt::Debug + Send + Sync {
+    /// The newest inventory; the receiver is told of every change. Never blocks.
+    fn inventory(&self) -> watch::Receiver<Inventory>;
+    /// Who holds memory now.
+    async fn residency(&self) -> Residency;
+}
+
+/// A model that is present and verified.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ResolvedModel {
+    /// Short name; engines serve it under this name.
+    pub id: String,
+    /// Where it lies, if it is a file.
+    pub local_path: Option<PathBuf>,
+    /// Size on disk in bytes.
+    pub bytes: u64,
+}
+
+/// The models.
+#[async_trait]
+pub trait ModelStore: fmt::Debug + Send + Sync {
+    /// Makes a model present and verified.
+    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure>;
+}
+
+/// Everything an engine is prepared from.
+#[derive(Debug, Clone)]
+pub struct PrepareRequest {
+    /// The pool.
+    pub spec: PoolSpec,
+    /// Its model.
+    pub model: ResolvedModel,
+    /// Its devices.
+    pub devices: ResolvedMask,
+    /// Where it will listen.
+    pub listen: SocketAddr,
+}
+
+/// How to reach an engine and what to expect there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Where it listens.
+    pub addr: SocketAddr,
+    /// Kind of engine, for example `llama.cpp`.
+    pub kind: &'static str,
+    /// Model name it must serve.
+    pub model: String,
+    /// Model file it must serve, where the kind tells.
+    pub model_path: Option<PathBuf>,
+    /// What it is for.
+    pub workload: Workload,
+}
+
+impl Endpoint {
+    /// The base URL.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.addr)
+    }
+}
+
+/// An engine ready to be launched. Nothing was spawned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreparedEngine {
+    /// Program to run; `None` for an external engine, which is attached to instead.
+    pub entry: Option<PathBuf>,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Its whole environment.
+    pub env: Vec<(String, String)>,
+    /// Where it will be reached.
+    pub endpoint: Endpoint,
+    /// Version that was discovered.
+    pub engine_version: String,
+}
+
+/// Turns specs into engines that can be launched.
+#[async_trait]
+pub trait EngineProvisioner: fmt::Debug + Send + Sync {
+    /// Checks that the engine of a spec is there and can run, without starting it.
+    async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure>;
+    /// Whether the engine of a spec is run by somebody else, and where.
+    fn external(&self, spec: &PoolSpec) -> Option<SocketAddr>;
+    /// Plans the launch. Never spawns an engine.
+    async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure>;
+}
+
+/// Whose socket listens at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listener {
+    /// The engine's own tree.
+    Own,
+    /// Somebody else.
+    Foreign,
+    /// Nobody.
+    None,
+}
+
+/// Launches engines.
+#[async_trait]
+pub trait EngineHost: fmt::Debug + Send + Sync {
+    /// Whether a port could be bound now.
+    fn port_free(&self, addr: SocketAddr) -> bool;
+    /// Launches; a failure leaves nothing behind.
+    async fn launch(
+        &self,
+        key: &ReplicaKey,
+        generation: Generation,
+        engine: &PreparedEngine,
+    ) -> Result<Arc<dyn RunningEngine>, Failure>;
+}
+
+/// A launched engine. Signals are fire and forget; what became of them is told by `exited` and `gone`.
+#[async_trait]
+pub trait RunningEngine: fmt::Debug + Send + Sync {
+    /// Its main process, if it is ours.
+    fn pid(&self) -> Option<u32>;
+    /// Every process of it.
+    fn pids(&self) -> Vec<u32>;
+    /// Resolves when the main process ended, with the class of that end.
+    async fn exited(&self) -> Failure;
+    /// Resolves when it is proved that nothing of it is left. May never.
+    async fn gone(&self);
+    /// Asks it to end.
+    fn terminate(&self);
+    /// Ends all of it.
+    fn kill(&self);
+    /// A number that changes whenever the engine got somewhere (log written, time used).
+    fn progress(&self) -> u64;
+    /// Whose socket listens at its address.
+    fn listener(&self, addr: SocketAddr) -> Listener;
+}
+
+/// An engine's answer about itself.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Up {
+    /// Nobody listens.
+    Refused,
+    /// Not yet; with a progress from 0 to 1 where the engine tells.
+    Loading(Option<f32>),
+    /// It says that it serves.
+    Serving,
+    /// Something answers that is not the engine.
+    Wrong(String),
+    /// No usable answer.
+    Failed(String),
+}
+
+/// What an engine says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Model it serves.
+    pub model: String,
+    /// Requests it takes at once.
+    pub slots: u16,
+    /// Version, where it tells.
+    pub version: Option<String>,
+}
+
+/// Asks engines over their own protocol.
+#[async_trait]
+pub trait EngineProbe: fmt::Debug + Send + Sync {
+    /// Whether it says that it serves.
+    async fn up(&self, endpoint: &Endpoint) -> Up;
+    /// What it is; a failure of class `wrong_server` if it serves something else.
+    async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure>;
+    /// Has it do one unit of its workload.
+    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure>;
+    /// Requests it is working on, where it tells.
+    async fn busy(&self, endpoint: &Endpoint) -> Option<u16>;
+}
+
+/// What a Ready replica tells consumers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handoff {
+    /// The replica.
+    pub key: ReplicaKey,
+    /// Its generation.
+    pub generation: Generation,
+    /// Where it is reached.
+    pub endpoint: String,
+    /// Engine name.
+    pub engine: String,
+    /// Engine version.
+    pub engine_version: String,
+    /// Model.
+    pub model: String,
+    /// Devices.
+    pub device_mask: String,
+    /// Slots.
+    pub slots: u16,
+    /// Bytes reserved on each device.
+    pub vram: u64,
+}
+
+/// Why a durable fact could not be written.
+#[derive(Debug, Error)]
+#[error("could not write {what}")]
+pub struct LedgerError {
+    /// What was to be written.
+    pub what: &'static str,
+    /// Why not.
+    #[source]
+    pub source: std::io::Error,
+}
+
+/// Facts that outlive the daemon.
+#[async_trait]
+pub trait StateLedger: fmt::Debug + Send + Sync {
+    /// The last generation ever used by a replica.
+    async fn last_generation(&self, key: &ReplicaKey) -> Generation;
+    /// Writes down that a generation is about to be launched.
+    async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError>;
+    /// Whether demand must not wake the pool.
+    async fn held(&self, pool: &PoolId) -> bool;
+    /// Sets or lifts the hold.
+    async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError>;
+    /// Tells consumers of a Ready replica.
+    async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError>;
+    /// Takes that back.
+    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError>;
+}
+
+/// How long one question to an engine may take.
+pub const PROBE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -1,0 +1,133 @@
+//! What the outside sees: numbered pictures of the state.
+
+use std::time::SystemTime;
+
+use pool_domain::{DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
+
+/// A failure with its display time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LastError {
+    /// Class.
+    pub class: FailureClass,
+    /// Words.
+    pub detail: String,
+    /// When.
+    pub at: SystemTime,
+}
+
+/// One replica.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReplicaSnapshot {
+    /// Which.
+    pub id: ReplicaId,
+    /// Current start attempt.
+    pub generation: Generation,
+    /// State as one word.
+    pub state: &'static str,
+    /// Reason as one word, empty where there is none.
+    pub reason_code: &'static str,
+    /// Reason in words.
+    pub reason: String,
+    /// A process of this generation exists.
+    pub live: bool,
+    /// It proved that it serves.
+    pub ready: bool,
+    /// It is being drained.
+    pub draining: bool,
+    /// Where it is reached, while it runs.
+    pub endpoint: Option<String>,
+    /// Its main process.
+    pub pid: Option<u32>,
+    /// Its devices.
+    pub device_mask: String,
+    /// Engine version.
+    pub engine_version: String,
+    /// Slots.
+    pub slots_total: u32,
+    /// Leases held.
+    pub active_leases: u32,
+    /// Starts after a failure.
+    pub restart_count: u64,
+    /// `closed`, `open`, `half_open`.
+    pub breaker: &'static str,
+    /// Failures the backoff counts.
+    pub backoff_failures: u32,
+    /// Until the next start, where one is planned, in milliseconds.
+    pub next_start_in_ms: Option<u64>,
+    /// `vram`, `simulated`, `served`, empty without a proof.
+    pub proof: &'static str,
+    /// Milliseconds of the first unit of work.
+    pub first_unit_ms: Option<u64>,
+    /// Last failure.
+    pub last_error: Option<LastError>,
+    /// Failed checks in a row.
+    pub consecutive_failures: u32,
+    /// Last check.
+    pub last_check_at: Option<SystemTime>,
+    /// Bytes reserved on each device.
+    pub vram_reserved: u64,
+}
+
+/// One pool.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PoolSnapshot {
+    /// Which.
+    pub pool_id: PoolId,
+    /// Number of this picture.
+    pub snapshot: u64,
+    /// Revision of the spec.
+    pub revision: u64,
+    /// Engine name.
+    pub engine: String,
+    /// Model reference.
+    pub model: String,
+    /// Short model name.
+    pub model_id: String,
+    /// Other names.
+    pub aliases: Vec<String>,
+    /// Demand does not wake it.
+    pub hold: bool,
+    /// Its replicas.
+    pub replicas: Vec<ReplicaSnapshot>,
+}
+
+impl PoolSnapshot {
+    /// At least one process exists.
+    #[must_use]
+    pub fn live(&self) -> bool {
+        self.replicas.iter().any(|r| r.live)
+    }
+    /// At least one replica is Ready.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        self.replicas.iter().any(|r| r.ready)
+    }
+    /// At least one replica is being drained.
+    #[must_use]
+    pub fn draining(&self) -> bool {
+        self.replicas.iter().any(|r| r.draining)
+    }
+    /// The replica that speaks for the pool: the first Ready one, else the first.
+    #[must_use]
+    pub fn lead(&self) -> Option<&ReplicaSnapshot> {
+        self.replicas.iter().find(|r| r.ready).or_else(|| self.replicas.first())
+    }
+    /// The newest failure of any replica.
+    #[must_use]
+    pub fn last_error(&self) -> Option<&LastError> {
+        self.replicas.iter().filter_map(|r| r.last_error.as_ref()).max_by_key(|e| e.at)
+    }
+}
+
+/// The node.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct NodeSnapshot {
+    /// Whether the devices exist only in a file.
+    pub simulated: bool,
+    /// Driver version.
+    pub driver: Option<String>,
+    /// Devices, each with the bytes reserved by us.
+    pub devices: Vec<(DeviceSnapshot, u64)>,
+    /// Why there are no devices, or why this is old.
+    pub problem: Option<String>,
+}

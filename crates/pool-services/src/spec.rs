@@ -1,0 +1,84 @@
+//! What a pool is asked to be.
+
+use std::time::Duration;
+
+use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::{DeviceMask, EngineName, ModelRef, PoolId};
+
+/// What an engine is for; it decides what "prove" means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Workload {
+    /// Text: one token proves it.
+    Generate,
+    /// Vectors: one vector proves it.
+    Embed,
+    /// Scores: one score proves it.
+    Rerank,
+}
+
+impl Workload {
+    /// The workload as one word.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Generate => "generate",
+            Self::Embed => "embed",
+            Self::Rerank => "rerank",
+        }
+    }
+}
+
+/// When engines start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// With the daemon.
+    Preload,
+    /// When somebody asks.
+    OnDemand,
+}
+
+/// A checked pool.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PoolSpec {
+    /// Its name.
+    pub id: PoolId,
+    /// What it serves.
+    pub model: ModelRef,
+    /// A name from the declared engines, or `stub`.
+    pub engine: EngineName,
+    /// Further arguments for the engine.
+    pub args: Vec<String>,
+    /// Engine version it must be, empty for any.
+    pub version: String,
+    /// What it is for.
+    pub workload: Workload,
+    /// Devices, one mask per replica or one for all.
+    pub devices: Vec<DeviceMask>,
+    /// How many engines.
+    pub replicas: u16,
+    /// When they start.
+    pub activation: Activation,
+    /// Context in tokens over all slots; unset = the engine's own default.
+    pub context: Option<u32>,
+    /// Concurrent requests per engine.
+    pub slots: u16,
+    /// Bytes per device; unset = estimated.
+    pub vram: Option<u64>,
+    /// Other names for the model.
+    pub aliases: Vec<String>,
+    /// The numbers of its lifecycle.
+    pub policy: Policy,
+    /// Default drain deadline.
+    pub drain_deadline: Duration,
+    /// Default end of a drain.
+    pub on_deadline: OnDeadline,
+}
+
+impl PoolSpec {
+    /// The mask of the given replica.
+    #[must_use]
+    pub fn mask_of(&self, replica: u16) -> &DeviceMask {
+        const AUTO: &DeviceMask = &DeviceMask::Auto;
+        self.devices.get(usize::from(replica)).or_else(|| self.devices.last()).unwrap_or(AUTO)
+    }
+}
