@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -112,6 +112,7 @@ impl Drop for Shim {
     fn drop(&mut self) {
         if self.child.try_wait().unwrap().is_none() {
             self.signal(KILL);
+            self.child.wait().unwrap();
         }
     }
 }
@@ -331,23 +332,28 @@ fn a_spec_that_cannot_be_read_is_reported() {
     assert!(matches!(report, Report::Failed { step, not_found: true, .. } if step == "spec"));
 }
 
-/// Starts the script, whose `life` fifo is open as long as it lives, and reads no report after the first.
-fn start_unheard(bench: &Bench, spec: &LaunchSpec) -> Child {
+/// Starts an engine with the reports in the test's own hand, which is to drop them.
+fn start_in_hand(bench: &Bench, spec: &LaunchSpec) -> (Child, BufReader<ChildStdout>) {
     let mut child = bench.command(spec).spawn().unwrap();
+    let mut reports = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    reports.read_line(&mut line).unwrap();
     assert!(matches!(serde_json::from_str(&line).unwrap(), Report::Started { .. }));
-    child
+    (child, reports)
 }
 
 #[test]
 fn when_the_parent_goes_everything_goes() {
     let bench = Bench::new();
     bench.fifo("life");
-    let mut spec = bench.script("trap '' TERM; exec > life; (setsid sleep 1000 &); while :; do sleep 1000; done");
-    spec.stop_when_parent_gone = true;
-    let mut shim = start_unheard(&bench, &spec);
-    assert_eq!(until_closed(bench.path("life")), "");
+    let script = "trap '' TERM; exec > life; echo up; (setsid sleep 1000 &); while :; do sleep 1000; done";
+    let spec = LaunchSpec { stop_when_parent_gone: true, ..bench.script(script) };
+    let (mut shim, reports) = start_in_hand(&bench, &spec);
+    let mut life = BufReader::new(fs::File::open(bench.path("life")).unwrap());
+    let mut line = String::new();
+    life.read_line(&mut line).unwrap();
+    drop(reports);
+    assert_eq!(life.read_to_end(&mut Vec::new()).unwrap(), 0, "all who held the fifo have ended");
     assert_eq!(shim.wait().unwrap().code(), Some(0));
     assert_eq!(record::<ExitRecord>(&bench.path("exit.json")).signal, Some(9));
 }
@@ -356,7 +362,8 @@ fn when_the_parent_goes_everything_goes() {
 fn without_the_wish_the_engine_outlives_the_parent() {
     let bench = Bench::new();
     bench.fifo("go");
-    let mut shim = start_unheard(&bench, &bench.script("read word < go; echo heard $word; exit 5"));
+    let (mut shim, reports) = start_in_hand(&bench, &bench.script("read word < go; echo heard $word; exit 5"));
+    drop(reports);
     fs::write(bench.path("go"), "it\n").unwrap();
     assert_eq!(shim.wait().unwrap().code(), Some(0));
     assert_eq!(bench.text("log"), "heard it\n");
