@@ -1,1 +1,98 @@
-fn main() {}
+//! The project's own tools. Run as `cargo xtask COMMAND`.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool: its output is for people")]
+
+mod ci;
+mod codegen;
+mod deny;
+mod engine;
+mod error;
+mod metadata;
+mod process;
+mod tests_run;
+mod tidy;
+mod tiny_gguf;
+mod trace;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+
+/// The project's own tools.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put llama.cpp's real server and two models under target/engine (cached).
+    Engine {
+        /// Build llama-server and llama-fit-params from source as well (some ten minutes on two cores).
+        #[arg(long)]
+        from_source: bool,
+    },
+    /// Write a tiny random-weight model that llama.cpp really loads.
+    TinyGguf {
+        /// The file to write.
+        out: PathBuf,
+        /// Grow the file to about this many MiB.
+        #[arg(long)]
+        target_mb: Option<u32>,
+    },
+    /// Check the layering, the lints and the house rules.
+    Tidy,
+    /// Check docs/traceability.md against the tests that exist.
+    Trace {
+        /// Output of `cargo nextest list --message-format oneline`; without it the command is run.
+        #[arg(long)]
+        list_file: Option<PathBuf>,
+    },
+    /// Write the generated files.
+    Codegen {
+        /// Change nothing; fail when a file is stale.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Run all tests, with a real engine at hand.
+    Test {
+        /// Passed to `cargo nextest run`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Check dependencies' bans, licences and sources.
+    Deny,
+    /// Everything that CI runs.
+    Ci,
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Engine { from_source } => engine::run(from_source),
+        Command::TinyGguf { out, target_mb } => {
+            let options = tiny_gguf::Options { target_mb, ..tiny_gguf::Options::default() };
+            tiny_gguf::write(&out, &options).map_err(error::io(&out))
+        }
+        Command::Tidy => tidy::run(),
+        Command::Trace { list_file } => trace::run(list_file.as_deref()),
+        Command::Codegen { check } => codegen::run(check),
+        Command::Test { args } => tests_run::run(&args),
+        Command::Deny => deny::run(),
+        Command::Ci => ci::run(),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
