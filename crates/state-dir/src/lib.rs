@@ -1,1 +1,218 @@
-//! state-dir
+//! The durable facts of the daemon as files: generations, holds and handoffs, and the lock that keeps a second daemon
+//! out.
+//!
+//! ```text
+//! lock                       held for life, never unlinked
+//! ledger/<pool>.json         hold and generations, and <pool>.json.copy with the same content
+//! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
+//! run/                       whatever engines need while they run
+//! ```
+//!
+//! Every file is replaced whole: written beside, fsynced, renamed, and the directory fsynced.
+
+#![forbid(unsafe_code)]
+
+mod files;
+mod record;
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pool_domain::{Generation, PoolId, ReplicaKey};
+use pool_services::ports::{Handoff, LedgerError, StateLedger};
+use thiserror::Error;
+use tokio::sync::Semaphore;
+use tracing::error;
+
+use crate::record::{HandoffRecord, PoolRecord};
+
+/// Why the state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum StateDirError {
+    /// Another daemon uses it; the process exits with status 75.
+    #[error("another pool-managerd uses the state directory {}", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The file system refused.
+    #[error("could not {what} {}", path.display())]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The state directory, locked against every other daemon until it is dropped.
+#[derive(Debug)]
+pub struct StateDir {
+    paths: Paths,
+    /// One file operation at a time, because an update reads before it writes. The permit travels into the blocking
+    /// task, so that a caller who gives up does not let the next one in early.
+    turn: Arc<Semaphore>,
+    _lock: File,
+}
+
+#[derive(Debug, Clone)]
+struct Paths {
+    root: PathBuf,
+    ledger: PathBuf,
+    handoff: PathBuf,
+}
+
+impl StateDir {
+    /// Opens the state directory, creating it for this user alone where it is missing, and takes its lock. Handoffs of
+    /// an earlier run are removed: none of its engines lives on.
+    ///
+    /// # Errors
+    /// When another daemon holds the lock, or the file system refuses.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self, StateDirError> {
+        let root = path.into();
+        let paths = Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), root };
+        create_dir(&paths.root)?;
+        let lock = take_lock(&paths.root)?;
+        for dir in [&paths.ledger, &paths.handoff, &paths.root.join("run")] {
+            create_dir(dir)?;
+        }
+        clear(&paths.handoff, |_| true)?;
+        clear(&paths.ledger, files::is_leftover)?;
+        Ok(Self { paths, turn: Arc::new(Semaphore::new(1)), _lock: lock })
+    }
+
+    /// Where engines keep what they need while they run.
+    #[must_use]
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.paths.root.join("run")
+    }
+
+    /// Runs file work off the async threads, one at a time.
+    async fn work<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Paths) -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        let permit = Arc::clone(&self.turn).acquire_owned().await.map_err(io::Error::other)?;
+        let paths = self.paths.clone();
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work(&paths)
+        })
+        .await
+        .map_err(io::Error::other)?
+    }
+
+    /// What is written down of a pool. What cannot be read is told and counts as nothing.
+    async fn read(&self, pool: &PoolId) -> PoolRecord {
+        let id = pool.clone();
+        match self.work(move |paths| record::load(&paths.ledger, &id)).await {
+            Ok(record) => record,
+            Err(error) => {
+                error!(%pool, %error, "the ledger of this pool cannot be read; it starts from nothing");
+                PoolRecord::default()
+            }
+        }
+    }
+
+    async fn update(
+        &self,
+        what: &'static str,
+        pool: &PoolId,
+        change: impl FnOnce(&mut PoolRecord) -> io::Result<()> + Send + 'static,
+    ) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| {
+            let mut record = record::load_for_update(&paths.ledger, &pool)?;
+            change(&mut record)?;
+            record::store(&paths.ledger, &pool, &record)
+        })
+        .await
+        .map_err(|source| LedgerError { what, source })
+    }
+}
+
+#[async_trait]
+impl StateLedger for StateDir {
+    async fn last_generation(&self, key: &ReplicaKey) -> Generation {
+        self.read(&key.pool).await.generation(key.replica)
+    }
+
+    async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        let replica = key.replica;
+        self.update("the intent to start an engine", &key.pool, move |r| r.intend(replica, generation)).await
+    }
+
+    async fn held(&self, pool: &PoolId) -> bool {
+        self.read(pool).await.hold
+    }
+
+    async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError> {
+        self.update("the hold of a pool", pool, move |r| {
+            r.hold = held;
+            Ok(())
+        })
+        .await
+    }
+
+    async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {
+        let name = handoff_name(&handoff.key);
+        let record = HandoffRecord::from(handoff);
+        self.work(move |paths| files::write_json(&paths.handoff, &name, &record))
+            .await
+            .map_err(|source| LedgerError { what: "a handoff", source })
+    }
+
+    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+        let name = handoff_name(key);
+        self.work(move |paths| files::remove(&paths.handoff, &name))
+            .await
+            .map_err(|source| LedgerError { what: "the removal of a handoff", source })
+    }
+}
+
+fn handoff_name(key: &ReplicaKey) -> String {
+    format!("{key}.json")
+}
+
+fn create_dir(path: &Path) -> Result<(), StateDirError> {
+    // One that exists keeps its mode: it may be shared on purpose.
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| StateDirError::Io {
+        what: "create",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn take_lock(root: &Path) -> Result<File, StateDirError> {
+    let path = root.join("lock");
+    let failed = |source| StateDirError::Io { what: "lock", path: path.clone(), source };
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).write(true).mode(0o600);
+    let lock = options.open(&path).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(StateDirError::InUse { path: root.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(failed(source)),
+    }
+}
+
+fn clear(dir: &Path, unwanted: impl Fn(&Path) -> bool) -> Result<(), StateDirError> {
+    let failed = |source| StateDirError::Io { what: "tidy", path: dir.to_owned(), source };
+    for entry in fs::read_dir(dir).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.is_file() && unwanted(&path) {
+            fs::remove_file(&path).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! What is written down of a pool, and its wire form.
+//!
+//! The record lies in two files of the same content, the second written after the first, and a write counts once both
+//! are there. Reading takes the higher generation of the two, so one torn file loses no generation.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use pool_domain::{Generation, PoolId, ReplicaId};
+use pool_services::ports::Handoff;
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use crate::files;
+
+const VERSION: u32 = 1;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PoolRecord {
+    version: u32,
+    pub(crate) hold: bool,
+    replicas: BTreeMap<u16, ReplicaRecord>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct ReplicaRecord {
+    generation: u64,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+impl Default for PoolRecord {
+    fn default() -> Self {
+        Self { version: VERSION, hold: false, replicas: BTreeMap::new() }
+    }
+}
+
+impl PoolRecord {
+    pub(crate) fn generation(&self, replica: ReplicaId) -> Generation {
+        self.replicas.get(&replica.0).map(|r| Generation(r.generation)).unwrap_or_default()
+    }
+
+    /// Notes a generation. The same one again is a repeated write; an older one would be used twice.
+    pub(crate) fn intend(&mut self, replica: ReplicaId, generation: Generation) -> io::Result<()> {
+        let last = self.generation(replica);
+        if generation < last {
+            let why = format!("generation {generation} of {replica} was used already, the last is {last}");
+            return Err(io::Error::new(ErrorKind::InvalidInput, why));
+        }
+        self.replicas.insert(replica.0, ReplicaRecord { generation: generation.0 });
+        Ok(())
+    }
+
+    /// Takes over every generation that is higher in `other`.
+    fn raise(&mut self, other: &Self) {
+        for (&replica, theirs) in &other.replicas {
+            let ours = self.replicas.entry(replica).or_insert(*theirs);
+            ours.generation = ours.generation.max(theirs.generation);
+        }
+    }
+}
+
+/// Why a record could not be read.
+enum Unreadable {
+    /// Written by a version of the daemon that knows more.
+    Newer(u32),
+    /// Torn, or the file system refused.
+    Broken(io::Error),
+}
+
+impl From<Unreadable> for io::Error {
+    fn from(why: Unreadable) -> Self {
+        match why {
+            Unreadable::Newer(v) => Self::new(
+                ErrorKind::Unsupported,
+                format!("ledger version {v} is unknown, this version writes {VERSION}"),
+            ),
+            Unreadable::Broken(error) => error,
+        }
+    }
+}
+
+/// Reads what is known of a pool; a pool without files is new.
+pub(crate) fn load(dir: &Path, pool: &PoolId) -> io::Result<PoolRecord> {
+    Ok(read_both(dir, pool)?)
+}
+
+/// Reads a record that will be written back. Torn files are replaced; those of a newer version are not, since they hold
+/// what this version would lose.
+pub(crate) fn load_for_update(dir: &Path, pool: &PoolId) -> io::Result<PoolRecord> {
+    match read_both(dir, pool) {
+        Ok(record) => Ok(record),
+        Err(Unreadable::Broken(error)) if error.kind() == ErrorKind::InvalidData => Ok(PoolRecord::default()),
+        Err(why) => Err(why.into()),
+    }
+}
+
+/// Writes a record, durably, into both files.
+pub(crate) fn store(dir: &Path, pool: &PoolId, record: &PoolRecord) -> io::Result<()> {
+    names(pool).iter().try_for_each(|name| files::write_json(dir, name, record))
+}
+
+/// A pool id may hold dots, so the copy is told by its end, which no record has.
+fn names(pool: &PoolId) -> [String; 2] {
+    [format!("{pool}.json"), format!("{pool}.json.copy")]
+}
+
+fn read_both(dir: &Path, pool: &PoolId) -> Result<PoolRecord, Unreadable> {
+    let [main, copy] = names(pool).map(|name| {
+        let read = read_one(&dir.join(&name));
+        if let Err(why) = &read {
+            let reason = match why {
+                Unreadable::Newer(v) => format!("its version {v} is unknown"),
+                Unreadable::Broken(e) => e.to_string(),
+            };
+            warn!(%pool, file = name, reason, "a ledger file cannot be read; its other copy is used if that can");
+        }
+        read
+    });
+    match (main, copy) {
+        (Ok(Some(mut main)), Ok(Some(copy))) => {
+            main.raise(&copy);
+            Ok(main)
+        }
+        (Ok(Some(one)), _) | (_, Ok(Some(one))) => Ok(one),
+        (Ok(None), Ok(None)) => Ok(PoolRecord::default()),
+        (Err(Unreadable::Newer(v)), _) | (_, Err(Unreadable::Newer(v))) => Err(Unreadable::Newer(v)),
+        (Err(why), _) | (_, Err(why)) => Err(why),
+    }
+}
+
+fn read_one(path: &Path) -> Result<Option<PoolRecord>, Unreadable> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(Unreadable::Broken)?,
+    };
+    let torn = |e: serde_json::Error| Unreadable::Broken(io::Error::new(ErrorKind::InvalidData, e));
+    // The version first: a newer record may have any other shape.
+    let Versioned { version } = serde_json::from_slice(&bytes).map_err(torn)?;
+    if version != VERSION {
+        return Err(Unreadable::Newer(version));
+    }
+    serde_json::from_slice(&bytes).map(Some).map_err(torn)
+}
+
+/// A handoff as consumers read it.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+#[cfg_attr(test, derive(Deserialize))]
+pub(crate) struct HandoffRecord {
+    pool: String,
+    replica: String,
+    generation: u64,
+    endpoint: String,
+    engine: String,
+    engine_version: String,
+    model: String,
+    device_mask: String,
+    slots: u16,
+    vram: u64,
+}
+
+impl From<&Handoff> for HandoffRecord {
+    fn from(h: &Handoff) -> Self {
+        Self {
+            pool: h.key.pool.to_string(),
+            replica: h.key.replica.to_string(),
+            generation: h.generation.0,
+            endpoint: h.endpoint.clone(),
+            engine: h.engine.clone(),
+            engine_version: h.engine_version.clone(),
+            model: h.model.clone(),
+            device_mask: h.device_mask.clone(),
+            slots: h.slots,
+            vram: h.vram,
+        }
+    }
+}

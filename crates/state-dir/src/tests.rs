@@ -1,0 +1,215 @@
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use pool_domain::ReplicaId;
+
+use super::*;
+
+const CHILD_ENV: &str = "STATE_DIR_TEST_CHILD";
+
+fn key(pool: &str, replica: u16) -> ReplicaKey {
+    ReplicaKey { pool: pool.parse().unwrap(), replica: ReplicaId(replica) }
+}
+
+fn handoff() -> Handoff {
+    Handoff {
+        key: key("chat", 0),
+        generation: Generation(7),
+        endpoint: "http://127.0.0.1:42000".into(),
+        engine: "llama.cpp".into(),
+        engine_version: "b6000".into(),
+        model: "qwen".into(),
+        device_mask: "GPU-1".into(),
+        slots: 4,
+        vram: 1 << 33,
+    }
+}
+
+#[test]
+fn it_is_made_for_this_user_alone_and_a_second_open_is_refused() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("deep/state");
+    let first = StateDir::open(&path).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(first.runtime_dir(), path.join("run"));
+    assert!(first.runtime_dir().is_dir());
+    assert!(matches!(StateDir::open(&path), Err(StateDirError::InUse { .. })));
+    drop(first);
+    assert!(path.join("lock").exists(), "the lock file is never unlinked");
+    StateDir::open(&path).unwrap();
+}
+
+#[test]
+fn a_second_process_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let _held = StateDir::open(dir.path()).unwrap();
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "tests::child_of_the_test_above", "--nocapture"])
+        .env(CHILD_ENV, dir.path())
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    assert!(String::from_utf8_lossy(&child.stdout).contains("refused: in use"));
+}
+
+#[test]
+fn child_of_the_test_above() {
+    if let Some(dir) = std::env::var_os(CHILD_ENV) {
+        assert!(matches!(StateDir::open(dir), Err(StateDirError::InUse { .. })));
+        println!("refused: in use");
+    }
+}
+
+#[test]
+fn a_directory_that_cannot_be_made_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let error = StateDir::open(file.join("state")).unwrap_err();
+    assert!(error.to_string().contains("could not create"), "{error}");
+}
+
+#[tokio::test]
+async fn generations_and_holds_survive_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let (a, b, other) = (key("chat", 0), key("chat", 1), key("chat.json", 0));
+    assert_eq!(state.last_generation(&a).await, Generation(0));
+    assert!(!state.held(&a.pool).await);
+    state.intend(&a, Generation(3)).await.unwrap();
+    state.intend(&b, Generation(5)).await.unwrap();
+    state.intend(&other, Generation(9)).await.unwrap();
+    state.set_hold(&a.pool, true).await.unwrap();
+    drop(state);
+    let state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.last_generation(&a).await, Generation(3));
+    assert_eq!(state.last_generation(&b).await, Generation(5));
+    assert_eq!(state.last_generation(&other).await, Generation(9));
+    assert!(state.held(&a.pool).await);
+    assert!(!state.held(&other.pool).await);
+    state.set_hold(&a.pool, false).await.unwrap();
+    assert!(!state.held(&a.pool).await);
+    assert_eq!(state.last_generation(&a).await, Generation(3));
+}
+
+#[tokio::test]
+async fn a_used_generation_is_refused_but_a_repeated_write_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.intend(&a, Generation(3)).await.unwrap();
+    state.intend(&a, Generation(3)).await.unwrap();
+    let error = state.intend(&a, Generation(2)).await.unwrap_err();
+    assert_eq!(error.source.kind(), io::ErrorKind::InvalidInput);
+    assert_eq!(state.last_generation(&a).await, Generation(3));
+}
+
+#[tokio::test]
+async fn either_file_torn_at_any_byte_loses_no_generation_and_no_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.set_hold(&a.pool, true).await.unwrap();
+    state.intend(&a, Generation(41)).await.unwrap();
+    for name in ["chat.json", "chat.json.copy"] {
+        let path = dir.path().join("ledger").join(name);
+        let whole = fs::read(&path).unwrap();
+        for end in 0..whole.len() {
+            fs::write(&path, &whole[..end]).unwrap();
+            assert_eq!(state.last_generation(&a).await, Generation(41), "{name} cut at {end}");
+            assert!(state.held(&a.pool).await, "{name} cut at {end}");
+        }
+        // The next write mends it.
+        state.intend(&a, Generation(41)).await.unwrap();
+        assert_eq!(fs::read(&path).unwrap(), whole);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(state.last_generation(&a).await, Generation(41), "{name} missing");
+        state.intend(&a, Generation(41)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_write_cut_between_the_two_files_counts_with_its_higher_generation() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.intend(&a, Generation(1)).await.unwrap();
+    let main = dir.path().join("ledger/chat.json");
+    let old = fs::read(&main).unwrap();
+    state.intend(&a, Generation(2)).await.unwrap();
+    fs::write(&main, old).unwrap();
+    assert_eq!(state.last_generation(&a).await, Generation(2));
+}
+
+#[tokio::test]
+async fn files_torn_both_start_from_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    for name in ["chat.json", "chat.json.copy"] {
+        fs::write(dir.path().join("ledger").join(name), "{").unwrap();
+    }
+    assert_eq!(state.last_generation(&a).await, Generation(0));
+    state.intend(&a, Generation(1)).await.unwrap();
+    assert_eq!(state.last_generation(&a).await, Generation(1));
+}
+
+#[tokio::test]
+async fn a_record_of_a_newer_version_is_never_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    let text = r#"{"version":2,"shape":"other"}"#;
+    for name in ["chat.json", "chat.json.copy"] {
+        fs::write(dir.path().join("ledger").join(name), text).unwrap();
+    }
+    assert_eq!(state.last_generation(&a).await, Generation(0));
+    let error = state.intend(&a, Generation(1)).await.unwrap_err();
+    assert_eq!(error.source.kind(), io::ErrorKind::Unsupported);
+    assert_eq!(fs::read_to_string(dir.path().join("ledger/chat.json")).unwrap(), text);
+}
+
+#[tokio::test]
+async fn an_intent_that_cannot_be_written_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    fs::remove_dir_all(dir.path().join("ledger")).unwrap();
+    assert!(state.intend(&key("chat", 0), Generation(1)).await.is_err());
+}
+
+#[tokio::test]
+async fn a_handoff_is_there_until_it_is_withdrawn_or_the_daemon_restarts() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let path = dir.path().join("handoff/chat-r0.json");
+    state.publish_handoff(&handoff()).await.unwrap();
+    let read: HandoffRecord = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert_eq!(read, HandoffRecord::from(&handoff()));
+    state.withdraw_handoff(&handoff().key).await.unwrap();
+    assert!(!path.exists());
+    state.withdraw_handoff(&handoff().key).await.unwrap();
+    state.publish_handoff(&handoff()).await.unwrap();
+    fs::write(dir.path().join("ledger/.new-x"), "half").unwrap();
+    drop(state);
+    let _state = StateDir::open(dir.path()).unwrap();
+    assert!(!path.exists());
+    assert!(!dir.path().join("ledger/.new-x").exists());
+}
+
+#[tokio::test]
+async fn updates_at_the_same_time_lose_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = Arc::new(StateDir::open(dir.path()).unwrap());
+    let tasks: Vec<_> = (0..16)
+        .map(|n| {
+            let state = Arc::clone(&state);
+            tokio::spawn(async move { state.intend(&key("chat", n), Generation(u64::from(n) + 1)).await })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    for n in 0..16 {
+        assert_eq!(state.last_generation(&key("chat", n)).await, Generation(u64::from(n) + 1));
+    }
+}
