@@ -2,6 +2,8 @@
 """llama.cpp's real HTTP server behind llama-server's own command line.
 
 The server is the C++ one that the Python package xllamacpp links in; this file only turns flags into its parameters.
+One difference: SIGTERM ends it at once with 0, even with a request in flight, where llama-server lingers until the next
+SSE ping of a stream (--sse-ping-interval) or the end of the request.
 Put there by `cargo xtask engine`, which also installs the package beside it (../site).
 """
 

