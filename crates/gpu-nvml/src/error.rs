@@ -1,0 +1,97 @@
+//! Why NVML cannot be used, and what to do about it.
+
+use nvml_wrapper::error::NvmlError as Raw;
+use thiserror::Error;
+
+/// Why the GPUs of this node cannot be reached.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum NvmlError {
+    /// `libnvidia-ml.so.1` is not there.
+    #[error("the NVIDIA driver library libnvidia-ml.so.1 was not found: {0}")]
+    LibraryMissing(String),
+    /// The library is there, the kernel module is not.
+    #[error("the NVIDIA kernel driver is not loaded")]
+    DriverNotLoaded,
+    /// The user or the container may not use the GPUs.
+    #[error("the NVIDIA driver refused access to the GPUs")]
+    NoPermission,
+    /// The driver was updated and the old one still runs.
+    #[error("the NVIDIA driver library and the loaded kernel driver have different versions")]
+    VersionMismatch,
+    /// The driver works, but there is nothing to drive.
+    #[error("the NVIDIA driver reports no GPU")]
+    NoDevice,
+    /// The driver did not answer.
+    #[error("the NVIDIA driver did not answer")]
+    Silent,
+    /// Anything else.
+    #[error("the NVIDIA driver library failed: {0}")]
+    Other(String),
+}
+
+impl NvmlError {
+    /// What a person can do about it.
+    #[must_use]
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::LibraryMissing(_) => {
+                "install the NVIDIA driver (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers install), in a \
+                 container use the NVIDIA container toolkit, or use `[gpu] backend = \"simulated\"`"
+            }
+            Self::DriverNotLoaded => {
+                "load the kernel driver with `modprobe nvidia`, or reboot after an installation; see `dmesg` if that \
+                 fails (Secure Boot refuses unsigned modules)"
+            }
+            Self::NoPermission => {
+                "let the user of the daemon read and write /dev/nvidia* (groups video and render), or in a container \
+                 pass the GPUs in"
+            }
+            Self::VersionMismatch => "the driver was updated under the running kernel: reboot",
+            Self::NoDevice => {
+                "check that `nvidia-smi -L` lists a GPU and that it is passed into this container or machine, or use \
+                 `[gpu] backend = \"simulated\"`"
+            }
+            Self::Silent => "look for `NVRM: Xid` in `dmesg`; a GPU in this state often needs a reboot",
+            Self::Other(_) => "check that `nvidia-smi` works for the user of the daemon",
+        }
+    }
+}
+
+impl From<Raw> for NvmlError {
+    fn from(raw: Raw) -> Self {
+        match raw {
+            Raw::LibloadingError(e) => Self::LibraryMissing(e.to_string()),
+            Raw::LibraryNotFound => Self::LibraryMissing("NVML could not load it".to_owned()),
+            Raw::DriverNotLoaded | Raw::Uninitialized => Self::DriverNotLoaded,
+            Raw::NoPermission | Raw::OperatingSystem => Self::NoPermission,
+            Raw::LibRmVersionMismatch => Self::VersionMismatch,
+            Raw::NotFound => Self::NoDevice,
+            Raw::Timeout => Self::Silent,
+            other => Self::Other(other.to_string()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_told_apart_and_has_a_hint() {
+        for (raw, kind) in [
+            (Raw::LibraryNotFound, NvmlError::LibraryMissing("NVML could not load it".into())),
+            (Raw::DriverNotLoaded, NvmlError::DriverNotLoaded),
+            (Raw::NoPermission, NvmlError::NoPermission),
+            (Raw::OperatingSystem, NvmlError::NoPermission),
+            (Raw::LibRmVersionMismatch, NvmlError::VersionMismatch),
+            (Raw::NotFound, NvmlError::NoDevice),
+            (Raw::Timeout, NvmlError::Silent),
+            (Raw::Unknown, NvmlError::Other("an internal driver error occurred".into())),
+        ] {
+            let got = NvmlError::from(raw);
+            assert_eq!(got, kind);
+            assert!(!got.hint().is_empty());
+        }
+    }
+}
