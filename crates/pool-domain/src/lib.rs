@@ -12,6 +12,7 @@ pub mod health;
 pub mod id;
 pub mod lifecycle;
 pub mod mask;
+pub mod reserve;
 pub mod tick;
 
 pub use backoff::{Backoff, BackoffPolicy};

@@ -157,3 +157,32 @@ impl Event {
         }
     }
 }
+
+/// Where events go: a bounded channel; what does not fit is counted, never waited for.
+#[derive(Debug, Clone)]
+pub struct EventSink {
+    tx: tokio::sync::mpsc::Sender<Event>,
+    lost: std::sync::Arc<std::sync::atomic::AtomicU64>,
+}
+
+impl EventSink {
+    /// A sink and its other end.
+    #[must_use]
+    pub fn channel() -> (Self, tokio::sync::mpsc::Receiver<Event>) {
+        let (tx, rx) = tokio::sync::mpsc::channel(1024);
+        (Self { tx, lost: std::sync::Arc::default() }, rx)
+    }
+
+    /// Tells, or counts a loss.
+    pub fn send(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {
+        if self.tx.try_send(Event { key: key.clone(), generation, kind }).is_err() {
+            self.lost.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    /// Events that did not fit.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.lost.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}

@@ -1,13 +1,22 @@
 //! Drivers, conductors and the steward: they carry out what `pool-domain` decides, over ports that adapters implement.
 #![forbid(unsafe_code)]
 
+pub mod admission;
+pub mod clock;
+mod conductor;
 pub mod control;
+mod driver;
 pub mod events;
+mod lease_desk;
+mod manager;
 pub mod ports;
 pub mod snapshot;
 pub mod spec;
+mod steward;
 
+pub use clock::Clock;
 pub use control::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 pub use events::{Event, EventKind};
+pub use manager::{BuildError, Builder, PoolManager};
 pub use snapshot::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 pub use spec::{Activation, PoolSpec, Workload};

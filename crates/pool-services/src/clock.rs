@@ -1,0 +1,51 @@
+//! The one clock.
+
+use std::time::{Duration, SystemTime};
+
+use pool_domain::Tick;
+use tokio::time::Instant;
+
+/// Tokio's clock as ticks, so that paused tests drive it, and the wall clock for display.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    origin: Instant,
+    boot_ms: u64,
+    wall: SystemTime,
+}
+
+impl Clock {
+    /// A clock that starts at `boot_ms` milliseconds of boot time.
+    #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock, for display")]
+    pub fn starting_at(boot_ms: u64) -> Self {
+        Self { origin: Instant::now(), boot_ms, wall: SystemTime::now() }
+    }
+
+    /// Now.
+    #[must_use]
+    pub fn now(&self) -> Tick {
+        Tick(self.boot_ms) + self.origin.elapsed()
+    }
+
+    /// Now, for people.
+    #[must_use]
+    pub fn wall(&self) -> SystemTime {
+        self.wall + self.origin.elapsed()
+    }
+
+    /// The wall time of a tick of this boot.
+    #[must_use]
+    pub fn wall_of(&self, tick: Tick) -> SystemTime {
+        self.wall + Duration::from_millis(tick.0.saturating_sub(self.boot_ms))
+    }
+
+    /// Sleeps until a tick; for ever without one.
+    pub async fn sleep_until(&self, tick: Option<Tick>) {
+        match tick {
+            Some(t) => {
+                tokio::time::sleep_until(self.origin + Duration::from_millis(t.0.saturating_sub(self.boot_ms))).await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+}

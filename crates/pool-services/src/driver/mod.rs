@@ -1,0 +1,380 @@
+//! The driver of a replica: the only writer of its lifecycle. It feeds events to [`pool_domain::lifecycle::Replica`]
+//! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
+
+mod tell;
+mod work;
+
+use std::sync::Arc;
+
+use pool_domain::lifecycle::{Action, Command, Event, Fact, Policy, Replica, State, Wait};
+use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::admission::Admission;
+use crate::clock::Clock;
+use crate::events::EventSink;
+use crate::ports::{
+    EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Handoff, ModelStore, PreparedEngine, ResolvedModel,
+    RunningEngine, StateLedger,
+};
+use crate::snapshot::ReplicaSnapshot;
+use crate::spec::PoolSpec;
+
+/// The ports, shared by every task.
+#[derive(Debug, Clone)]
+pub(crate) struct Ports {
+    /// GPUs.
+    pub(crate) gpu: Arc<dyn GpuProbe>,
+    /// Models.
+    pub(crate) models: Arc<dyn ModelStore>,
+    /// Engine plans.
+    pub(crate) provisioner: Arc<dyn EngineProvisioner>,
+    /// Engine processes.
+    pub(crate) host: Arc<dyn EngineHost>,
+    /// Engine answers.
+    pub(crate) probe: Arc<dyn EngineProbe>,
+    /// Durable facts.
+    pub(crate) ledger: Arc<dyn StateLedger>,
+}
+
+/// What a start needs from the node.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Want {
+    pub(crate) generation: Generation,
+    pub(crate) mask: DeviceMask,
+    pub(crate) bytes: u64,
+    /// An engine run by somebody else needs neither devices nor a port.
+    pub(crate) external: bool,
+}
+
+/// What the steward gave.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Grant {
+    pub(crate) generation: Generation,
+    pub(crate) devices: ResolvedMask,
+    pub(crate) listen: Option<std::net::SocketAddr>,
+    pub(crate) bytes: u64,
+}
+
+/// Commands from above.
+#[derive(Debug)]
+pub(crate) enum DriverCommand {
+    Verb(Command),
+    Grant(Grant),
+    Deny(Generation, Denied),
+}
+
+/// Why the steward gave nothing.
+#[derive(Debug)]
+pub(crate) enum Denied {
+    Wait(Wait),
+    Never(Failure),
+}
+
+/// What conductor and steward see of a replica.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Published {
+    pub(crate) snapshot: ReplicaSnapshot,
+    pub(crate) state: State,
+    pub(crate) wants: Option<Want>,
+}
+
+/// Results of work, told to the driver.
+#[derive(Debug)]
+pub(crate) enum Report {
+    Fact(Fact),
+    Staged(ResolvedModel),
+    Preflighted,
+    Prepared(PreparedEngine),
+    Launched(Arc<dyn RunningEngine>),
+    Checked(Fact),
+}
+
+/// What the current attempt has gathered.
+#[derive(Debug, Default)]
+struct Attempt {
+    model: Option<ResolvedModel>,
+    want: Option<Want>,
+    grant: Option<Grant>,
+    prepared: Option<PreparedEngine>,
+    engine: Option<Arc<dyn RunningEngine>>,
+}
+
+/// Handoff work that has to happen in order, after the state was published.
+enum Scribe {
+    Publish,
+    Withdraw,
+}
+
+/// Everything a driver is made of.
+pub(crate) struct DriverParts {
+    pub(crate) key: ReplicaKey,
+    pub(crate) spec: Arc<PoolSpec>,
+    pub(crate) ports: Ports,
+    pub(crate) clock: Clock,
+    pub(crate) seed: u64,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) commands: mpsc::Receiver<DriverCommand>,
+    pub(crate) published: watch::Sender<Published>,
+    /// Rung at every change: the pool's conductor and the node's steward.
+    pub(crate) bells: [Arc<Notify>; 2],
+    pub(crate) events: EventSink,
+    pub(crate) generation: Generation,
+}
+
+pub(crate) struct Driver {
+    key: ReplicaKey,
+    spec: Arc<PoolSpec>,
+    policy: Policy,
+    replica: Replica,
+    ports: Ports,
+    clock: Clock,
+    rng: fastrand::Rng,
+    admission: Arc<Admission>,
+    commands: mpsc::Receiver<DriverCommand>,
+    reports_tx: mpsc::Sender<(Generation, Report)>,
+    reports: mpsc::Receiver<(Generation, Report)>,
+    published: watch::Sender<Published>,
+    bells: [Arc<Notify>; 2],
+    events: EventSink,
+    attempt: Attempt,
+    work: CancellationToken,
+    scribe: Vec<Scribe>,
+    last_check: Option<pool_domain::Tick>,
+    attempt_began: pool_domain::Tick,
+}
+
+/// What the first picture of a replica shows.
+pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
+    let replica = Replica::new(generation);
+    Published {
+        snapshot: ReplicaSnapshot {
+            id: key.replica,
+            generation,
+            state: replica.state.code(),
+            reason_code: "",
+            reason: String::new(),
+            live: false,
+            ready: false,
+            draining: false,
+            endpoint: None,
+            pid: None,
+            device_mask: String::new(),
+            engine_version: String::new(),
+            slots_total: 0,
+            active_leases: 0,
+            restart_count: 0,
+            breaker: replica.breaker.code(),
+            backoff_failures: 0,
+            next_start_in_ms: None,
+            proof: "",
+            first_unit_ms: None,
+            last_error: None,
+            consecutive_failures: 0,
+            last_check_at: None,
+            vram_reserved: 0,
+        },
+        state: replica.state,
+        wants: None,
+    }
+}
+
+impl Driver {
+    pub(crate) fn new(parts: DriverParts) -> Self {
+        let (reports_tx, reports) = mpsc::channel(64);
+        let now = parts.clock.now();
+        Self {
+            policy: parts.spec.policy,
+            replica: Replica::new(parts.generation),
+            key: parts.key,
+            spec: parts.spec,
+            ports: parts.ports,
+            clock: parts.clock,
+            rng: fastrand::Rng::with_seed(parts.seed),
+            admission: parts.admission,
+            commands: parts.commands,
+            reports_tx,
+            reports,
+            published: parts.published,
+            bells: parts.bells,
+            events: parts.events,
+            attempt: Attempt::default(),
+            work: CancellationToken::new(),
+            scribe: Vec::new(),
+            last_check: None,
+            attempt_began: now,
+        }
+    }
+
+    /// Runs until nobody can command it any more and nothing runs.
+    pub(crate) async fn run(mut self) {
+        let mut commanded = true;
+        loop {
+            let deadline = self.replica.next_deadline(&self.policy);
+            let draining = matches!(self.replica.state, State::Draining { .. });
+            tokio::select! {
+                biased;
+                report = self.reports.recv() => {
+                    if let Some((generation, report)) = report { self.report(generation, report); }
+                }
+                command = self.commands.recv(), if commanded => match command {
+                    Some(command) => self.command(command),
+                    None => {
+                        commanded = false;
+                        let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: pool_domain::lifecycle::OnDeadline::Force };
+                        self.step(Event::Command(stop));
+                    }
+                },
+                () = self.admission.drained(), if draining => {
+                    self.step(Event::Engine(self.replica.generation, Fact::LeasesDone));
+                }
+                () = self.clock.sleep_until(deadline) => self.step(Event::Timer),
+            }
+            self.publish();
+            self.write_handoffs().await;
+            if !commanded && self.replica.state.at_rest() {
+                return;
+            }
+        }
+    }
+
+    fn command(&mut self, command: DriverCommand) {
+        match command {
+            DriverCommand::Verb(command) => self.step(Event::Command(command)),
+            DriverCommand::Grant(grant) if self.wants(grant.generation) => {
+                self.attempt.want = None;
+                self.prepare(&grant);
+                self.attempt.grant = Some(grant);
+            }
+            DriverCommand::Deny(generation, denied) if self.wants(generation) => {
+                self.attempt.want = None;
+                let fact = match denied {
+                    Denied::Wait(wait) => Fact::Blocked(wait),
+                    Denied::Never(failure) => Fact::Unstartable(failure),
+                };
+                self.step(Event::Engine(generation, fact));
+            }
+            // An answer to a question that was withdrawn.
+            DriverCommand::Grant(_) | DriverCommand::Deny(..) => {}
+        }
+    }
+
+    fn wants(&self, generation: Generation) -> bool {
+        self.attempt.want.as_ref().is_some_and(|w| w.generation == generation)
+    }
+
+    fn report(&mut self, generation: Generation, report: Report) {
+        if generation != self.replica.generation {
+            // A late launch cannot happen: its generation stays current until the launch was answered.
+            return;
+        }
+        let fact = match report {
+            Report::Fact(fact) => fact,
+            Report::Staged(model) => {
+                self.attempt.model = Some(model);
+                Fact::Staged
+            }
+            Report::Preflighted => {
+                if matches!(self.replica.state, State::Preparing { .. }) {
+                    self.attempt.want = Some(self.want());
+                }
+                return;
+            }
+            Report::Prepared(prepared) => {
+                self.attempt.prepared = Some(prepared);
+                Fact::Prepared
+            }
+            Report::Launched(engine) => {
+                self.watch_exit(Arc::clone(&engine));
+                self.attempt.engine = Some(engine);
+                Fact::Launched
+            }
+            Report::Checked(fact) => {
+                self.last_check = Some(self.clock.now());
+                fact
+            }
+        };
+        self.step(Event::Engine(generation, fact));
+    }
+
+    fn step(&mut self, event: Event) {
+        let before = tell::Before::of(&self.replica);
+        let now = self.clock.now();
+        let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
+        self.tell(&before, now);
+        for action in actions {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::Stage => self.stage(),
+            Action::Prepare => self.preflight(),
+            Action::Launch => self.launch(),
+            Action::WatchStart => self.watch_start(),
+            Action::Prove => self.prove(),
+            Action::WatchHealth => self.watch_health(),
+            Action::CancelWork => {
+                self.work.cancel();
+                self.attempt.want = None;
+            }
+            Action::OpenAdmission => {
+                let slots = self.replica.state.proof().map_or(0, |p| p.slots);
+                self.admission.open(self.replica.generation, slots);
+                self.scribe.push(Scribe::Publish);
+            }
+            Action::CloseAdmission => self.admission.close(),
+            Action::RevokeLeases => self.admission.revoke(),
+            Action::Terminate => {
+                self.scribe.push(Scribe::Withdraw);
+                if let Some(e) = &self.attempt.engine {
+                    e.terminate();
+                }
+            }
+            Action::Kill => {
+                self.scribe.push(Scribe::Withdraw);
+                if let Some(e) = &self.attempt.engine {
+                    e.kill();
+                }
+            }
+            Action::AwaitGone => self.await_gone(),
+            // Nothing sends `Command::Adopt` in this version: engines do not outlive the daemon yet.
+            Action::Adopt => {
+                let failure = Failure::new(pool_domain::FailureClass::Config, "this version adopts nothing");
+                self.send(Report::Fact(Fact::NotAdopted(failure)));
+            }
+        }
+    }
+
+    /// Tells consumers, after the state was published, so that a slow disk delays nobody.
+    async fn write_handoffs(&mut self) {
+        for entry in std::mem::take(&mut self.scribe) {
+            let done = match (entry, self.handoff()) {
+                (Scribe::Publish, Some(handoff)) => self.ports.ledger.publish_handoff(&handoff).await,
+                (Scribe::Publish, None) => Ok(()),
+                (Scribe::Withdraw, _) => self.ports.ledger.withdraw_handoff(&self.key).await,
+            };
+            if let Err(e) = done {
+                tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "handoff file not written");
+            }
+        }
+    }
+
+    fn handoff(&self) -> Option<Handoff> {
+        let (prepared, grant) = (self.attempt.prepared.as_ref()?, self.attempt.grant.as_ref()?);
+        let proof = self.replica.state.proof()?;
+        Some(Handoff {
+            key: self.key.clone(),
+            generation: self.replica.generation,
+            endpoint: prepared.endpoint.url(),
+            engine: self.spec.engine.to_string(),
+            engine_version: prepared.engine_version.clone(),
+            model: proof.model.clone(),
+            device_mask: grant.devices.to_cuda_visible_devices(),
+            slots: proof.slots,
+            vram: grant.bytes,
+        })
+    }
+}

@@ -1,0 +1,163 @@
+//! What a driver tells others: its picture and its events.
+
+use pool_domain::lifecycle::{Replica, State, Wait};
+use pool_domain::{Failure, Tick};
+
+use super::{Driver, Published};
+use crate::events::EventKind;
+use crate::snapshot::{LastError, ReplicaSnapshot};
+
+/// What is compared before and after a step.
+pub(super) struct Before {
+    state: State,
+    breaker: &'static str,
+    failure: Option<(Tick, Failure)>,
+}
+
+impl Before {
+    pub(super) fn of(r: &Replica) -> Self {
+        Self { state: r.state.clone(), breaker: r.breaker.code(), failure: r.last_failure.clone() }
+    }
+}
+
+impl Driver {
+    fn emit(&self, kind: EventKind) {
+        self.events.send(&self.key, self.replica.generation, kind);
+    }
+
+    pub(super) fn tell(&self, before: &Before, now: Tick) {
+        let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
+        let nth = r.backoff.failures().max(1);
+        if let Some((at, failure)) = &r.last_failure
+            && before.failure.as_ref() != Some(&(*at, failure.clone()))
+            && *at == now
+        {
+            self.emit(EventKind::EngineFailed { failure: failure.clone(), nth });
+        }
+        if from != to {
+            self.emit(EventKind::StateChanged { from, to });
+        } else if matches!((&before.state, &r.state), (State::Starting { launch: a, .. }, State::Starting { launch: b, .. }) if a != b)
+        {
+            self.emit(EventKind::Started);
+        }
+        match (&before.state, &r.state) {
+            (State::Draining { since, on_deadline, .. }, State::Ready { .. }) => {
+                let outcome =
+                    if *on_deadline == pool_domain::lifecycle::OnDeadline::Abort { "aborted" } else { "resumed" };
+                self.emit(EventKind::DrainEnded { outcome, took: now.since(*since) });
+            }
+            (State::Draining { since, deadline, .. }, State::Stopping { .. }) => {
+                let outcome = if now >= *deadline && self.admission.in_use() > 0 { "forced" } else { "drained" };
+                self.emit(EventKind::DrainEnded { outcome, took: now.since(*since) });
+            }
+            (State::Warming { .. }, State::Ready { .. }) => {
+                self.emit(EventKind::BecameReady { took: now.since(self.attempt_began) });
+            }
+            (_, State::Draining { deadline, .. }) if from != to => {
+                let leases = u32::from(self.admission.in_use());
+                self.emit(EventKind::DrainStarted { leases, deadline: deadline.since(now) });
+            }
+            (_, State::Waiting { why: Wait::Backoff { until }, .. }) if from != to => {
+                if let Some((_, failure)) = &r.last_failure {
+                    self.emit(EventKind::RestartPlanned { delay: until.since(now), failure: failure.clone(), nth });
+                }
+            }
+            (_, State::Fenced { .. }) if from != to => self.emit(EventKind::Fenced),
+            (State::Stopping { .. } | State::Fenced { .. }, _) if from != to => self.emit(EventKind::Stopped),
+            _ => {}
+        }
+        match (before.breaker, r.breaker.code()) {
+            (a, b) if a == b => {}
+            (_, "open") => {
+                let pause = r.breaker.open_until().map_or_else(Default::default, |u| u.since(now));
+                self.emit(EventKind::BreakerOpened { pause });
+            }
+            (_, "half_open") => self.emit(EventKind::BreakerHalfOpen),
+            (_, _) => self.emit(EventKind::BreakerClosed),
+        }
+    }
+
+    pub(super) fn publish(&self) {
+        let next = Published {
+            snapshot: self.snapshot(),
+            state: self.replica.state.clone(),
+            wants: self.attempt.want.clone(),
+        };
+        let changed = self.published.send_if_modified(|p| {
+            let changed = *p != next;
+            *p = next;
+            changed
+        });
+        if changed {
+            for bell in &self.bells {
+                bell.notify_one();
+            }
+        }
+    }
+
+    fn snapshot(&self) -> ReplicaSnapshot {
+        let (r, now) = (&self.replica, self.clock.now());
+        let (reason_code, reason) = reason(&r.state, r.last_failure.as_ref());
+        let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
+        let live = r.state.live();
+        ReplicaSnapshot {
+            id: self.key.replica,
+            generation: r.generation,
+            state: r.state.code(),
+            reason_code,
+            reason,
+            live,
+            ready: r.state.ready(),
+            draining: matches!(r.state, State::Draining { .. }),
+            endpoint: prepared.filter(|_| live).map(|p| p.endpoint.url()),
+            pid: self.attempt.engine.as_ref().filter(|_| live).and_then(|e| e.pid()),
+            device_mask: grant.map(|g| g.devices.to_cuda_visible_devices()).unwrap_or_default(),
+            engine_version: prepared.map(|p| p.engine_version.clone()).unwrap_or_default(),
+            slots_total: r.state.proof().map_or(0, |p| u32::from(p.slots)),
+            active_leases: u32::from(self.admission.in_use()),
+            restart_count: r.restarts,
+            breaker: r.breaker.code(),
+            backoff_failures: r.backoff.failures(),
+            next_start_in_ms: match &r.state {
+                State::Waiting { why, .. } => {
+                    why.until().map(|u| u64::try_from(u.since(now).as_millis()).unwrap_or(u64::MAX))
+                }
+                _ => None,
+            },
+            proof: r.state.proof().map_or("", |p| p.residency),
+            first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
+            last_error: r.last_failure.as_ref().map(|(at, f)| LastError {
+                class: f.class.clone(),
+                detail: f.detail.clone(),
+                at: self.clock.wall_of(*at),
+            }),
+            consecutive_failures: r.state.misses(),
+            last_check_at: self.last_check.map(|t| self.clock.wall_of(t)),
+            vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes),
+        }
+    }
+}
+
+fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, String) {
+    let failed = || last.map_or((state.code(), String::new()), |(_, f)| (f.class.code(), f.detail.clone()));
+    match state {
+        State::Waiting { why: why @ (Wait::Backoff { .. } | Wait::Breaker { .. }), .. } => {
+            (why.code(), format!("{why}; {}", last.map(|(_, f)| f.to_string()).unwrap_or_default()))
+        }
+        State::Waiting { why, .. } => (why.code(), why.to_string()),
+        State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
+        State::Suspect { .. } => failed(),
+        State::Stopping { then, .. } => match then {
+            pool_domain::lifecycle::Then::Idle => ("stop", "stopping because it was asked to".into()),
+            _ => failed(),
+        },
+        State::Fenced { .. } => ("fenced", "something of the engine may be left".into()),
+        State::Staging { .. } => ("staging", "making the model present".into()),
+        State::Preparing { .. } => ("preparing", "checking the engine and reserving devices".into()),
+        State::Starting { .. } => ("starting", "the engine does not serve yet".into()),
+        State::Warming { .. } => ("warming", "the engine has not proved yet that it serves".into()),
+        State::Draining { .. } => ("draining", "waiting for leases to end".into()),
+        State::Adopting { .. } => ("adopting", "looking at an engine found at boot".into()),
+        State::Idle | State::Ready { .. } => ("", String::new()),
+    }
+}

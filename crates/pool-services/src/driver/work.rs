@@ -1,0 +1,284 @@
+//! The work of an attempt, each piece in a task of its own that reports with its generation.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_domain::lifecycle::{Fact, Proof, Wait};
+use pool_domain::{Failure, FailureClass};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Attempt, Driver, Grant, Report, Want};
+use crate::ports::{Endpoint, Listener, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
+
+/// Between two looks at a starting engine: readiness must be seen within 100 ms, and a look costs a loopback request.
+const LOOK_FAST: Duration = Duration::from_millis(10);
+/// For engines that take long.
+const LOOK_SLOW: Duration = Duration::from_millis(50);
+
+/// Bytes a model needs on a device when nobody said: its file plus a margin of 5 %, at least 512 MiB
+/// (the margin of the memory planner). KV cache is not estimated yet.
+fn estimate(model: &ResolvedModel) -> u64 {
+    const MARGIN: u64 = 512 << 20;
+    match &model.local_path {
+        Some(_) => model.bytes + MARGIN.max(model.bytes / 20),
+        None => 0,
+    }
+}
+
+impl Driver {
+    pub(super) fn send(&self, report: Report) {
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
+        tokio::spawn(async move {
+            // The driver holds the receiver for as long as it lives.
+            let _ = tx.send((generation, report)).await;
+        });
+    }
+
+    /// Runs `work` until it is done or the attempt is cancelled.
+    fn run_work(&self, work: impl Future<Output = Report> + Send + 'static) {
+        let (tx, generation, cancelled) = (self.reports_tx.clone(), self.replica.generation, self.work.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                () = cancelled.cancelled() => {}
+                report = work => { let _ = tx.send((generation, report)).await; }
+            }
+        });
+    }
+
+    pub(super) fn stage(&mut self) {
+        self.work.cancel();
+        self.work = CancellationToken::new();
+        self.attempt = Attempt::default();
+        self.attempt_began = self.clock.now();
+        let (models, reference) = (Arc::clone(&self.ports.models), self.spec.model.clone());
+        self.run_work(async move {
+            match models.ensure_present(&reference).await {
+                Ok(model) => Report::Staged(model),
+                Err(failure) => Report::Fact(Fact::Unstartable(failure)),
+            }
+        });
+    }
+
+    pub(super) fn preflight(&mut self) {
+        let (provisioner, spec) = (Arc::clone(&self.ports.provisioner), Arc::clone(&self.spec));
+        self.run_work(async move {
+            match provisioner.preflight(&spec).await {
+                Ok(()) => Report::Preflighted,
+                Err(failure) => Report::Fact(Fact::Unstartable(failure)),
+            }
+        });
+    }
+
+    pub(super) fn want(&self) -> Want {
+        Want {
+            generation: self.replica.generation,
+            mask: self.spec.mask_of(self.key.replica.0).clone(),
+            bytes: self.spec.vram.unwrap_or_else(|| self.attempt.model.as_ref().map_or(0, estimate)),
+            external: self.ports.provisioner.external(&self.spec).is_some(),
+        }
+    }
+
+    pub(super) fn prepare(&mut self, grant: &Grant) {
+        let Some(model) = self.attempt.model.clone() else { return };
+        let Some(listen) = grant.listen.or_else(|| self.ports.provisioner.external(&self.spec)) else { return };
+        let request = PrepareRequest { spec: (*self.spec).clone(), model, devices: grant.devices.clone(), listen };
+        let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
+        let (key, generation) = (self.key.clone(), self.replica.generation);
+        self.run_work(async move {
+            // Intent is durable before a spawn; without it no generation may run.
+            if let Err(e) = ledger.intend(&key, generation).await {
+                tracing::error!(pool_id = %key.pool, error = %e, "the state directory cannot be written");
+                let detail = "the state directory cannot be written".to_owned();
+                return Report::Fact(Fact::Blocked(Wait::Devices { detail }));
+            }
+            match provisioner.prepare(&request).await {
+                Ok(prepared) => Report::Prepared(prepared),
+                Err(failure) => Report::Fact(Fact::Unstartable(failure)),
+            }
+        });
+    }
+
+    /// Not cancellable: a launch that was begun is always answered, so that what it brings can be stopped.
+    pub(super) fn launch(&mut self) {
+        let Some(prepared) = self.attempt.prepared.clone() else { return };
+        let (host, key, generation) = (Arc::clone(&self.ports.host), self.key.clone(), self.replica.generation);
+        let tx = self.reports_tx.clone();
+        tokio::spawn(async move {
+            let addr = prepared.endpoint.addr;
+            let report = if prepared.entry.is_some() && !host.port_free(addr) {
+                let failure = Failure::new(FailureClass::PortConflict, format!("port {} is taken", addr.port()));
+                Report::Fact(Fact::LaunchFailed(failure))
+            } else {
+                match host.launch(&key, generation, &prepared).await {
+                    Ok(engine) => Report::Launched(engine),
+                    Err(failure) => Report::Fact(Fact::LaunchFailed(failure)),
+                }
+            };
+            let _ = tx.send((generation, report)).await;
+        });
+    }
+
+    pub(super) fn watch_exit(&self, engine: Arc<dyn RunningEngine>) {
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
+        tokio::spawn(async move {
+            let failure = engine.exited().await;
+            let _ = tx.send((generation, Report::Fact(Fact::Exited(failure)))).await;
+        });
+    }
+
+    pub(super) fn await_gone(&self) {
+        let (tx, generation, engine) = (self.reports_tx.clone(), self.replica.generation, self.attempt.engine.clone());
+        tokio::spawn(async move {
+            if let Some(engine) = engine {
+                engine.gone().await;
+            }
+            let _ = tx.send((generation, Report::Fact(Fact::Gone))).await;
+        });
+    }
+
+    fn running(&self) -> Option<(Arc<dyn RunningEngine>, Endpoint)> {
+        let prepared = self.attempt.prepared.as_ref()?;
+        Some((Arc::clone(self.attempt.engine.as_ref()?), prepared.endpoint.clone()))
+    }
+
+    pub(super) fn watch_start(&mut self) {
+        let Some((engine, endpoint)) = self.running() else { return };
+        let probe = Arc::clone(&self.ports.probe);
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
+        self.run_work(async move {
+            let began = Instant::now();
+            let (mut seen, mut told) = ((0, None), None::<Instant>);
+            loop {
+                let up = probe.up(&endpoint).await;
+                let loading = match &up {
+                    // Something answers; whether it is the right thing, the proof decides.
+                    Up::Serving | Up::Wrong(_) => return Report::Fact(Fact::Serving),
+                    Up::Loading(progress) => *progress,
+                    Up::Refused | Up::Failed(_) => None,
+                };
+                let now_seen = (engine.progress(), loading);
+                if now_seen != seen && told.is_none_or(|t| t.elapsed() >= Duration::from_secs(1)) {
+                    (seen, told) = (now_seen, Some(Instant::now()));
+                    let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
+                }
+                tokio::time::sleep(if began.elapsed() < Duration::from_secs(5) { LOOK_FAST } else { LOOK_SLOW }).await;
+            }
+        });
+    }
+
+    pub(super) fn prove(&mut self) {
+        let Some((engine, endpoint)) = self.running() else { return };
+        let ports = self.ports.clone();
+        let devices = self.attempt.grant.as_ref().map(|g| g.devices.uuids.clone()).unwrap_or_default();
+        let (slots, external) = (self.spec.slots, engine.pid().is_none());
+        self.run_work(async move {
+            match prove(&ports, &engine, &endpoint, &devices, external).await {
+                Ok(mut proof) => {
+                    proof.slots = if proof.slots == 0 { slots } else { proof.slots };
+                    Report::Fact(Fact::Proved(proof))
+                }
+                Err(failure) => Report::Fact(Fact::Unproved(failure)),
+            }
+        });
+    }
+
+    pub(super) fn watch_health(&mut self) {
+        let Some((_, endpoint)) = self.running() else { return };
+        let (probe, admission, policy) =
+            (Arc::clone(&self.ports.probe), Arc::clone(&self.admission), self.policy.health);
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
+        // A drain that was given up starts this again: the earlier watch must end first.
+        self.work.cancel();
+        self.work = CancellationToken::new();
+        let cancelled = self.work.clone();
+        tokio::spawn(async move {
+            let watch = async {
+                loop {
+                    tokio::time::sleep(policy.interval).await;
+                    let check = async {
+                        match probe.up(&endpoint).await {
+                            Up::Serving => {}
+                            other => {
+                                let detail = format!("health check: {other:?}").chars().take(200).collect::<String>();
+                                return Err(Failure::new(FailureClass::Health, detail));
+                            }
+                        }
+                        // Only an idle engine is asked to decode: busy is not dead.
+                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await.unwrap_or(0) == 0;
+                        if idle { probe.work(&endpoint).await } else { Ok(()) }
+                    };
+                    let fact = match tokio::time::timeout(policy.timeout, check).await {
+                        Ok(Ok(())) => Fact::Healthy,
+                        Ok(Err(failure)) => Fact::Missed(failure),
+                        Err(_) => Fact::Missed(Failure::new(
+                            FailureClass::Hang,
+                            "it answers health checks but does not decode in time",
+                        )),
+                    };
+                    if tx.send((generation, Report::Checked(fact))).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::select! {
+                () = cancelled.cancelled() => {}
+                () = watch => {}
+            }
+        });
+    }
+}
+
+/// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices.
+async fn prove(
+    ports: &super::Ports,
+    engine: &Arc<dyn RunningEngine>,
+    endpoint: &Endpoint,
+    devices: &[String],
+    external: bool,
+) -> Result<Proof, Failure> {
+    match engine.listener(endpoint.addr) {
+        Listener::Own => {}
+        Listener::Foreign => {
+            let detail = format!("port {} belongs to another process", endpoint.addr.port());
+            return Err(Failure::new(FailureClass::PortConflict, detail));
+        }
+        Listener::None => {
+            return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
+        }
+    }
+    if let Up::Wrong(what) = ports.probe.up(endpoint).await {
+        return Err(Failure::new(FailureClass::WrongServer, what));
+    }
+    let identity = ports.probe.identify(endpoint).await?;
+    let began = Instant::now();
+    ports.probe.work(endpoint).await?;
+    let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let residency = if external { "served" } else { residency(ports, engine, devices).await? };
+    Ok(Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms })
+}
+
+async fn residency(
+    ports: &super::Ports,
+    engine: &Arc<dyn RunningEngine>,
+    devices: &[String],
+) -> Result<&'static str, Failure> {
+    let (holders, code) = match ports.gpu.residency().await {
+        Residency::Provable(h) => (h, "vram"),
+        Residency::Simulated(h) => (h, "simulated"),
+        Residency::Unknown(why) => return Err(Failure::new(FailureClass::DriverError, why)),
+    };
+    let pids = engine.pids();
+    let ours: Vec<_> = holders.iter().filter(|h| pids.contains(&h.pid)).collect();
+    if let Some(h) = ours.iter().find(|h| !devices.contains(&h.uuid)) {
+        return Err(Failure::new(
+            FailureClass::MaskBreach,
+            format!("it holds memory on {}, which it was not given", h.uuid),
+        ));
+    }
+    if code == "vram" && devices.iter().any(|d| !ours.iter().any(|h| h.uuid == *d)) {
+        return Err(Failure::new(FailureClass::CpuFallback, "it holds no memory on a GPU it was given"));
+    }
+    Ok(code)
+}

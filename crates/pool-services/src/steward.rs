@@ -1,0 +1,180 @@
+//! The steward of the node: the only writer of what pools share, reservations and ports. Replicas publish what they
+//! want; it answers each with a grant, a whole mask or nothing, or with a denial that says why.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_domain::lifecycle::{Command, State, Wait};
+use pool_domain::reserve::{Refusal, place};
+use pool_domain::{Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
+use tokio::sync::{Notify, mpsc, watch};
+
+use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
+use crate::ports::{EngineHost, Inventory};
+
+/// Blocked replicas are looked at again after this long even if nothing was heard: ports are freed silently.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// What one replica holds.
+#[derive(Debug, Clone, PartialEq)]
+struct Reservation {
+    generation: Generation,
+    devices: ResolvedMask,
+    bytes: u64,
+    port: Option<u16>,
+}
+
+/// One replica as the steward sees it.
+pub(crate) struct Ward {
+    pub(crate) key: ReplicaKey,
+    pub(crate) published: watch::Receiver<Published>,
+    pub(crate) commands: mpsc::WeakSender<DriverCommand>,
+}
+
+impl Ward {
+    async fn tell(&self, command: DriverCommand) {
+        if let Some(commands) = self.commands.upgrade() {
+            let _ = commands.send(command).await;
+        }
+    }
+}
+
+/// Bytes promised by us on each device, by UUID.
+pub(crate) type Promised = BTreeMap<String, u64>;
+
+pub(crate) struct Steward {
+    pub(crate) wards: Vec<Ward>,
+    pub(crate) inventory: watch::Receiver<Inventory>,
+    pub(crate) host: Arc<dyn EngineHost>,
+    pub(crate) listen: IpAddr,
+    pub(crate) ports: RangeInclusive<u16>,
+    pub(crate) bell: Arc<Notify>,
+    pub(crate) promised: watch::Sender<Promised>,
+}
+
+impl Steward {
+    /// Runs until every driver is gone.
+    pub(crate) async fn run(mut self) {
+        let mut book: BTreeMap<ReplicaKey, Reservation> = BTreeMap::new();
+        let mut next_port = *self.ports.start();
+        let mut look_again = tokio::time::interval(LOOK_AGAIN);
+        let mut inventory_lives = true;
+        while self.wards.is_empty() || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
+            let retry = tokio::select! {
+                () = self.bell.notified() => false,
+                changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); true }
+                _ = look_again.tick() => true,
+            };
+            let inventory = self.inventory.borrow_and_update().clone();
+            let freed = self.free(&mut book);
+            self.promised.send_if_modified(|p| {
+                let next = promised(&book);
+                let changed = *p != next;
+                *p = next;
+                changed
+            });
+            if freed || retry {
+                self.unblock().await;
+            }
+            for i in 0..self.wards.len() {
+                let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
+                if book.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
+                    continue; // answered; the driver has not published that yet
+                }
+                let answer = self.decide(&want, &inventory, &book, &mut next_port);
+                let command = match answer {
+                    Ok(grant) => {
+                        let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
+                        book.insert(
+                            self.wards[i].key.clone(),
+                            Reservation { generation: want.generation, devices, bytes: want.bytes, port },
+                        );
+                        DriverCommand::Grant(grant)
+                    }
+                    Err(denied) => DriverCommand::Deny(want.generation, denied),
+                };
+                // The driver never waits for the steward, so this cannot deadlock.
+                self.wards[i].tell(command).await;
+            }
+            self.promised.send_replace(promised(&book));
+        }
+    }
+
+    /// Takes back what nobody holds any more.
+    fn free(&self, book: &mut BTreeMap<ReplicaKey, Reservation>) -> bool {
+        let before = book.len();
+        for ward in &self.wards {
+            let published = ward.published.borrow();
+            if let Some(r) = book.get(&ward.key) {
+                let newer = published.snapshot.generation > r.generation;
+                if newer || (published.snapshot.generation == r.generation && !published.state.holds_reservation()) {
+                    book.remove(&ward.key);
+                }
+            }
+        }
+        book.len() != before
+    }
+
+    async fn unblock(&self) {
+        for ward in &self.wards {
+            let blocked = matches!(
+                ward.published.borrow().state,
+                State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }
+            );
+            if blocked {
+                ward.tell(DriverCommand::Verb(Command::Unblocked)).await;
+            }
+        }
+    }
+
+    fn decide(
+        &self,
+        want: &Want,
+        inventory: &Inventory,
+        book: &BTreeMap<ReplicaKey, Reservation>,
+        next_port: &mut u16,
+    ) -> Result<Grant, Denied> {
+        let (generation, bytes) = (want.generation, want.bytes);
+        if want.external {
+            return Ok(Grant { generation, devices: ResolvedMask::default(), listen: None, bytes: 0 });
+        }
+        if inventory.devices.is_empty() {
+            let detail = inventory.problem.clone().unwrap_or_else(|| "the node has no GPU".into());
+            return Err(Denied::Wait(Wait::Devices { detail }));
+        }
+        let promised = promised(book);
+        let devices = place(&want.mask, bytes, &inventory.devices, |u| promised.get(u).copied().unwrap_or(0)).map_err(
+            |r| match r {
+                Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
+                Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
+                Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
+                Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
+            },
+        )?;
+        let taken: Vec<u16> = book.values().filter_map(|r| r.port).collect();
+        let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
+        for _ in 0..count {
+            let port = *next_port;
+            *next_port = if port >= *self.ports.end() { *self.ports.start() } else { port + 1 };
+            let addr = SocketAddr::new(self.listen, port);
+            if !taken.contains(&port) && self.host.port_free(addr) {
+                return Ok(Grant { generation, devices, listen: Some(addr), bytes });
+            }
+        }
+        let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
+        Err(Denied::Wait(Wait::Devices { detail }))
+    }
+}
+
+fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {
+    let mut sum = Promised::new();
+    for r in book.values() {
+        for u in &r.devices.uuids {
+            *sum.entry(u.clone()).or_default() += r.bytes;
+        }
+    }
+    sum
+}

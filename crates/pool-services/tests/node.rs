@@ -1,0 +1,312 @@
+//! Whole nodes of fakes on paused time.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::time::Duration;
+
+use pool_domain::failure::Exit;
+use pool_domain::lifecycle::OnDeadline;
+use pool_domain::{Failure, FailureClass, PoolId};
+use pool_services::ports::{Holder, Listener, Residency};
+use pool_services::{Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot};
+use pool_testkit::{FakeNode, gpu, spec};
+use tokio::time::Instant;
+
+const LONG: Duration = Duration::from_secs(36_000);
+
+/// Waits, level-triggered and bounded, until the pool looks as wanted.
+async fn until(m: &PoolManager, id: &PoolId, wanted: impl Fn(&PoolSnapshot) -> bool) -> PoolSnapshot {
+    let mut seen = m.pool(id).await.unwrap();
+    let end = Instant::now() + LONG;
+    while !wanted(&seen) {
+        assert!(Instant::now() < end, "never came: {seen:#?}");
+        seen = m.wait_pool(id, seen.snapshot, Duration::from_secs(3_600)).await.unwrap();
+    }
+    seen
+}
+
+fn state(s: &PoolSnapshot) -> &'static str {
+    s.replicas[0].state
+}
+
+#[tokio::test(start_paused = true)]
+async fn ready_only_with_a_proof_and_a_handoff_while_it_stands() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let warming = until(&m, &id, PoolSnapshot::live).await;
+    assert!(!warming.ready() && node.ledger.handoffs().is_empty());
+    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unready(_))));
+    let ready = until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!((ready.replicas[0].proof, ready.replicas[0].slots_total), ("simulated", 4));
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert_eq!(node.ledger.handoffs()[0].model, "tiny");
+    assert!(m.shutdown(LONG).await);
+    assert!(node.ledger.handoffs().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn healthy_but_never_decoding_is_never_ready() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| {
+        assert!(!s.ready());
+        s.last_error().is_some()
+    })
+    .await;
+    assert_eq!(failed.last_error().unwrap().class, FailureClass::StartTimeout);
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_model_is_the_wrong_server_and_another_process_a_port_conflict() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.model = Some("other".into()));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| s.last_error().is_some()).await;
+    assert_eq!(failed.last_error().unwrap().class, FailureClass::WrongServer);
+    node.engines.script(|s| {
+        s.model = None;
+        s.listener = Listener::Foreign;
+    });
+    let failed = until(&m, &id, |s| s.last_error().unwrap().class == FailureClass::PortConflict).await;
+    assert_eq!(failed.replicas[0].backoff_failures, 1, "a stolen port is not counted");
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_on_a_device_it_was_not_given_is_a_breach() {
+    let node = FakeNode::default();
+    node.gpus.set_residency(Residency::Simulated(vec![Holder { uuid: gpu(1, 0).uuid, pid: 0, bytes: 1 }]));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| state(s) == "failed").await;
+    assert_eq!(failed.last_error().unwrap().class, FailureClass::MaskBreach);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_memory_on_its_device_is_a_fall_back_to_the_cpu() {
+    let node = FakeNode::default();
+    node.gpus.set_residency(Residency::Provable(Vec::new()));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| state(s) == "failed").await;
+    assert_eq!(failed.last_error().unwrap().class, FailureClass::CpuFallback);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crash_loop_backs_off_opens_the_breaker_and_tries_once_half_open() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.crash_after = Some(Duration::ZERO));
+    let (m, mut events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, |s| s.replicas[0].reason_code == "breaker").await;
+    let gaps = |node: &FakeNode| {
+        let at = node.engines.launches();
+        at.windows(2).map(|w| (w[1].0 - w[0].0).as_secs_f64()).collect::<Vec<_>>()
+    };
+    for (gap, v) in gaps(&node).iter().zip([1.0, 2.0, 4.0, 8.0]) {
+        assert!((v / 2.0..=v + 0.1).contains(gap), "{:?}", gaps(&node));
+    }
+    assert_eq!(node.engines.launches().len(), 5);
+    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unavailable { .. })));
+    let open_again = until(&m, &id, |s| s.replicas[0].generation.0 == 6 && s.replicas[0].breaker == "open").await;
+    assert_eq!(node.engines.launches().len(), 6, "half-open tries once: {open_again:?}");
+    assert!((29.0..31.0).contains(&gaps(&node)[4]));
+    node.engines.script(|s| s.crash_after = None);
+    until(&m, &id, |s| s.ready() && s.replicas[0].breaker == "closed").await;
+    let mut told = Vec::new();
+    while let Ok(e) = events.try_recv() {
+        assert!(e.human().chars().count() <= 100);
+        told.push(e.code());
+    }
+    for code in
+        ["restart_planned", "breaker_opened", "breaker_half_open", "breaker_closed", "engine_failed", "became_ready"]
+    {
+        assert!(told.contains(&code), "{code} was not told");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_killed_engine_comes_back_with_a_higher_generation() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let first = until(&m, &id, PoolSnapshot::ready).await;
+    let (_, guard) = m.allocate_lease(&id).unwrap();
+    node.engines.crash_all();
+    let down = until(&m, &id, |s| !s.ready()).await;
+    assert_eq!(down.last_error().unwrap().class, FailureClass::Crash(Exit::Signal(9)));
+    assert!(!guard.valid());
+    let again = until(&m, &id, PoolSnapshot::ready).await;
+    assert!(again.replicas[0].generation > first.replicas[0].generation);
+    drop(guard);
+    assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 0);
+    assert_eq!(again.replicas[0].restart_count, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hang_is_seen_within_45_s() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    node.engines.script(|s| s.decodes = false);
+    let began = Instant::now();
+    until(&m, &id, |s| state(s) == "suspect").await;
+    let ended = until(&m, &id, |s| s.last_error().is_some() && !s.live()).await;
+    assert!(began.elapsed() <= Duration::from_secs(45), "{:?}", began.elapsed());
+    assert_eq!(ended.last_error().unwrap().class, FailureClass::Hang);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_started_before_the_child_of_a_dead_engine_is_gone() {
+    let node = FakeNode::default();
+    node.engines.script(|s| {
+        s.leaves_child = true;
+        s.killable = false;
+    });
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    node.engines.crash_all();
+    until(&m, &id, |s| state(s) == "fenced").await;
+    tokio::time::sleep(LONG).await;
+    assert_eq!((state(&m.pool(&id).await.unwrap()), node.engines.launches().len()), ("fenced", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn drain_with_three_stuck_leases_ends_in_time() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.obeys_term = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let guards: Vec<_> = (0..3).map(|_| m.allocate_lease(&id).unwrap()).collect();
+    let began = Instant::now();
+    let options = DrainOptions { deadline: Some(Duration::from_secs(2)), on_deadline: Some(OnDeadline::Force) };
+    let op = m.drain(&id, options).await.unwrap();
+    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Draining)));
+    let done = m.wait_operation(&op.id, LONG).await.unwrap();
+    assert_eq!(done.state, OperationState::Succeeded("drained".into()));
+    assert!(began.elapsed() <= Duration::from_secs(4), "{:?}", began.elapsed());
+    assert_eq!(node.engines.signals(), (1, 1));
+    assert!(guards.iter().all(|(_, g)| !g.valid()));
+    // The hold stands until a person lifts it.
+    tokio::time::sleep(LONG).await;
+    let rested = m.pool(&id).await.unwrap();
+    assert_eq!((state(&rested), rested.hold), ("idle", true));
+    m.resume(&id).await.unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn resume_cancels_a_running_drain_and_abort_gives_up() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let generation = until(&m, &id, PoolSnapshot::ready).await.replicas[0].generation;
+    let (_, guard) = m.allocate_lease(&id).unwrap();
+    let op = m.drain(&id, DrainOptions::default()).await.unwrap();
+    until(&m, &id, PoolSnapshot::draining).await;
+    m.resume(&id).await.unwrap();
+    let back = until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!((back.replicas[0].generation, back.hold, guard.valid()), (generation, false, true));
+    assert!(matches!(m.operation(&op.id).await.unwrap().state, OperationState::Failed(_)));
+    let abort = DrainOptions { deadline: Some(Duration::from_secs(1)), on_deadline: Some(OnDeadline::Abort) };
+    let op = m.drain(&id, abort).await.unwrap();
+    let done = m.wait_operation(&op.id, LONG).await.unwrap();
+    assert!(matches!(done.state, OperationState::Failed(_)), "{done:?}");
+    assert!(m.pool(&id).await.unwrap().ready());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends_as_soon_as_the_last_lease_does() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let (_, guard) = m.allocate_lease(&id).unwrap();
+    let op = m.drain(&id, DrainOptions::default()).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(m.operation(&op.id).await.unwrap().state, OperationState::Running);
+    drop(guard);
+    let began = Instant::now();
+    m.wait_operation(&op.id, LONG).await.unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_port_taken_waits_and_says_so_and_a_free_one_is_taken() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.taken_ports = (42_000..=42_999).collect());
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let waiting = until(&m, &id, |s| state(s) == "waiting").await;
+    assert!(waiting.replicas[0].reason.contains("42000-42999"), "{}", waiting.replicas[0].reason);
+    assert!(node.engines.launches().is_empty());
+    node.engines.script(|s| s.taken_ports = (42_000..=42_998).collect());
+    let ready = until(&m, &id, PoolSnapshot::ready).await;
+    assert!(ready.replicas[0].endpoint.as_ref().unwrap().ends_with(":42999"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_is_never_promised_twice_and_a_device_that_comes_back_is_used() {
+    let node = FakeNode::default();
+    node.gpus.change(|i| i.devices = vec![gpu(0, 10 << 30)]);
+    let big = |id: &str| pool_services::PoolSpec { vram: Some(6 << 30), ..spec(id) };
+    let (m, _events) = node.manage(vec![big("a"), big("b")]).await;
+    let (a, b): (PoolId, PoolId) = ("a".parse().unwrap(), "b".parse().unwrap());
+    until(&m, &a, |s| s.ready() || state(s) == "waiting").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let both = [m.pool(&a).await.unwrap(), m.pool(&b).await.unwrap()];
+    assert_eq!(both.iter().filter(|s| s.ready()).count(), 1);
+    let waiting = both.iter().find(|s| !s.ready()).unwrap();
+    assert_eq!(waiting.replicas[0].reason_code, "vram");
+    node.gpus.change(|i| i.devices.push(gpu(1, 10 << 30)));
+    until(&m, &waiting.pool_id, PoolSnapshot::ready).await;
+    assert!(m.node().await.unwrap().devices.iter().all(|(_, ours)| *ours == 6 << 30));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_state_directory_that_cannot_be_written_starts_nothing() {
+    let node = FakeNode::default();
+    node.ledger.set_broken(true);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let waiting = until(&m, &id, |s| state(s) == "waiting").await;
+    assert!(waiting.replicas[0].reason.contains("state directory") && node.engines.launches().is_empty());
+    node.ledger.set_broken(false);
+    until(&m, &id, PoolSnapshot::ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_on_demand_pool_starts_when_somebody_asks() {
+    let node = FakeNode::default();
+    let (m, _events) =
+        node.manage(vec![pool_services::PoolSpec { activation: Activation::OnDemand, ..spec("chat") }]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    tokio::time::sleep(LONG).await;
+    assert_eq!(state(&m.pool(&id).await.unwrap()), "idle");
+    assert!(matches!(m.lease(&id, LONG).await, Err(ControlError::Unready(_))));
+    until(&m, &id, PoolSnapshot::ready).await;
+    let lease = m.lease(&id, Duration::from_secs(60)).await.unwrap();
+    assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 1);
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 0, "an expired lease is free");
+    m.release(&lease.id).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_failed_stage_launches_nothing_and_preload_tries_again() {
+    let node = FakeNode::default();
+    node.models.fail(Some(Failure::new(FailureClass::Artifact, "the model file is missing")));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| state(s) == "failed").await;
+    assert!(failed.replicas[0].reason.contains("missing") && node.engines.launches().is_empty());
+    node.models.fail(None);
+    let op = m.preload(&id).await.unwrap();
+    let done = m.wait_operation(&op.id, LONG).await.unwrap();
+    assert_eq!(done.state, OperationState::Succeeded("ready".into()));
+}

@@ -1,0 +1,271 @@
+//! Engines that do what a script says.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pool_domain::failure::Exit;
+use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
+use pool_services::ports::{
+    Endpoint, EngineHost, EngineProbe, EngineProvisioner, Identity, Listener, PrepareRequest, PreparedEngine,
+    RunningEngine, Up,
+};
+use pool_services::spec::PoolSpec;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// How engines behave, from the next launch on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Script {
+    /// Preflight fails with this.
+    pub preflight: Option<Failure>,
+    /// The launch fails with this.
+    pub launch: Option<Failure>,
+    /// Time until it serves.
+    pub load: Duration,
+    /// Whether it ever serves.
+    pub serves: bool,
+    /// Whether it decodes.
+    pub decodes: bool,
+    /// Model it says it serves; unset = the right one.
+    pub model: Option<String>,
+    /// Whose socket listens.
+    pub listener: Listener,
+    /// It crashes this long after its launch.
+    pub crash_after: Option<Duration>,
+    /// Whether it ends when asked.
+    pub obeys_term: bool,
+    /// Whether something outlives its main process until it is killed.
+    pub leaves_child: bool,
+    /// Whether it can be killed at all.
+    pub killable: bool,
+    /// Ports that are taken.
+    pub taken_ports: Vec<u16>,
+}
+
+impl Default for Script {
+    fn default() -> Self {
+        Self {
+            preflight: None,
+            launch: None,
+            load: Duration::from_millis(100),
+            serves: true,
+            decodes: true,
+            model: None,
+            listener: Listener::Own,
+            crash_after: None,
+            obeys_term: true,
+            leaves_child: false,
+            killable: true,
+            taken_ports: Vec::new(),
+        }
+    }
+}
+
+/// One launched fake.
+#[derive(Debug)]
+struct FakeEngine {
+    script: Script,
+    began: Instant,
+    pid: u32,
+    exit: watch::Sender<Option<Exit>>,
+    gone: watch::Sender<bool>,
+    terms: AtomicU64,
+    kills: AtomicU64,
+}
+
+/// The engine ports, faked together because they speak of the same engines.
+#[derive(Debug, Default)]
+pub struct FakeEngines {
+    script: Mutex<Script>,
+    by_addr: Mutex<BTreeMap<SocketAddr, Arc<FakeEngine>>>,
+    launches: Mutex<Vec<(Instant, Generation)>>,
+    count: AtomicU64,
+}
+
+fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl FakeEngines {
+    /// Changes the script for later launches and questions.
+    pub fn script(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut lock(&self.script));
+    }
+
+    /// When launches happened and of which generation.
+    #[must_use]
+    pub fn launches(&self) -> Vec<(Instant, Generation)> {
+        lock(&self.launches).clone()
+    }
+
+    fn at(&self, addr: SocketAddr) -> Option<Arc<FakeEngine>> {
+        lock(&self.by_addr).get(&addr).filter(|e| e.exit.borrow().is_none()).cloned()
+    }
+
+    /// Ends every running main process, as SIGKILL from outside would.
+    pub fn crash_all(&self) {
+        for e in lock(&self.by_addr).values() {
+            e.end(Exit::Signal(9));
+        }
+    }
+
+    /// TERM and KILL signals that engines have received so far.
+    #[must_use]
+    pub fn signals(&self) -> (u64, u64) {
+        lock(&self.by_addr)
+            .values()
+            .fold((0, 0), |(t, k), e| (t + e.terms.load(Ordering::Relaxed), k + e.kills.load(Ordering::Relaxed)))
+    }
+}
+
+impl FakeEngine {
+    fn end(&self, exit: Exit) {
+        self.exit.send_if_modified(|e| {
+            let first = e.is_none();
+            if first {
+                *e = Some(exit);
+            }
+            first
+        });
+        if !self.script.leaves_child {
+            self.gone.send_replace(true);
+        }
+    }
+}
+
+#[async_trait]
+impl RunningEngine for FakeEngine {
+    fn pid(&self) -> Option<u32> {
+        Some(self.pid)
+    }
+    fn pids(&self) -> Vec<u32> {
+        vec![self.pid]
+    }
+    async fn exited(&self) -> Failure {
+        let mut exit = self.exit.subscribe();
+        let crash = async {
+            match self.script.crash_after {
+                Some(d) => tokio::time::sleep_until(self.began + d).await,
+                None => std::future::pending().await,
+            }
+        };
+        let ended = async { exit.wait_for(Option::is_some).await.ok().and_then(|e| *e).unwrap_or(Exit::Unknown) };
+        tokio::select! {
+            e = ended => Failure::crash(e),
+            () = crash => { self.end(Exit::Code(1)); Failure::crash(Exit::Code(1)) }
+        }
+    }
+    async fn gone(&self) {
+        let _ = self.gone.subscribe().wait_for(|g| *g).await;
+    }
+    fn terminate(&self) {
+        self.terms.fetch_add(1, Ordering::Relaxed);
+        if self.script.obeys_term {
+            self.end(Exit::Code(0));
+        }
+    }
+    fn kill(&self) {
+        self.kills.fetch_add(1, Ordering::Relaxed);
+        if self.script.killable {
+            self.end(Exit::Signal(9));
+            self.gone.send_replace(true);
+        }
+    }
+    fn progress(&self) -> u64 {
+        0
+    }
+    fn listener(&self, _: SocketAddr) -> Listener {
+        self.script.listener
+    }
+}
+
+#[async_trait]
+impl EngineProvisioner for FakeEngines {
+    async fn preflight(&self, _: &PoolSpec) -> Result<(), Failure> {
+        lock(&self.script).preflight.clone().map_or(Ok(()), Err)
+    }
+    fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
+        None
+    }
+    async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
+        Ok(PreparedEngine {
+            entry: Some("/fake/engine".into()),
+            args: Vec::new(),
+            env: Vec::new(),
+            endpoint: Endpoint {
+                addr: request.listen,
+                kind: "fake",
+                model: request.model.id.clone(),
+                model_path: None,
+                workload: request.spec.workload,
+            },
+            engine_version: "1".into(),
+        })
+    }
+}
+
+#[async_trait]
+impl EngineHost for FakeEngines {
+    fn port_free(&self, addr: SocketAddr) -> bool {
+        !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
+    }
+    async fn launch(
+        &self,
+        _: &ReplicaKey,
+        generation: Generation,
+        engine: &PreparedEngine,
+    ) -> Result<Arc<dyn RunningEngine>, Failure> {
+        let script = lock(&self.script).clone();
+        lock(&self.launches).push((Instant::now(), generation));
+        if let Some(f) = script.launch {
+            return Err(f);
+        }
+        let pid = u32::try_from(self.count.fetch_add(1, Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let fake = Arc::new(FakeEngine {
+            script,
+            began: Instant::now(),
+            pid,
+            exit: watch::Sender::new(None),
+            gone: watch::Sender::new(false),
+            terms: AtomicU64::new(0),
+            kills: AtomicU64::new(0),
+        });
+        lock(&self.by_addr).insert(engine.endpoint.addr, Arc::clone(&fake));
+        Ok(fake)
+    }
+}
+
+#[async_trait]
+impl EngineProbe for FakeEngines {
+    async fn up(&self, endpoint: &Endpoint) -> Up {
+        match self.at(endpoint.addr) {
+            Some(e) if e.script.serves && e.began.elapsed() >= e.script.load => Up::Serving,
+            Some(_) => Up::Loading(None),
+            None => Up::Refused,
+        }
+    }
+    async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure> {
+        let said =
+            self.at(endpoint.addr).and_then(|e| e.script.model.clone()).unwrap_or_else(|| endpoint.model.clone());
+        if said == endpoint.model {
+            Ok(Identity { model: said, slots: 4, version: None })
+        } else {
+            Err(Failure::new(FailureClass::WrongServer, format!("it serves {said}")))
+        }
+    }
+    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+        // Asked of the script, not of the launch, so that a running engine can be told to hang.
+        if lock(&self.script).decodes && self.at(endpoint.addr).is_some() {
+            Ok(())
+        } else {
+            std::future::pending().await
+        }
+    }
+    async fn busy(&self, _: &Endpoint) -> Option<u16> {
+        Some(0)
+    }
+}

@@ -1,0 +1,195 @@
+//! GPUs, models and durable facts that exist in memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::{DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelRef, PoolId, ReplicaKey};
+use pool_services::ports::{
+    GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
+};
+use pool_services::spec::{Activation, PoolSpec, Workload};
+use tokio::sync::watch;
+
+/// A healthy GPU with `vram` bytes.
+#[must_use]
+pub fn gpu(index: u32, vram: u64) -> DeviceSnapshot {
+    DeviceSnapshot {
+        uuid: format!("GPU-51000000-0000-4000-8000-{index:012}"),
+        index,
+        name: "Fake GPU".into(),
+        pci_bus_id: None,
+        compute_capability: Some((8, 9)),
+        numa_node: None,
+        vram_total: vram,
+        vram_free: vram,
+        vram_used: 0,
+        vram_reserved: 0,
+        vram_foreign: 0,
+        utilisation: None,
+        health: DeviceHealth::Ok,
+        mig: None,
+        mig_parent: false,
+    }
+}
+
+/// A pool of one replica of `stub:tiny` that starts with the manager.
+///
+/// # Panics
+/// When `id` is no pool id.
+#[must_use]
+pub fn spec(id: &str) -> PoolSpec {
+    PoolSpec {
+        id: id.parse().expect("a pool id"),
+        model: ModelRef::Stub("tiny".into()),
+        engine: "stub".parse().expect("an engine name"),
+        args: Vec::new(),
+        version: String::new(),
+        workload: Workload::Generate,
+        devices: vec![DeviceMask::Auto],
+        replicas: 1,
+        activation: Activation::Preload,
+        context: None,
+        slots: 4,
+        vram: Some(1 << 30),
+        aliases: Vec::new(),
+        policy: Policy::default(),
+        drain_deadline: Duration::from_secs(30),
+        on_deadline: OnDeadline::Force,
+    }
+}
+
+/// GPUs whose inventory a test sets.
+#[derive(Debug)]
+pub struct FakeGpus {
+    inventory: watch::Sender<Inventory>,
+    residency: Mutex<Residency>,
+}
+
+impl FakeGpus {
+    /// With these devices.
+    #[must_use]
+    pub fn with(devices: Vec<DeviceSnapshot>) -> Self {
+        let inventory = Inventory { simulated: true, driver: None, devices, problem: None };
+        Self { inventory: watch::Sender::new(inventory), residency: Mutex::new(Residency::Simulated(Vec::new())) }
+    }
+
+    /// Changes the inventory.
+    pub fn change(&self, f: impl FnOnce(&mut Inventory)) {
+        self.inventory.send_modify(f);
+    }
+
+    /// Sets who holds memory.
+    pub fn set_residency(&self, residency: Residency) {
+        *self.residency.lock().unwrap_or_else(PoisonError::into_inner) = residency;
+    }
+}
+
+#[async_trait]
+impl GpuProbe for FakeGpus {
+    fn inventory(&self) -> watch::Receiver<Inventory> {
+        self.inventory.subscribe()
+    }
+    async fn residency(&self) -> Residency {
+        self.residency.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Models that are present, or fail as told.
+#[derive(Debug, Default)]
+pub struct FakeModels {
+    failure: Mutex<Option<Failure>>,
+}
+
+impl FakeModels {
+    /// Every later request fails with this, or succeeds again.
+    pub fn fail(&self, failure: Option<Failure>) {
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
+    }
+}
+
+#[async_trait]
+impl ModelStore for FakeModels {
+    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+        match self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            Some(f) => Err(f),
+            None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Facts {
+    generations: BTreeMap<ReplicaKey, Generation>,
+    held: BTreeSet<PoolId>,
+    handoffs: BTreeMap<ReplicaKey, Handoff>,
+    broken: bool,
+}
+
+/// Durable facts in memory; can be told to refuse writes.
+#[derive(Debug, Default)]
+pub struct FakeLedger {
+    facts: Mutex<Facts>,
+}
+
+impl FakeLedger {
+    fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether later writes fail, as on a full disk.
+    pub fn set_broken(&self, broken: bool) {
+        self.facts().broken = broken;
+    }
+
+    /// The handoffs that stand.
+    #[must_use]
+    pub fn handoffs(&self) -> Vec<Handoff> {
+        self.facts().handoffs.values().cloned().collect()
+    }
+
+    fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
+        let mut facts = self.facts();
+        if facts.broken {
+            return Err(LedgerError { what: "a fact", source: std::io::ErrorKind::StorageFull.into() });
+        }
+        f(&mut facts);
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl StateLedger for FakeLedger {
+    async fn last_generation(&self, key: &ReplicaKey) -> Generation {
+        self.facts().generations.get(key).copied().unwrap_or_default()
+    }
+    async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.generations.insert(key.clone(), generation);
+        })
+    }
+    async fn held(&self, pool: &PoolId) -> bool {
+        self.facts().held.contains(pool)
+    }
+    async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError> {
+        self.write(|f| {
+            if held {
+                f.held.insert(pool.clone());
+            } else {
+                f.held.remove(pool);
+            }
+        })
+    }
+    async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.handoffs.insert(handoff.key.clone(), handoff.clone());
+        })
+    }
+    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.handoffs.remove(key);
+        })
+    }
+}
