@@ -1,0 +1,246 @@
+//! `PoolControl` over HTTP. Embedded and remote are one switch.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use pool_domain::PoolId;
+use pool_services::control::Lease;
+use pool_services::{ControlError, DrainOptions, NodeSnapshot, Operation, PoolControl, PoolSnapshot};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+
+use crate::dto::{DrainBody, EmptyBody, LeaseBody, LeaseView, NodeView, OperationView, PoolView, Problem};
+
+/// Largest answer that is read.
+const MAX_ANSWER: usize = 16 * 1024 * 1024;
+/// Longest time for an answer that waits for nothing.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// A text that is no address of a daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("`{0}` is no address of a daemon: write http://HOST:PORT")]
+pub struct BadBaseUrl(pub String);
+
+/// A daemon, reached over HTTP.
+#[derive(Debug, Clone)]
+pub struct HttpControl {
+    base: String,
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+impl HttpControl {
+    /// A daemon at `base_url`, for example `http://127.0.0.1:9200`. Nothing is connected yet.
+    ///
+    /// # Errors
+    /// When it is not of that form. Only `http` is spoken.
+    pub fn new(base_url: &str) -> Result<Self, BadBaseUrl> {
+        let bad = || BadBaseUrl(base_url.to_owned());
+        let base = base_url.trim_end_matches('/');
+        let uri: Uri = base.parse().map_err(|_| bad())?;
+        let plain = matches!(uri.path(), "" | "/") && uri.query().is_none();
+        let named = uri.authority().is_some_and(|a| !a.as_str().contains('@') && !a.host().is_empty());
+        if uri.scheme_str() != Some("http") || !plain || !named {
+            return Err(bad());
+        }
+        Ok(Self { base: base.to_owned(), client: Client::builder(TokioExecutor::new()).build_http() })
+    }
+
+    fn unreachable(&self, why: &str) -> ControlError {
+        ControlError::Unreachable(format!(
+            "the daemon at {} {why}: is `pool-managerd serve` running, and is --server right?",
+            self.base
+        ))
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        wait: Duration,
+    ) -> Result<(StatusCode, Bytes), ControlError> {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let request = request
+            .body(Full::from(body.unwrap_or_default()))
+            .map_err(|_| ControlError::Unreachable(format!("`{path}` is no path")))?;
+        let exchange = async {
+            let response = self.client.request(request).await.map_err(|e| {
+                self.unreachable(if e.is_connect() { "does not take connections" } else { "broke the connection" })
+            })?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+            Ok((status, body.map_err(|_| self.unreachable("broke off its answer"))?.to_bytes()))
+        };
+        tokio::time::timeout(ANSWER.saturating_add(wait), exchange)
+            .await
+            .unwrap_or_else(|_| Err(self.unreachable("does not answer")))
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        wait: Duration,
+        subject: &str,
+    ) -> Result<Bytes, ControlError> {
+        let (status, bytes) = self.send(method, path, body, wait).await?;
+        if status.is_success() {
+            return Ok(bytes);
+        }
+        match serde_json::from_slice::<Problem>(&bytes) {
+            Ok(problem) => Err(problem.into_control(subject)),
+            Err(_) => Err(self.unreachable(&format!("answers {status} without a reason, so it may be something else"))),
+        }
+    }
+
+    fn read<T: DeserializeOwned>(&self, bytes: &[u8]) -> Result<T, ControlError> {
+        serde_json::from_slice(bytes)
+            .map_err(|_| self.unreachable("answers what this version does not understand, so it may be something else"))
+    }
+
+    fn convert<V, T>(&self, view: V) -> Result<T, ControlError>
+    where
+        T: TryFrom<V, Error = crate::dto::DtoError>,
+    {
+        T::try_from(view).map_err(|e| self.unreachable(&format!("answers what this version does not understand ({e})")))
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str, wait: Duration, subject: &str) -> Result<T, ControlError> {
+        let bytes = self.exchange(Method::GET, path, None, wait, subject).await?;
+        self.read(&bytes)
+    }
+
+    async fn post(&self, path: &str, body: &impl Serialize, subject: &str) -> Result<Bytes, ControlError> {
+        let body = serde_json::to_vec(body).map_err(|e| ControlError::Unreachable(e.to_string()))?;
+        self.exchange(Method::POST, path, Some(body), Duration::ZERO, subject).await
+    }
+
+    async fn verb(&self, id: &PoolId, verb: &str, body: &impl Serialize) -> Result<Operation, ControlError> {
+        let bytes = self.post(&format!("/v1/pools/{id}/{verb}"), body, id.as_str()).await?;
+        self.convert(self.read::<OperationView>(&bytes)?)
+    }
+
+    /// The node as it came over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn node_view(&self) -> Result<NodeView, ControlError> {
+        self.get("/v1/node", Duration::ZERO, "node").await
+    }
+
+    /// The pools as they came over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn pool_views(&self) -> Result<Vec<PoolView>, ControlError> {
+        self.get("/v1/pools", Duration::ZERO, "pools").await
+    }
+
+    /// One pool as it came over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn pool_view(&self, id: &PoolId) -> Result<PoolView, ControlError> {
+        self.get(&format!("/v1/pools/{id}"), Duration::ZERO, id.as_str()).await
+    }
+}
+
+/// An id as one path segment.
+fn segment(id: &str) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::with_capacity(id.len());
+    for (i, b) in id.bytes().enumerate() {
+        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_') || (b == b'.' && i > 0 && !id.starts_with('.')) {
+            out.push(char::from(b));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(out, "%{b:02X}");
+        }
+    }
+    out
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[async_trait]
+impl PoolControl for HttpControl {
+    async fn node(&self) -> Result<NodeSnapshot, ControlError> {
+        self.convert(self.node_view().await?)
+    }
+
+    async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError> {
+        self.pool_views().await?.into_iter().map(|p| self.convert(p)).collect()
+    }
+
+    async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError> {
+        self.convert(self.pool_view(id).await?)
+    }
+
+    async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
+        let path = format!("/v1/pools/{id}?wait_for_snapshot={after}&wait_ms={}", millis(wait));
+        let view: PoolView = self.get(&path, wait, id.as_str()).await?;
+        self.convert(view)
+    }
+
+    async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.verb(id, "preload", &EmptyBody {}).await
+    }
+
+    async fn drain(&self, id: &PoolId, options: DrainOptions) -> Result<Operation, ControlError> {
+        let body =
+            DrainBody { deadline_ms: options.deadline.map(millis), on_deadline: options.on_deadline.map(Into::into) };
+        self.verb(id, "drain", &body).await
+    }
+
+    async fn resume(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.verb(id, "resume", &EmptyBody {}).await
+    }
+
+    async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.verb(id, "stop", &EmptyBody {}).await
+    }
+
+    async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
+        self.post(&format!("/v1/pools/{id}/breaker/reset"), &EmptyBody {}, id.as_str()).await.map(drop)
+    }
+
+    async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
+        let views: Vec<OperationView> = self.get("/v1/operations", Duration::ZERO, "operations").await?;
+        views.into_iter().map(|o| self.convert(o)).collect()
+    }
+
+    async fn operation(&self, id: &str) -> Result<Operation, ControlError> {
+        let view: OperationView = self.get(&format!("/v1/operations/{}", segment(id)), Duration::ZERO, id).await?;
+        self.convert(view)
+    }
+
+    async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
+        let path = format!("/v1/operations/{}?wait_ms={}", segment(id), millis(wait));
+        let view: OperationView = self.get(&path, wait, id).await?;
+        self.convert(view)
+    }
+
+    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
+        let body = LeaseBody { ttl_ms: Some(millis(ttl)) };
+        let bytes = self.post(&format!("/v1/pools/{id}/leases"), &body, id.as_str()).await?;
+        self.convert(self.read::<LeaseView>(&bytes)?)
+    }
+
+    async fn release(&self, lease_id: &str) -> Result<(), ControlError> {
+        let path = format!("/v1/leases/{}", segment(lease_id));
+        self.exchange(Method::DELETE, &path, None, Duration::ZERO, lease_id).await.map(drop)
+    }
+}

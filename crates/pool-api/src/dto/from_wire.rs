@@ -1,0 +1,211 @@
+//! From wire values to inner values, for the client.
+
+use std::time::SystemTime;
+
+use pool_domain::failure::Exit;
+use pool_domain::lifecycle::State;
+use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
+use pool_services::control::Lease;
+use pool_services::snapshot::LastError;
+use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
+use thiserror::Error;
+
+use super::{DeviceView, LastErrorView, LeaseView, NodeView, OperationView, PoolView, ReplicaView};
+
+/// An answer that is well formed but means nothing here.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{field}: {message}")]
+pub struct DtoError {
+    /// The field.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+fn wrong(field: &'static str, text: &str) -> DtoError {
+    DtoError { field, message: format!("`{text}` is unknown here") }
+}
+
+fn time(field: &'static str, text: &str) -> Result<SystemTime, DtoError> {
+    humantime::parse_rfc3339(text).map_err(|_| DtoError { field, message: format!("`{text}` is no RFC 3339 time") })
+}
+
+fn pool_id(text: &str) -> Result<PoolId, DtoError> {
+    text.parse().map_err(|_| wrong("pool_id", text))
+}
+
+fn replica_id(text: &str) -> Result<ReplicaId, DtoError> {
+    text.strip_prefix('r').and_then(|n| n.parse().ok()).map(ReplicaId).ok_or_else(|| wrong("replica_id", text))
+}
+
+/// The word as this program knows it; a newer daemon's words become `unknown`.
+fn word(text: &str, known: &[&[&'static str]]) -> &'static str {
+    if text.is_empty() {
+        return "";
+    }
+    known.iter().flat_map(|k| k.iter()).find(|k| **k == text).copied().unwrap_or("unknown")
+}
+
+const REASONS: &[&str] = &["backoff", "breaker", "devices", "vram", "hold", "fenced", "draining", "stopping"];
+const BREAKERS: &[&str] = &["closed", "open", "half_open"];
+const PROOFS: &[&str] = &["vram", "simulated", "served"];
+
+fn class(text: &str) -> Result<FailureClass, DtoError> {
+    use FailureClass as C;
+    Ok(match text {
+        "crash" => C::Crash(Exit::Unknown),
+        "host_oom" => C::HostOom,
+        "vram_oom" => C::VramOom,
+        "hang" => C::Hang,
+        "start_timeout" => C::StartTimeout,
+        "health" => C::Health,
+        "driver_error" => C::DriverError,
+        "gpu_lost" => C::GpuLost,
+        "cpu_fallback" => C::CpuFallback,
+        "mask_breach" => C::MaskBreach,
+        "wrong_server" => C::WrongServer,
+        "port_conflict" => C::PortConflict,
+        "artifact" => C::Artifact,
+        "config" => C::Config,
+        _ => return Err(wrong("last_error.class", text)),
+    })
+}
+
+impl TryFrom<LastErrorView> for LastError {
+    type Error = DtoError;
+    fn try_from(e: LastErrorView) -> Result<Self, DtoError> {
+        Ok(Self { class: class(&e.class)?, detail: e.detail, at: time("last_error.at", &e.at)? })
+    }
+}
+
+impl TryFrom<ReplicaView> for ReplicaSnapshot {
+    type Error = DtoError;
+    fn try_from(r: ReplicaView) -> Result<Self, DtoError> {
+        Ok(Self {
+            id: replica_id(&r.replica_id)?,
+            generation: Generation(r.generation),
+            state: word(&r.state, &[&State::CODES]),
+            reason_code: word(&r.reason_code, &[REASONS, &FailureClass::CODES, &State::CODES]),
+            reason: r.reason,
+            live: r.live,
+            ready: r.ready,
+            draining: r.draining,
+            endpoint: r.endpoint,
+            pid: r.pid,
+            device_mask: r.device_mask,
+            engine_version: r.engine_version,
+            slots_total: r.slots_total,
+            active_leases: r.active_leases,
+            restart_count: r.restart_count,
+            breaker: word(&r.breaker, &[BREAKERS]),
+            backoff_failures: r.backoff.failures,
+            next_start_in_ms: r.backoff.next_start_in_ms,
+            proof: word(&r.proof, &[PROOFS]),
+            first_unit_ms: r.perf.first_token_ms,
+            last_error: r.last_error.map(TryInto::try_into).transpose()?,
+            consecutive_failures: r.consecutive_failures,
+            last_check_at: r.last_check_at.map(|t| time("last_check_at", &t)).transpose()?,
+            vram_reserved: r.vram_reserved_bytes,
+        })
+    }
+}
+
+impl TryFrom<PoolView> for PoolSnapshot {
+    type Error = DtoError;
+    fn try_from(p: PoolView) -> Result<Self, DtoError> {
+        Ok(Self {
+            pool_id: pool_id(&p.pool_id)?,
+            snapshot: p.snapshot,
+            revision: p.revision,
+            engine: p.engine,
+            model: p.model,
+            model_id: p.model_id,
+            aliases: p.aliases,
+            hold: p.hold,
+            replicas: p.replicas.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+fn capability(text: &str) -> Result<(u32, u32), DtoError> {
+    text.split_once('.')
+        .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)))
+        .ok_or_else(|| wrong("compute_capability", text))
+}
+
+impl TryFrom<DeviceView> for (DeviceSnapshot, u64) {
+    type Error = DtoError;
+    fn try_from(d: DeviceView) -> Result<Self, DtoError> {
+        let health = match d.health.as_str() {
+            "ok" => DeviceHealth::Ok,
+            "suspect" => DeviceHealth::Suspect(d.health_detail),
+            "fenced" => DeviceHealth::Fenced(d.health_detail),
+            "lost" => DeviceHealth::Lost(d.health_detail),
+            _ => DeviceHealth::Unknown(d.health_detail),
+        };
+        let device = DeviceSnapshot {
+            uuid: d.uuid,
+            index: d.index,
+            name: d.name,
+            pci_bus_id: d.pci_bus_id,
+            compute_capability: d.compute_capability.as_deref().map(capability).transpose()?,
+            numa_node: d.numa_node,
+            vram_total: d.vram_total_bytes,
+            vram_free: d.vram_free_bytes,
+            vram_used: d.vram_used_bytes,
+            vram_reserved: d.vram_driver_bytes,
+            vram_foreign: d.vram_foreign_bytes,
+            utilisation: d.utilisation_percent,
+            health,
+            mig: d.mig.map(|m| pool_domain::device::MigSlice { parent: m.parent, profile: m.profile, index: m.index }),
+            mig_parent: d.mig_parent,
+        };
+        Ok((device, d.vram_reserved_bytes))
+    }
+}
+
+impl TryFrom<NodeView> for NodeSnapshot {
+    type Error = DtoError;
+    fn try_from(n: NodeView) -> Result<Self, DtoError> {
+        Ok(Self {
+            simulated: n.simulated,
+            driver: n.driver,
+            devices: n.devices.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            problem: n.problem,
+        })
+    }
+}
+
+impl TryFrom<OperationView> for Operation {
+    type Error = DtoError;
+    fn try_from(o: OperationView) -> Result<Self, DtoError> {
+        let state = match o.state.as_str() {
+            "running" => OperationState::Running,
+            "succeeded" => OperationState::Succeeded(o.outcome.unwrap_or_default()),
+            "failed" => OperationState::Failed(o.problem.unwrap_or_default()),
+            other => return Err(wrong("state", other)),
+        };
+        Ok(Self {
+            id: o.operation_id,
+            verb: o.verb,
+            pool_id: pool_id(&o.pool_id)?,
+            state,
+            progress: o.progress,
+            started_at: time("started_at", &o.started_at)?,
+        })
+    }
+}
+
+impl TryFrom<LeaseView> for Lease {
+    type Error = DtoError;
+    fn try_from(l: LeaseView) -> Result<Self, DtoError> {
+        Ok(Self {
+            id: l.lease_id,
+            pool_id: pool_id(&l.pool_id)?,
+            replica_id: replica_id(&l.replica_id)?,
+            generation: Generation(l.generation),
+            endpoint: l.endpoint.url,
+            expires_at: time("expires_at", &l.expires_at)?,
+        })
+    }
+}

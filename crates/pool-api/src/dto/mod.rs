@@ -1,0 +1,324 @@
+//! What the API answers and what it takes. Times are RFC 3339, lengths `_ms`, sizes bytes.
+
+mod from_wire;
+mod problem;
+mod to_wire;
+
+use serde::{Deserialize, Serialize};
+
+use crate::spec::OnDeadlineText;
+
+pub use from_wire::DtoError;
+pub use problem::{Code, Problem};
+
+macro_rules! dtos {
+    ($($(#[$doc:meta])* $ty:ident { $($(#[$fdoc:meta])* $field:ident: $fty:ty,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+        #[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
+        pub struct $ty {
+            $($(#[$fdoc])* pub $field: $fty,)*
+        }
+    )*};
+}
+
+dtos! {
+    /// A failure and when it was.
+    LastErrorView {
+        /// Class as one word.
+        class: String,
+        /// What happened.
+        detail: String,
+        /// When.
+        at: String,
+    }
+    /// How far the backoff is.
+    BackoffView {
+        /// Failures it counts.
+        failures: u32,
+        /// Until the next start, where one is planned.
+        next_start_in_ms: Option<u64>,
+    }
+    /// What was measured.
+    PerfView {
+        /// Time of the first token of the proof.
+        first_token_ms: Option<u64>,
+    }
+    /// One replica.
+    ReplicaView {
+        /// `r0`, `r1`, …
+        replica_id: String,
+        /// Current start attempt.
+        generation: u64,
+        /// State as one word.
+        state: String,
+        /// Reason in words.
+        reason: String,
+        /// Reason as one word, empty where there is none.
+        reason_code: String,
+        /// A process of this generation exists.
+        live: bool,
+        /// It proved that it serves.
+        ready: bool,
+        /// It is being drained.
+        draining: bool,
+        /// Where it is reached, while it runs.
+        endpoint: Option<String>,
+        /// Its main process.
+        pid: Option<u32>,
+        /// Its devices.
+        device_mask: String,
+        /// Engine version.
+        engine_version: String,
+        /// Requests it takes at once.
+        slots_total: u32,
+        /// Leases held.
+        active_leases: u32,
+        /// Starts after a failure.
+        restart_count: u64,
+        /// `closed`, `open` or `half_open`.
+        breaker: String,
+        /// How far the backoff is.
+        backoff: BackoffView,
+        /// `vram`, `simulated`, `served`; empty without a proof.
+        proof: String,
+        /// What was measured.
+        perf: PerfView,
+        /// Last failure.
+        last_error: Option<LastErrorView>,
+        /// Failed checks in a row.
+        consecutive_failures: u32,
+        /// Last check.
+        last_check_at: Option<String>,
+        /// Bytes reserved on each of its devices.
+        vram_reserved_bytes: u64,
+    }
+    /// One pool. Where a value belongs to a replica, it is that of the one that speaks for the pool: the first Ready
+    /// one, else the first.
+    PoolView {
+        /// Its name.
+        pool_id: String,
+        /// Number of this picture; it grows with every change.
+        snapshot: u64,
+        /// Revision of the spec.
+        revision: u64,
+        /// Where the spec comes from: `file`.
+        source: String,
+        /// Engine name.
+        engine: String,
+        /// Engine version, empty before it is known.
+        engine_version: String,
+        /// Short model name.
+        model_id: String,
+        /// Model reference.
+        model: String,
+        /// Other names of the model.
+        aliases: Vec<String>,
+        /// Mask of the replica that speaks for the pool.
+        device_mask: String,
+        /// UUIDs of every device in a resolved mask.
+        devices: Vec<String>,
+        /// Requests its Ready replicas take at once.
+        slots_total: u32,
+        /// Of these, free.
+        slots_free: u32,
+        /// Leases held.
+        active_leases: u32,
+        /// At least one process exists.
+        live: bool,
+        /// At least one replica is Ready.
+        ready: bool,
+        /// At least one replica is being drained.
+        draining: bool,
+        /// Demand does not wake it.
+        hold: bool,
+        /// State as one word.
+        state: String,
+        /// Reason in words.
+        reason: String,
+        /// Newest failure of any replica.
+        last_error: Option<LastErrorView>,
+        /// Newest check of any replica, milliseconds since 1970.
+        last_heartbeat_ms: Option<u64>,
+        /// Starts after a failure, over all replicas.
+        restart_count: u64,
+        /// `closed`, `open` or `half_open`.
+        breaker: String,
+        /// How far the backoff is.
+        backoff: BackoffView,
+        /// `vram`, `simulated`, `served`; empty without a proof.
+        proof: String,
+        /// What was measured.
+        perf: PerfView,
+        /// Its replicas.
+        replicas: Vec<ReplicaView>,
+    }
+    /// The health of one replica.
+    ReplicaHealthView {
+        /// `r0`, `r1`, …
+        replica_id: String,
+        /// A process exists.
+        live: bool,
+        /// It proved that it serves.
+        ready: bool,
+        /// It is being drained.
+        draining: bool,
+        /// State as one word.
+        state: String,
+        /// Reason in words.
+        reason: String,
+        /// Last check.
+        last_check_at: Option<String>,
+        /// Failed checks in a row.
+        consecutive_failures: u32,
+    }
+    /// The health of one pool.
+    HealthView {
+        /// At least one process exists.
+        live: bool,
+        /// At least one replica is Ready.
+        ready: bool,
+        /// At least one replica is being drained.
+        draining: bool,
+        /// State as one word.
+        state: String,
+        /// Reason in words.
+        reason: String,
+        /// Newest failure of any replica.
+        last_error: Option<LastErrorView>,
+        /// Last check of the replica that speaks for the pool.
+        last_check_at: Option<String>,
+        /// Its failed checks in a row.
+        consecutive_failures: u32,
+        /// Its replicas.
+        replicas: Vec<ReplicaHealthView>,
+    }
+    /// Where a MIG slice belongs.
+    MigView {
+        /// UUID of the GPU.
+        parent: String,
+        /// For example `1g.12gb`.
+        profile: String,
+        /// Place on the parent.
+        index: u32,
+    }
+    /// One GPU or MIG slice.
+    DeviceView {
+        /// `GPU-…` or `MIG-…`.
+        uuid: String,
+        /// Position in PCI bus order.
+        index: u32,
+        /// Product name.
+        name: String,
+        /// PCI bus id, where known.
+        pci_bus_id: Option<String>,
+        /// CUDA compute capability such as `8.9`, where known.
+        compute_capability: Option<String>,
+        /// NUMA node, where known.
+        numa_node: Option<u32>,
+        /// All memory.
+        vram_total_bytes: u64,
+        /// Free as the driver says.
+        vram_free_bytes: u64,
+        /// Used as the driver says.
+        vram_used_bytes: u64,
+        /// Reserved for our engines.
+        vram_reserved_bytes: u64,
+        /// Kept by driver and firmware.
+        vram_driver_bytes: u64,
+        /// Held by processes that are not ours.
+        vram_foreign_bytes: u64,
+        /// Compute utilisation in percent, where known.
+        utilisation_percent: Option<u32>,
+        /// `ok`, `suspect`, `fenced`, `lost` or `unknown`.
+        health: String,
+        /// Why, where it is not `ok`.
+        health_detail: String,
+        /// For a MIG slice: where it belongs.
+        mig: Option<MigView>,
+        /// A GPU split into slices.
+        mig_parent: bool,
+    }
+    /// The node.
+    NodeView {
+        /// Version of the daemon.
+        version: String,
+        /// `home` or `cloud`.
+        profile: String,
+        /// The devices exist only in a file.
+        simulated: bool,
+        /// Driver version.
+        driver: Option<String>,
+        /// Why there are no devices, or why this is old.
+        problem: Option<String>,
+        /// Devices.
+        devices: Vec<DeviceView>,
+    }
+    /// Something that takes a while.
+    OperationView {
+        /// Its name.
+        operation_id: String,
+        /// `preload`, `drain`, `resume` or `stop`.
+        verb: String,
+        /// The pool.
+        pool_id: String,
+        /// `running`, `succeeded` or `failed`.
+        state: String,
+        /// How far it is, in words.
+        progress: String,
+        /// How it ended, where it succeeded.
+        outcome: Option<String>,
+        /// Why it failed, where it did.
+        problem: Option<String>,
+        /// When it began.
+        started_at: String,
+    }
+    /// Where a lease is used.
+    EndpointView {
+        /// Base URL of the engine.
+        url: String,
+    }
+    /// The right to use one slot.
+    LeaseView {
+        /// Never used twice.
+        lease_id: String,
+        /// The pool.
+        pool_id: String,
+        /// The replica.
+        replica_id: String,
+        /// Its generation.
+        generation: u64,
+        /// Where to send requests.
+        endpoint: EndpointView,
+        /// When it ends by itself.
+        expires_at: String,
+    }
+}
+
+/// Body of `drain`. What is left out is as the pool's spec says.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct DrainBody {
+    /// Time for leases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// What happens then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_deadline: Option<OnDeadlineText>,
+}
+
+/// Body of `leases`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct LeaseBody {
+    /// After this it ends by itself: 1 ms to 24 h, 60 s when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
+}
+
+/// Body of a verb that takes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmptyBody {}

@@ -1,0 +1,198 @@
+//! Errors on the wire: `application/problem+json` (RFC 9457), and their way back.
+
+use std::time::Duration;
+
+use http::StatusCode;
+use pool_services::ControlError;
+use serde::{Deserialize, Serialize};
+
+/// An error as the API tells it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
+pub struct Problem {
+    /// `about:blank`: `code` is what tells problems apart.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The status in words.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// What happened, without paths, pids or environment.
+    pub detail: String,
+    /// For programs.
+    pub code: String,
+    /// Whether the same request can succeed later.
+    pub retriable: bool,
+    /// When to try again, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
+    /// What to do about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+macro_rules! codes {
+    ($($(#[$doc:meta])* $name:ident = $text:literal, $status:ident, $retriable:literal;)*) => {
+        /// The codes this version sends.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub enum Code {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Code {
+            /// Every code.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// The code on the wire.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+
+            /// Its status.
+            #[must_use]
+            pub fn status(self) -> StatusCode {
+                match self { $(Self::$name => StatusCode::$status,)* }
+            }
+
+            /// Whether the same request can succeed later.
+            #[must_use]
+            pub fn retriable(self) -> bool {
+                match self { $(Self::$name => $retriable,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    /// The request is not of the form.
+    InvalidParams = "INVALID_PARAMS", BAD_REQUEST, false;
+    /// The Host or Origin is not allowed.
+    ForbiddenHost = "FORBIDDEN_HOST", FORBIDDEN, false;
+    /// No such pool.
+    PoolNotFound = "POOL_NOT_FOUND", NOT_FOUND, false;
+    /// No such lease.
+    LeaseNotFound = "LEASE_NOT_FOUND", NOT_FOUND, false;
+    /// No such operation.
+    OperationNotFound = "OPERATION_NOT_FOUND", NOT_FOUND, false;
+    /// No such route.
+    NotFound = "NOT_FOUND", NOT_FOUND, false;
+    /// Not this method.
+    MethodNotAllowed = "METHOD_NOT_ALLOWED", METHOD_NOT_ALLOWED, false;
+    /// It contradicts what is going on.
+    Conflict = "CONFLICT", CONFLICT, false;
+    /// Every slot is taken.
+    PoolSaturated = "POOL_SATURATED", TOO_MANY_REQUESTS, true;
+    /// Nothing is ready.
+    PoolUnready = "POOL_UNREADY", SERVICE_UNAVAILABLE, true;
+    /// It is drained or held.
+    PoolDraining = "POOL_DRAINING", SERVICE_UNAVAILABLE, true;
+    /// The breaker is open.
+    PoolUnavailable = "POOL_UNAVAILABLE", SERVICE_UNAVAILABLE, true;
+    /// The daemon is starting or stopping.
+    Unavailable = "UNAVAILABLE", SERVICE_UNAVAILABLE, true;
+    /// A bug.
+    Internal = "INTERNAL", INTERNAL_SERVER_ERROR, false;
+}
+
+const SOON: Duration = Duration::from_secs(1);
+
+impl Problem {
+    /// A problem of this code.
+    pub fn new(code: Code, detail: impl Into<String>) -> Self {
+        Self {
+            kind: "about:blank".into(),
+            title: String::new(),
+            status: 0,
+            detail: detail.into(),
+            code: code.as_str().into(),
+            retriable: code.retriable(),
+            retry_after_ms: None,
+            hint: None,
+        }
+        .with_status(code.status())
+        .with_retry(code.retriable().then_some(SOON))
+    }
+
+    /// With another status than its code's.
+    #[must_use]
+    pub fn with_status(mut self, status: StatusCode) -> Self {
+        self.status = status.as_u16();
+        self.title = status.canonical_reason().unwrap_or_default().to_owned();
+        self
+    }
+
+    /// With a hint.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    fn with_retry(mut self, after: Option<Duration>) -> Self {
+        self.retry_after_ms = after.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// The inner error it stands for. `subject` is what was asked about.
+    #[must_use]
+    pub fn into_control(self, subject: &str) -> ControlError {
+        match self.code.as_str() {
+            "POOL_NOT_FOUND" => ControlError::PoolNotFound(subject.to_owned()),
+            "OPERATION_NOT_FOUND" => ControlError::OperationNotFound(subject.to_owned()),
+            "LEASE_NOT_FOUND" => ControlError::LeaseNotFound(subject.to_owned()),
+            "CONFLICT" => ControlError::Conflict(self.detail),
+            "POOL_SATURATED" => ControlError::Saturated,
+            "POOL_UNREADY" => ControlError::Unready(
+                self.detail.strip_prefix("the pool is not ready: ").map(str::to_owned).unwrap_or(self.detail),
+            ),
+            "POOL_DRAINING" => ControlError::Draining,
+            "POOL_UNAVAILABLE" => ControlError::Unavailable {
+                retry_after: Duration::from_millis(self.retry_after_ms.unwrap_or_default()),
+            },
+            "UNAVAILABLE" => ControlError::Unreachable(self.detail),
+            _ => ControlError::Remote { code: self.code, detail: self.detail },
+        }
+    }
+}
+
+impl From<ControlError> for Problem {
+    fn from(e: ControlError) -> Self {
+        let text = e.to_string();
+        match e {
+            ControlError::PoolNotFound(_) => {
+                Self::new(Code::PoolNotFound, text).with_hint("GET /v1/pools lists the pools")
+            }
+            ControlError::OperationNotFound(_) => {
+                Self::new(Code::OperationNotFound, text).with_hint("GET /v1/operations lists recent operations")
+            }
+            ControlError::LeaseNotFound(_) => Self::new(Code::LeaseNotFound, text),
+            ControlError::Conflict(_) => Self::new(Code::Conflict, text),
+            ControlError::Saturated => Self::new(Code::PoolSaturated, text),
+            ControlError::Unready(_) => {
+                Self::new(Code::PoolUnready, text).with_hint("preload the pool, or read its state and reason")
+            }
+            ControlError::Draining => {
+                Self::new(Code::PoolDraining, text).with_hint("resume or preload the pool to use it again")
+            }
+            ControlError::Unavailable { retry_after } => {
+                Self::new(Code::PoolUnavailable, format!("the pool's engine keeps failing: {}", wait(retry_after)))
+                    .with_retry(Some(retry_after))
+                    .with_hint("read the pool's last_error; POST …/breaker/reset tries at once")
+            }
+            ControlError::Unreachable(_) => Self::new(Code::Unavailable, text),
+            ControlError::Remote { code, detail } => {
+                let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
+                let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
+                p.code = code;
+                if known.is_none() { p.with_status(StatusCode::BAD_GATEWAY) } else { p }
+            }
+            other => Self::new(Code::Internal, other.to_string()),
+        }
+    }
+}
+
+fn wait(d: Duration) -> String {
+    format!("the next start is tried in {} s", d.as_secs_f64().ceil())
+}

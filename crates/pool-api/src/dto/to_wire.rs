@@ -1,0 +1,215 @@
+//! From inner values to wire values.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use pool_domain::DeviceSnapshot;
+use pool_services::control::Lease;
+use pool_services::snapshot::LastError;
+use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
+
+use super::{
+    BackoffView, DeviceView, EndpointView, HealthView, LastErrorView, LeaseView, MigView, NodeView, OperationView,
+    PerfView, PoolView, ReplicaHealthView, ReplicaView,
+};
+
+fn time(t: SystemTime) -> String {
+    // humantime refuses to format times before 1970; nothing here is older.
+    humantime::format_rfc3339_millis(t.max(UNIX_EPOCH)).to_string()
+}
+
+fn unix_ms(t: SystemTime) -> u64 {
+    t.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+impl From<&LastError> for LastErrorView {
+    fn from(e: &LastError) -> Self {
+        Self { class: e.class.code().into(), detail: e.detail.clone(), at: time(e.at) }
+    }
+}
+
+impl From<&ReplicaSnapshot> for ReplicaView {
+    fn from(r: &ReplicaSnapshot) -> Self {
+        Self {
+            replica_id: r.id.to_string(),
+            generation: r.generation.0,
+            state: r.state.into(),
+            reason: r.reason.clone(),
+            reason_code: r.reason_code.into(),
+            live: r.live,
+            ready: r.ready,
+            draining: r.draining,
+            endpoint: r.endpoint.clone(),
+            pid: r.pid,
+            device_mask: r.device_mask.clone(),
+            engine_version: r.engine_version.clone(),
+            slots_total: r.slots_total,
+            active_leases: r.active_leases,
+            restart_count: r.restart_count,
+            breaker: r.breaker.into(),
+            backoff: BackoffView { failures: r.backoff_failures, next_start_in_ms: r.next_start_in_ms },
+            proof: r.proof.into(),
+            perf: PerfView { first_token_ms: r.first_unit_ms },
+            last_error: r.last_error.as_ref().map(Into::into),
+            consecutive_failures: r.consecutive_failures,
+            last_check_at: r.last_check_at.map(time),
+            vram_reserved_bytes: r.vram_reserved,
+        }
+    }
+}
+
+fn uuids(p: &PoolSnapshot) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for entry in p.replicas.iter().flat_map(|r| r.device_mask.split(',')) {
+        if (entry.starts_with("GPU-") || entry.starts_with("MIG-")) && !found.iter().any(|f| f == entry) {
+            found.push(entry.to_owned());
+        }
+    }
+    found
+}
+
+impl From<&PoolSnapshot> for PoolView {
+    fn from(p: &PoolSnapshot) -> Self {
+        let lead = p.lead().map(ReplicaView::from);
+        let ready = || p.replicas.iter().filter(|r| r.ready && !r.draining);
+        Self {
+            pool_id: p.pool_id.to_string(),
+            snapshot: p.snapshot,
+            revision: p.revision,
+            source: "file".into(),
+            engine: p.engine.clone(),
+            engine_version: lead.as_ref().map(|l| l.engine_version.clone()).unwrap_or_default(),
+            model_id: p.model_id.clone(),
+            model: p.model.clone(),
+            aliases: p.aliases.clone(),
+            device_mask: lead.as_ref().map(|l| l.device_mask.clone()).unwrap_or_default(),
+            devices: uuids(p),
+            slots_total: ready().map(|r| r.slots_total).sum(),
+            slots_free: ready().map(|r| r.slots_total.saturating_sub(r.active_leases)).sum(),
+            active_leases: p.replicas.iter().map(|r| r.active_leases).sum(),
+            live: p.live(),
+            ready: p.ready(),
+            draining: p.draining(),
+            hold: p.hold,
+            state: lead.as_ref().map(|l| l.state.clone()).unwrap_or_default(),
+            reason: lead.as_ref().map(|l| l.reason.clone()).unwrap_or_default(),
+            last_error: p.last_error().map(Into::into),
+            last_heartbeat_ms: p.replicas.iter().filter_map(|r| r.last_check_at).max().map(unix_ms),
+            restart_count: p.replicas.iter().map(|r| r.restart_count).sum(),
+            breaker: lead.as_ref().map(|l| l.breaker.clone()).unwrap_or_default(),
+            backoff: lead.as_ref().map_or(BackoffView { failures: 0, next_start_in_ms: None }, |l| l.backoff.clone()),
+            proof: lead.as_ref().map(|l| l.proof.clone()).unwrap_or_default(),
+            perf: lead.map_or(PerfView { first_token_ms: None }, |l| l.perf),
+            replicas: p.replicas.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&PoolSnapshot> for HealthView {
+    fn from(p: &PoolSnapshot) -> Self {
+        let lead = p.lead();
+        Self {
+            live: p.live(),
+            ready: p.ready(),
+            draining: p.draining(),
+            state: lead.map(|l| l.state.to_owned()).unwrap_or_default(),
+            reason: lead.map(|l| l.reason.clone()).unwrap_or_default(),
+            last_error: p.last_error().map(Into::into),
+            last_check_at: lead.and_then(|l| l.last_check_at).map(time),
+            consecutive_failures: lead.map_or(0, |l| l.consecutive_failures),
+            replicas: p
+                .replicas
+                .iter()
+                .map(|r| ReplicaHealthView {
+                    replica_id: r.id.to_string(),
+                    live: r.live,
+                    ready: r.ready,
+                    draining: r.draining,
+                    state: r.state.into(),
+                    reason: r.reason.clone(),
+                    last_check_at: r.last_check_at.map(time),
+                    consecutive_failures: r.consecutive_failures,
+                })
+                .collect(),
+        }
+    }
+}
+
+impl From<&(DeviceSnapshot, u64)> for DeviceView {
+    fn from((d, reserved): &(DeviceSnapshot, u64)) -> Self {
+        use pool_domain::DeviceHealth as H;
+        Self {
+            uuid: d.uuid.clone(),
+            index: d.index,
+            name: d.name.clone(),
+            pci_bus_id: d.pci_bus_id.clone(),
+            compute_capability: d.compute_capability.map(|(a, b)| format!("{a}.{b}")),
+            numa_node: d.numa_node,
+            vram_total_bytes: d.vram_total,
+            vram_free_bytes: d.vram_free,
+            vram_used_bytes: d.vram_used,
+            vram_reserved_bytes: *reserved,
+            vram_driver_bytes: d.vram_reserved,
+            vram_foreign_bytes: d.vram_foreign,
+            utilisation_percent: d.utilisation,
+            health: d.health.code().into(),
+            health_detail: match &d.health {
+                H::Ok => String::new(),
+                H::Suspect(r) | H::Fenced(r) | H::Lost(r) | H::Unknown(r) => r.clone(),
+            },
+            mig: d.mig.as_ref().map(|m| MigView {
+                parent: m.parent.clone(),
+                profile: m.profile.clone(),
+                index: m.index,
+            }),
+            mig_parent: d.mig_parent,
+        }
+    }
+}
+
+impl NodeView {
+    /// The view of a node.
+    #[must_use]
+    pub fn new(node: &NodeSnapshot, version: &str, profile: &str) -> Self {
+        Self {
+            version: version.to_owned(),
+            profile: profile.to_owned(),
+            simulated: node.simulated,
+            driver: node.driver.clone(),
+            problem: node.problem.clone(),
+            devices: node.devices.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&Operation> for OperationView {
+    fn from(o: &Operation) -> Self {
+        let (state, outcome, problem) = match &o.state {
+            OperationState::Running => ("running", None, None),
+            OperationState::Succeeded(outcome) => ("succeeded", Some(outcome.clone()), None),
+            OperationState::Failed(reason) => ("failed", None, Some(reason.clone())),
+        };
+        Self {
+            operation_id: o.id.clone(),
+            verb: o.verb.clone(),
+            pool_id: o.pool_id.to_string(),
+            state: state.into(),
+            progress: o.progress.clone(),
+            outcome,
+            problem,
+            started_at: time(o.started_at),
+        }
+    }
+}
+
+impl From<&Lease> for LeaseView {
+    fn from(l: &Lease) -> Self {
+        Self {
+            lease_id: l.id.clone(),
+            pool_id: l.pool_id.to_string(),
+            replica_id: l.replica_id.to_string(),
+            generation: l.generation.0,
+            endpoint: EndpointView { url: l.endpoint.clone() },
+            expires_at: time(l.expires_at),
+        }
+    }
+}

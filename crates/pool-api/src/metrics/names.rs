@@ -1,0 +1,69 @@
+//! Every metric's name, once.
+
+/// What `docs/metrics.md` says of a metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MetricDoc {
+    /// Full name.
+    pub name: &'static str,
+    /// `counter`, `gauge` or `histogram`.
+    pub kind: &'static str,
+    /// What it counts.
+    pub help: &'static str,
+    /// Its labels.
+    pub labels: &'static [&'static str],
+}
+
+const REPLICA: &[&str] = &["pool_id", "replica_id"];
+const POOL: &[&str] = &["pool_id"];
+const DEVICE: &[&str] = &["device"];
+
+macro_rules! metrics {
+    ($($const:ident = $name:literal, $kind:literal, $labels:expr, $help:literal;)*) => {
+        $(
+            #[doc = $help]
+            pub const $const: MetricDoc =
+                MetricDoc { name: concat!("pool_managerd_", $name), kind: $kind, help: $help, labels: $labels };
+        )*
+        /// Every metric.
+        pub const ALL: &[MetricDoc] = &[$($const,)*];
+    };
+}
+
+metrics! {
+    STATE_TRANSITIONS = "state_transitions_total", "counter", &["pool_id", "replica_id", "from", "to"],
+        "State changes of a replica";
+    READINESS_TRANSITIONS = "readiness_transitions_total", "counter", &["pool_id", "replica_id", "ready"],
+        "Times a replica became ready or stopped being ready";
+    STARTS = "engine_starts_total", "counter", REPLICA, "Engine processes launched";
+    RESTARTS = "engine_restarts_total", "counter", REPLICA, "Restarts planned after a failure";
+    EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
+    BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
+    DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
+    LEASES_GRANTED = "leases_granted_total", "counter", REPLICA, "Leases granted";
+    LEASES_REFUSED = "leases_refused_total", "counter", &["pool_id", "replica_id", "reason"],
+        "Leases refused, by reason";
+    START_DURATION = "engine_start_duration_seconds", "histogram", REPLICA,
+        "Time from the start attempt to the proof that the engine serves";
+    DRAIN_DURATION = "drain_duration_seconds", "histogram", &["pool_id", "replica_id", "outcome"],
+        "Time a drain took";
+    POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
+    POOL_LIVE = "pool_live", "gauge", POOL, "1 when at least one process exists";
+    POOL_HOLD = "pool_hold", "gauge", POOL, "1 when demand does not wake the pool";
+    REPLICA_STATE = "replica_state", "gauge", &["pool_id", "replica_id", "state"],
+        "1 for the state a replica is in, 0 for the others";
+    BREAKER_STATE = "breaker_state", "gauge", &["pool_id", "replica_id", "state"],
+        "1 for the state a circuit breaker is in, 0 for the others";
+    REPLICA_RESTARTS = "replica_restarts", "gauge", REPLICA,
+        "Restarts after a failure as the replica remembers them, also across restarts of the daemon";
+    BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
+    HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
+    LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
+    SLOTS = "slots", "gauge", REPLICA, "Requests an engine takes at once";
+    GPU_TOTAL = "gpu_memory_total_bytes", "gauge", DEVICE, "GPU memory";
+    GPU_FREE = "gpu_memory_free_bytes", "gauge", DEVICE, "GPU memory that is free as the driver says";
+    GPU_USED = "gpu_memory_used_bytes", "gauge", DEVICE, "GPU memory that is used as the driver says";
+    GPU_RESERVED = "gpu_memory_reserved_bytes", "gauge", DEVICE, "GPU memory reserved for engines of this daemon";
+    GPU_FOREIGN = "gpu_memory_foreign_bytes", "gauge", DEVICE, "GPU memory held by processes of others";
+    GPU_UTILISATION = "gpu_utilisation_ratio", "gauge", DEVICE, "Compute utilisation, 0 to 1";
+    SIMULATED = "simulated", "gauge", &[], "1 when the devices exist only in a file";
+}

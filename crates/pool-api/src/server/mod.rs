@@ -1,0 +1,158 @@
+//! The router: handlers over a `PoolControl`, behind a guard that looks at Host and Origin of every request.
+
+mod extract;
+mod guard;
+mod handlers;
+mod health;
+mod openapi;
+
+use std::any::Any;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::extract::connect_info::Connected;
+use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::serve::IncomingStream;
+use pool_services::PoolControl;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::dto::{Code, Problem};
+use crate::metrics::Metrics;
+
+pub use openapi::openapi_json;
+
+/// Largest body that is read.
+pub const MAX_BODY: usize = 64 * 1024;
+/// Longest wait that a request can ask for.
+pub const MAX_WAIT: std::time::Duration = std::time::Duration::from_secs(600);
+
+/// What the router knows of the node by itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NodeInfo {
+    /// Version of the daemon.
+    pub version: String,
+    /// `home` or `cloud`.
+    pub profile: String,
+    /// Further Host names that are allowed: `name` with any port, or `name:port`.
+    pub hosts: Vec<String>,
+    /// Origins that are allowed: `https://name[:port]`.
+    pub origins: Vec<String>,
+}
+
+/// How far the daemon itself is. Both flags start false.
+#[derive(Debug, Default)]
+pub struct Flags {
+    started: AtomicBool,
+    accepting: AtomicBool,
+}
+
+impl Flags {
+    /// The start is over.
+    pub fn set_started(&self) {
+        self.started.store(true, Ordering::Release);
+    }
+    /// Whether commands are taken.
+    pub fn set_accepting(&self, yes: bool) {
+        self.accepting.store(yes, Ordering::Release);
+    }
+    /// Whether the start is over.
+    #[must_use]
+    pub fn started(&self) -> bool {
+        self.started.load(Ordering::Acquire)
+    }
+    /// Whether commands are taken.
+    #[must_use]
+    pub fn accepting(&self) -> bool {
+        self.accepting.load(Ordering::Acquire)
+    }
+}
+
+/// What handlers work on.
+#[derive(Debug)]
+pub struct AppState {
+    /// The verbs.
+    pub control: Arc<dyn PoolControl>,
+    /// The node.
+    pub info: NodeInfo,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// How far the daemon is.
+    pub flags: Arc<Flags>,
+}
+
+/// The local address of a connection, whose literal form is an allowed Host. Serve with
+/// `router.into_make_service_with_connect_info::<LocalAddr>()`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalAddr(pub Option<SocketAddr>);
+
+impl Connected<IncomingStream<'_, tokio::net::TcpListener>> for LocalAddr {
+    fn connect_info(stream: IncomingStream<'_, tokio::net::TcpListener>) -> Self {
+        Self(stream.io().local_addr().ok())
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let kind = (header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        let mut response = (status, [kind], body).into_response();
+        if let Some(ms) = self.retry_after_ms.filter(|_| self.retriable) {
+            // Whole seconds on the wire, never early, never zero.
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000).max(1)));
+        }
+        response
+    }
+}
+
+fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
+    // The panic hook has told the log; the answer carries nothing of it.
+    Problem::new(Code::Internal, "the request met a bug").with_hint("the daemon's log has the details").into_response()
+}
+
+async fn no_route(uri: Uri) -> Problem {
+    Problem::new(Code::NotFound, format!("there is no `{}`", uri.path()))
+        .with_hint("GET /openapi.json lists the routes")
+}
+
+async fn no_method() -> Problem {
+    Problem::new(Code::MethodNotAllowed, "this path does not take this method")
+        .with_hint("the Allow header lists those it takes")
+}
+
+/// The whole API. Every route, also the unknown ones, is behind the guard.
+pub fn router(state: Arc<AppState>) -> Router {
+    Router::new()
+        .route("/livez", get(health::livez))
+        .route("/readyz", get(health::readyz))
+        .route("/startupz", get(health::startupz))
+        .route("/v2/health/live", get(health::livez))
+        .route("/v2/health/ready", get(health::readyz))
+        .route("/v2/models/{id}/ready", get(health::model_ready))
+        .route("/v1/node", get(handlers::node))
+        .route("/v1/pools", get(handlers::pools))
+        .route("/v1/pools/{id}", get(handlers::pool))
+        .route("/v1/pools/{id}/health", get(handlers::pool_health))
+        .route("/v1/pools/{id}/preload", post(handlers::preload))
+        .route("/v1/pools/{id}/drain", post(handlers::drain))
+        .route("/v1/pools/{id}/resume", post(handlers::resume))
+        .route("/v1/pools/{id}/stop", post(handlers::stop))
+        .route("/v1/pools/{id}/breaker/reset", post(handlers::reset_breaker))
+        .route("/v1/pools/{id}/leases", post(handlers::lease))
+        .route("/v1/leases/{id}", delete(handlers::release))
+        .route("/v1/operations", get(handlers::operations))
+        .route("/v1/operations/{id}", get(handlers::operation))
+        .route("/metrics", get(handlers::metrics))
+        .route("/openapi.json", get(openapi::document))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), guard::check))
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(state)
+}

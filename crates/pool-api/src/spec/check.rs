@@ -1,0 +1,220 @@
+//! From the written pool to the checked one. What this version does not do is refused, never ignored.
+
+use std::time::Duration;
+
+use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
+use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceMask, EngineName, ModelRef};
+use pool_services::{Activation, Workload};
+use thiserror::Error;
+
+use super::{
+    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, MaskText,
+    OnDeadlineText, PoolSpec, SplitText, StrategyText, VramText, WorkloadText,
+};
+
+/// What a pool gets from its surroundings when it does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Defaults {
+    /// When engines start.
+    pub activation: Activation,
+}
+
+/// A pool that is well formed but cannot be.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{field}: {message}")]
+pub struct SpecError {
+    /// The key, with its table: `breaker.open_for`.
+    pub field: &'static str,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+fn wrong<T>(field: &'static str, message: impl Into<String>) -> Result<T, SpecError> {
+    Err(SpecError { field, message: message.into() })
+}
+
+fn unsupported(field: &'static str, given: bool) -> Result<(), SpecError> {
+    if given { wrong(field, "is not supported yet: leave it out") } else { Ok(()) }
+}
+
+fn time(text: Option<DurationText>, default: Duration) -> Duration {
+    text.map_or(default, DurationText::into_value)
+}
+
+fn some_time(field: &'static str, text: Option<DurationText>, default: Duration) -> Result<Duration, SpecError> {
+    let value = time(text, default);
+    if value.is_zero() { wrong(field, "must be longer than zero") } else { Ok(value) }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+
+impl PoolSpec {
+    /// The checked pool.
+    ///
+    /// # Errors
+    /// When values contradict each other, can never take effect, or ask for what this version does not do.
+    pub fn check(self, defaults: &Defaults) -> Result<pool_services::PoolSpec, SpecError> {
+        self.refuse_unsupported()?;
+        let engine = match self.engine {
+            Some(e) => e.into_value(),
+            None => default_engine()?,
+        };
+        let model = self.model.into_value();
+        if matches!(model, ModelRef::Stub(_)) && engine.as_str() == "llama.cpp" {
+            return wrong("model", "only a stub engine serves a stub: model: write engine = \"stub\"");
+        }
+        if let Some(arg) = self.args.iter().find(|a| a.contains('\0')) {
+            return wrong("args", format!("{arg:?} holds a NUL byte"));
+        }
+        let replicas = self.replicas.unwrap_or(1);
+        if !(1..=64).contains(&replicas) {
+            return wrong("replicas", format!("{replicas} is outside 1 to 64"));
+        }
+        let slots = self.slots.unwrap_or(4);
+        if slots == 0 {
+            return wrong("slots", "must be at least 1");
+        }
+        if self.context == Some(0) {
+            return wrong("context", "must be at least 1: leave it out for the engine's own default");
+        }
+        for (i, alias) in self.aliases.iter().enumerate() {
+            if alias.is_empty() || alias.len() > 256 || alias.chars().any(char::is_control) {
+                return wrong("aliases", format!("{alias:?} is no name: write 1 to 256 printable characters"));
+            }
+            if self.aliases[..i].contains(alias) {
+                return wrong("aliases", format!("`{alias}` stands twice"));
+            }
+        }
+        let drain = self.drain.unwrap_or_default();
+        let policy = Policy {
+            backoff: backoff(self.backoff.unwrap_or_default())?,
+            breaker: breaker(self.breaker.unwrap_or_default())?,
+            stop: stop(&drain),
+            ..health(self.health.unwrap_or_default())?
+        };
+        Ok(pool_services::PoolSpec {
+            id: self.id.into_value(),
+            model,
+            engine,
+            args: self.args,
+            version: self.version,
+            workload: match self.workload.unwrap_or(WorkloadText::Generate) {
+                WorkloadText::Generate => Workload::Generate,
+                WorkloadText::Embed => Workload::Embed,
+                WorkloadText::Rerank => Workload::Rerank,
+            },
+            devices: masks(self.devices, replicas)?,
+            replicas,
+            activation: match self.activation {
+                Some(ActivationText::Preload) => Activation::Preload,
+                Some(ActivationText::OnDemand) => Activation::OnDemand,
+                None => defaults.activation,
+            },
+            context: self.context,
+            slots,
+            vram: self.vram.and_then(VramText::into_value),
+            aliases: self.aliases,
+            policy,
+            on_deadline: drain.on_deadline.map_or(OnDeadline::Force, OnDeadline::from),
+            drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
+        })
+    }
+
+    fn refuse_unsupported(&self) -> Result<(), SpecError> {
+        unsupported("tensor_split", !matches!(self.tensor_split, None | Some(SplitText::Off)))?;
+        unsupported("kv_type", self.kv_type.as_ref().is_some_and(|k| k.iter().any(|t| t != "f16")))?;
+        if let Some(h) = &self.health {
+            unsupported("health.busy_stall", h.busy_stall.is_some())?;
+            unsupported("health.canary", h.canary.is_some())?;
+        }
+        if let Some(r) = &self.reload {
+            unsupported("reload.strategy", !matches!(r.strategy, None | Some(StrategyText::Auto)))?;
+            unsupported("reload.deadline", r.deadline.is_some())?;
+            unsupported("reload.on_deadline", !matches!(r.on_deadline, None | Some(OnDeadlineText::Abort)))?;
+            unsupported("reload.probation", r.probation.is_some())?;
+        }
+        if let Some(i) = &self.isolation {
+            unsupported("isolation.run_as", i.run_as.is_some())?;
+            unsupported("isolation.memory_max", i.memory_max.is_some())?;
+            unsupported("isolation.nofile", i.nofile.is_some())?;
+        }
+        Ok(())
+    }
+}
+
+fn default_engine() -> Result<EngineName, SpecError> {
+    "llama.cpp".parse().or_else(|e: pool_domain::id::IdError| wrong("engine", e.to_string()))
+}
+
+fn masks(devices: Option<DevicesText>, replicas: u16) -> Result<Vec<DeviceMask>, SpecError> {
+    match devices {
+        None => Ok(vec![DeviceMask::Auto]),
+        Some(DevicesText::One(m)) => Ok(vec![m.into_value()]),
+        Some(DevicesText::PerReplica(l)) if l.len() == usize::from(replicas) => {
+            Ok(l.into_iter().map(MaskText::into_value).collect())
+        }
+        Some(DevicesText::PerReplica(l)) => wrong(
+            "devices",
+            format!("the list has {} masks for {replicas} replicas: write one each, or one string for all", l.len()),
+        ),
+    }
+}
+
+fn backoff(t: BackoffTable) -> Result<BackoffPolicy, SpecError> {
+    use pool_domain::backoff::BackoffError as E;
+    BackoffPolicy::new(
+        time(t.initial, SECOND),
+        time(t.max, 60 * SECOND),
+        t.factor.unwrap_or(2.0),
+        t.jitter.unwrap_or(0.5),
+        time(t.reset_after, 600 * SECOND),
+    )
+    .map_err(|e| {
+        let field = match e {
+            E::InitialZero => "backoff.initial",
+            E::MaxBelowInitial { .. } => "backoff.max",
+            E::Factor => "backoff.factor",
+            E::Jitter => "backoff.jitter",
+            E::ResetAfterZero => "backoff.reset_after",
+            _ => "backoff",
+        };
+        SpecError { field, message: e.to_string() }
+    })
+}
+
+fn breaker(t: BreakerTable) -> Result<BreakerPolicy, SpecError> {
+    BreakerPolicy::new(
+        t.failed_starts.unwrap_or(5),
+        t.early_crashes.unwrap_or(3),
+        time(t.open_for, 30 * SECOND),
+        time(t.max_open_for, 300 * SECOND),
+        time(t.close_after, 60 * SECOND),
+    )
+    .map_err(|e| SpecError { field: "breaker", message: e.to_string() })
+}
+
+fn health(t: HealthTable) -> Result<Policy, SpecError> {
+    let (start, health) = (StartPolicy::default(), HealthPolicy::default());
+    let start = StartPolicy {
+        stall: some_time("health.startup_stall", t.startup_stall, start.stall)?,
+        max: some_time("health.startup_max", t.startup_max, start.max)?,
+    };
+    if start.max < start.stall {
+        return wrong("health.startup_max", "is shorter than startup_stall, which then could never fire");
+    }
+    let health = HealthPolicy {
+        interval: some_time("health.interval", t.interval, health.interval)?,
+        timeout: some_time("health.timeout", t.timeout, health.timeout)?,
+        failures: t.failures.unwrap_or(health.failures),
+    };
+    if health.failures < 2 {
+        return wrong("health.failures", "must be at least 2: one slow answer is no failure");
+    }
+    Ok(Policy { start, health, ..Policy::default() })
+}
+
+fn stop(t: &DrainTable) -> StopPolicy {
+    let default = StopPolicy::default();
+    StopPolicy { grace: t.stop_grace.as_ref().map_or(default.grace, |g| *g.value()), ..default }
+}

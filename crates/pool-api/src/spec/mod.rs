@@ -1,0 +1,238 @@
+//! A pool as it is written: the `[[pool]]` table of the config file, and the same as JSON.
+
+mod check;
+mod text;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use check::{Defaults, SpecError};
+pub use text::{DevicesText, DurationText, EngineText, MaskText, ModelText, PoolIdText, SizeText, SplitText, VramText};
+
+/// What an engine is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkloadText {
+    /// Text.
+    Generate,
+    /// Vectors.
+    Embed,
+    /// Scores.
+    Rerank,
+}
+
+/// When engines start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationText {
+    /// With the daemon.
+    Preload,
+    /// When somebody asks.
+    OnDemand,
+}
+
+/// What happens to leases that outlive a drain's deadline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OnDeadlineText {
+    /// They are revoked and the engine is stopped.
+    Force,
+    /// The drain is given up and the engine serves on.
+    Abort,
+}
+
+/// How a reload replaces an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StrategyText {
+    /// The best that fits.
+    Auto,
+    /// Stop the old, start the new.
+    InPlace,
+    /// Start the new, stop the old.
+    Overlap,
+    /// Replica by replica.
+    Rolling,
+}
+
+macro_rules! tables {
+    ($($(#[$doc:meta])* $ty:ident { $($(#[$fdoc:meta])* $field:ident: $fty:ty,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+        #[serde(deny_unknown_fields)]
+        pub struct $ty {
+            $(
+                $(#[$fdoc])*
+                #[serde(default, skip_serializing_if = "Option::is_none")]
+                pub $field: Option<$fty>,
+            )*
+        }
+    )*};
+}
+
+tables! {
+    /// `[pool.backoff]`: delays between starts.
+    BackoffTable {
+        /// First delay; default `"1s"`.
+        initial: DurationText,
+        /// Longest delay; default `"60s"`.
+        max: DurationText,
+        /// Growth per failure; default 2.
+        factor: f64,
+        /// Share of a delay that is random, 0 to 1; default 0.5.
+        jitter: f64,
+        /// Time Ready after which failures are forgotten; default `"10m"`.
+        reset_after: DurationText,
+    }
+    /// `[pool.breaker]`: when restarting stops.
+    BreakerTable {
+        /// Failed starts in a row that open it; default 5.
+        failed_starts: u32,
+        /// Crashes soon after Ready that open it; default 3.
+        early_crashes: u32,
+        /// First pause; default `"30s"`.
+        open_for: DurationText,
+        /// Longest pause; default `"5m"`.
+        max_open_for: DurationText,
+        /// Time Ready that closes it; default `"60s"`.
+        close_after: DurationText,
+    }
+    /// `[pool.health]`: how an engine is watched.
+    HealthTable {
+        /// Longest time without progress while it starts; default `"5m"`.
+        startup_stall: DurationText,
+        /// Longest start in all; default `"30m"`.
+        startup_max: DurationText,
+        /// Time between checks; default `"10s"`.
+        interval: DurationText,
+        /// Longest time for one check; default `"5s"`.
+        timeout: DurationText,
+        /// Misses in a row that end it, at least 2; default 3.
+        failures: u32,
+        /// Not supported yet.
+        busy_stall: DurationText,
+        /// Not supported yet.
+        canary: DurationText,
+    }
+    /// `[pool.drain]`: how a drain goes unless it says otherwise.
+    DrainTable {
+        /// Time for leases to end; default `"30s"`.
+        deadline: DurationText,
+        /// What happens then; default `"force"`.
+        on_deadline: OnDeadlineText,
+        /// Time between TERM and KILL; default `"30s"`.
+        stop_grace: DurationText,
+    }
+    /// `[pool.reload]`: only its defaults are supported yet.
+    ReloadTable {
+        /// Default `"auto"`.
+        strategy: StrategyText,
+        /// Not supported yet.
+        deadline: DurationText,
+        /// Default `"abort"`.
+        on_deadline: OnDeadlineText,
+        /// Not supported yet.
+        probation: DurationText,
+    }
+    /// `[pool.isolation]`: not supported yet.
+    IsolationTable {
+        /// Not supported yet.
+        run_as: String,
+        /// Not supported yet.
+        memory_max: SizeText,
+        /// Not supported yet.
+        nofile: u64,
+    }
+}
+
+/// One `[[pool]]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PoolSpec {
+    /// Its name.
+    pub id: PoolIdText,
+    /// What it serves.
+    pub model: ModelText,
+    /// A name from `[engines]`, or `stub`; default `"llama.cpp"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineText>,
+    /// Further arguments for the engine.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub args: Vec<String>,
+    /// Engine version it must be; empty for any.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub version: String,
+    /// What it is for; default `"generate"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<WorkloadText>,
+    /// Devices; default `"auto"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<DevicesText>,
+    /// How many engines, 1 to 64; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u16>,
+    /// When they start; the default is the profile's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activation: Option<ActivationText>,
+    /// Time without requests after which an on-demand pool may stop. Read and kept; nothing stops for it yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle_ttl: Option<DurationText>,
+    /// Never evicted for another pool. Read and kept; nothing is evicted yet, so every pool is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pin: Option<bool>,
+    /// Context in tokens over all slots; default the engine's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<u32>,
+    /// Concurrent requests per engine; default 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u16>,
+    /// Types of the K and V caches; only `["f16", "f16"]` is supported yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_type: Option<[String; 2]>,
+    /// Bytes per device; default `"auto"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vram: Option<VramText>,
+    /// How weights are split; only `"off"` is supported yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tensor_split: Option<SplitText>,
+    /// Other names for the model.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+    /// Delays between starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backoff: Option<BackoffTable>,
+    /// When restarting stops.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub breaker: Option<BreakerTable>,
+    /// How an engine is watched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<HealthTable>,
+    /// How a drain goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainTable>,
+    /// How a reload goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reload: Option<ReloadTable>,
+    /// What an engine may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<IsolationTable>,
+}
+
+impl From<OnDeadlineText> for pool_domain::lifecycle::OnDeadline {
+    fn from(o: OnDeadlineText) -> Self {
+        match o {
+            OnDeadlineText::Force => Self::Force,
+            OnDeadlineText::Abort => Self::Abort,
+        }
+    }
+}
+
+impl From<pool_domain::lifecycle::OnDeadline> for OnDeadlineText {
+    fn from(o: pool_domain::lifecycle::OnDeadline) -> Self {
+        match o {
+            pool_domain::lifecycle::OnDeadline::Force => Self::Force,
+            pool_domain::lifecycle::OnDeadline::Abort => Self::Abort,
+        }
+    }
+}
