@@ -1,1 +1,24 @@
-//! engine-host
+//! Engines: found and checked ([`Provisioner`]), launched and ended ([`ProcessHost`]), asked ([`HttpProbe`]).
+//!
+//! Every engine is a child of an `engine-shim`, which is a child of this process. Only that shim is ever signalled,
+//! through its pidfd; nothing here sends a signal to a bare pid.
+#![forbid(unsafe_code)]
+
+mod cgroup;
+mod decl;
+mod discover;
+mod external;
+mod host;
+mod http;
+mod kinds;
+mod log_patterns;
+mod probe;
+mod provision;
+mod running;
+mod text;
+mod tree;
+
+pub use decl::{EngineDecl, Kind, Mode, StubCommand};
+pub use host::{HostOptions, ProcessHost, ShimCommand};
+pub use probe::HttpProbe;
+pub use provision::Provisioner;

@@ -1,0 +1,308 @@
+//! Launches engines, each below a shim of its own.
+
+use std::fs;
+use std::io::{self, ErrorKind, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use engine_shim::{LaunchSpec, Report};
+use pool_domain::failure::Exit;
+use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
+use pool_services::ports::{EngineHost, PreparedEngine, RunningEngine};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+
+use crate::cgroup::{Cgroup, Parent};
+use crate::external::ExternalEngine;
+use crate::running::{Launched, Reports, ShimEngine};
+use crate::text::{config, tidy};
+use crate::tree::Root;
+
+/// How long a shim may take to exec the engine.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a shim that failed to do so may take to clear up.
+const CLEAR_TIMEOUT: Duration = Duration::from_secs(5);
+/// Generations whose logs are kept, beside the one that is launched.
+const KEPT_GENERATIONS: usize = 2;
+const LAUNCH_SPEC: &str = "launch.json";
+const ENGINE_LOG: &str = "engine.log";
+const SHIM_LOG: &str = "shim.log";
+
+/// How the shim is started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShimCommand {
+    /// The program, for example this daemon's own.
+    pub program: PathBuf,
+    /// What comes before the launch spec's path, for example `engine-shim`.
+    pub args: Vec<String>,
+}
+
+/// What a [`ProcessHost`] needs.
+#[derive(Debug, Clone)]
+pub struct HostOptions {
+    /// Where each generation gets a directory: `<pool>-<replica>/<generation>`.
+    pub runtime_dir: PathBuf,
+    /// The shim.
+    pub shim: ShimCommand,
+    /// The most bytes of an engine's log, and again of the part before.
+    pub log_max_bytes: u64,
+    /// Whether to give each engine a cgroup where that can be done.
+    pub cgroup: bool,
+}
+
+/// Launches engines on this machine.
+#[derive(Debug)]
+pub struct ProcessHost {
+    options: HostOptions,
+    cgroups: Option<Arc<Parent>>,
+    /// Whether engines could not join their cgroups, though these could be made.
+    cgroups_closed: AtomicBool,
+}
+
+/// Why an engine was not launched.
+enum NotLaunched {
+    /// It could not join its cgroup.
+    Cgroup(String),
+    Failed(Failure),
+}
+
+impl From<Failure> for NotLaunched {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl ProcessHost {
+    /// A host. Without cgroups, where they are wanted, it warns and goes by process groups and parentage.
+    #[must_use]
+    pub fn new(mut options: HostOptions) -> Self {
+        // The shim's word for an absolute path is strict.
+        if let Ok(absolute) = std::path::absolute(&options.runtime_dir) {
+            options.runtime_dir = absolute;
+        }
+        let cgroups = options.cgroup.then(Parent::create).and_then(|created| match created {
+            Ok(parent) => Some(parent),
+            Err(error) => {
+                tracing::warn!(%error, "engines get no cgroups");
+                None
+            }
+        });
+        Self { options, cgroups, cgroups_closed: AtomicBool::new(false) }
+    }
+
+    /// Where the log of a generation is; the part before it has `.1` appended.
+    #[must_use]
+    pub fn log_path(&self, key: &ReplicaKey, generation: Generation) -> PathBuf {
+        self.dir(key, generation).join(ENGINE_LOG)
+    }
+
+    fn dir(&self, key: &ReplicaKey, generation: Generation) -> PathBuf {
+        self.options.runtime_dir.join(key.to_string()).join(generation.to_string())
+    }
+
+    fn cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<Cgroup> {
+        let parent = self.cgroups.as_ref().filter(|_| !self.cgroups_closed.load(Ordering::Relaxed))?;
+        match parent.engine(&format!("{key}-{generation}")) {
+            Ok(cgroup) => Some(cgroup),
+            Err(error) => {
+                self.close_cgroups(&error.to_string());
+                None
+            }
+        }
+    }
+
+    fn close_cgroups(&self, error: &str) {
+        if !self.cgroups_closed.swap(true, Ordering::Relaxed) {
+            tracing::warn!(error, "engines get no cgroups");
+        }
+    }
+
+    async fn start(
+        &self,
+        dir: &Path,
+        program: &Path,
+        engine: &PreparedEngine,
+        cgroup: Option<Cgroup>,
+    ) -> Result<ShimEngine, NotLaunched> {
+        let log = dir.join(ENGINE_LOG);
+        let spec = LaunchSpec {
+            nonce: nonce(dir),
+            program: program.to_path_buf(),
+            args: engine.args.clone(),
+            env: engine.env.clone(),
+            workdir: dir.to_path_buf(),
+            log: log.clone(),
+            log_max_bytes: self.options.log_max_bytes,
+            scrub: Vec::new(),
+            exit_record: dir.join("exit.json"),
+            start_record: dir.join("start.json"),
+            cgroup_procs: cgroup.iter().map(Cgroup::procs).collect(),
+            nofile: None,
+            run_as: None,
+            stop_when_parent_gone: true,
+        };
+        let (spec_path, shim_log) = (dir.join(LAUNCH_SPEC), dir.join(SHIM_LOG));
+        let stderr = write_launch(&spec_path, &spec, &shim_log).map_err(|error| cannot("write the launch", &error))?;
+
+        let mut command = Command::new(&self.options.shim.program);
+        command.args(&self.options.shim.args).arg(&spec_path).env_clear();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+        let mut shim = command.spawn().map_err(|error| match error.kind() {
+            ErrorKind::NotFound | ErrorKind::PermissionDenied => config(format!("the shim cannot be run: {error}")),
+            _ => cannot("start the shim", &error),
+        })?;
+        // Not waited for yet, so the pid is its.
+        let pid = shim.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let handle = pid.map(|pid| pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from));
+        let (Some(Ok(handle)), Some(stdout)) = (handle, shim.stdout.take()) else {
+            let _ended = shim.start_kill();
+            let _reaped = shim.wait().await;
+            return Err(Failure::new(FailureClass::Crash(Exit::Unknown), "the shim cannot be watched").into());
+        };
+        let root = shim.id().and_then(Root::of);
+        let mut reports: Reports = BufReader::new(stdout).lines();
+        let first = timeout(START_TIMEOUT, reports.next_line()).await;
+        let report = match &first {
+            Ok(Ok(Some(line))) => serde_json::from_str(line).ok(),
+            _ => None,
+        };
+        if let Some(Report::Started { pid: main, .. }) = report {
+            // It has been read, and it may hold secrets.
+            let _left = fs::remove_file(&spec_path);
+            let kind = engine.endpoint.kind;
+            let launched = Launched { shim: handle, root, main, kind, log, cgroup };
+            return Ok(ShimEngine::supervise(launched, shim, reports));
+        }
+
+        let _ended = pidfd_send_signal(&handle, Signal::USR1);
+        clear_up(&mut shim, cgroup.as_ref()).await;
+        Err(match report {
+            Some(Report::Failed { step, message, .. }) if step == "cgroup" && cgroup.is_some() => {
+                NotLaunched::Cgroup(message)
+            }
+            Some(Report::Failed { step, message, .. }) => refused(&step, &message).into(),
+            _ if first.is_err() => {
+                let detail = format!("the shim did not start the engine within {} s", START_TIMEOUT.as_secs());
+                Failure::new(FailureClass::StartTimeout, detail).into()
+            }
+            _ => {
+                let said = fs::read_to_string(&shim_log).unwrap_or_default();
+                let detail = format!("the shim ended without a report: {}", tidy(said.lines().last().unwrap_or("")));
+                Failure::new(FailureClass::Crash(Exit::Unknown), detail).into()
+            }
+        })
+    }
+}
+
+#[async_trait]
+impl EngineHost for ProcessHost {
+    fn port_free(&self, addr: SocketAddr) -> bool {
+        TcpListener::bind(addr).is_ok()
+    }
+
+    async fn launch(
+        &self,
+        key: &ReplicaKey,
+        generation: Generation,
+        engine: &PreparedEngine,
+    ) -> Result<Arc<dyn RunningEngine>, Failure> {
+        let Some(program) = &engine.entry else {
+            return Ok(Arc::new(ExternalEngine::new()));
+        };
+        let dir = self.dir(key, generation);
+        make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
+        let mut started = self.start(&dir, program, engine, self.cgroup(key, generation)).await;
+        if let Err(NotLaunched::Cgroup(error)) = &started {
+            self.close_cgroups(error);
+            started = self.start(&dir, program, engine, None).await;
+        }
+        match started {
+            Ok(engine) => Ok(Arc::new(engine)),
+            Err(not_launched) => {
+                let _left = fs::remove_dir_all(&dir);
+                Err(match not_launched {
+                    NotLaunched::Failed(failure) => failure,
+                    NotLaunched::Cgroup(error) => refused("cgroup", &error),
+                })
+            }
+        }
+    }
+}
+
+/// Waits for a shim that was told to end everything, and ends it if it does not.
+async fn clear_up(shim: &mut Child, cgroup: Option<&Cgroup>) {
+    if let Some(cgroup) = cgroup {
+        cgroup.kill();
+    }
+    if timeout(CLEAR_TIMEOUT, shim.wait()).await.is_err() {
+        tracing::warn!("a shim does not end: ending it");
+        if let Err(error) = shim.kill().await {
+            tracing::warn!(%error, "the shim cannot be ended");
+        }
+    }
+    if let Some(cgroup) = cgroup {
+        cgroup.kill();
+        if timeout(CLEAR_TIMEOUT, cgroup.emptied()).await.is_err() {
+            tracing::error!("processes of an engine that did not start cannot be ended");
+        }
+    }
+}
+
+/// What the shim's refusal means.
+fn refused(step: &str, message: &str) -> Failure {
+    let detail = format!("the engine was not started ({step}): {}", tidy(message));
+    let class = match step {
+        "exec" | "program" | "user" => FailureClass::Config,
+        _ => FailureClass::Crash(Exit::Unknown),
+    };
+    Failure::new(class, detail)
+}
+
+fn cannot(what: &str, error: &io::Error) -> Failure {
+    Failure::new(FailureClass::Crash(Exit::Unknown), format!("cannot {what}: {error}"))
+}
+
+/// Makes the directory of a generation, for nobody else, and removes those of long ago.
+fn make_dir(dir: &Path) -> io::Result<()> {
+    if let Some(replica) = dir.parent() {
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(replica)?;
+        let mut old: Vec<(u64, PathBuf)> = fs::read_dir(replica)?
+            .flatten()
+            .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+            .filter(|(_, path)| path != dir)
+            .collect();
+        old.sort_unstable();
+        for (_, path) in old.iter().rev().skip(KEPT_GENERATIONS) {
+            let _left = fs::remove_dir_all(path);
+        }
+    }
+    // A generation is never used twice: what lies there is of a daemon that lost its memory.
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::DirBuilder::new().mode(0o700).create(dir)
+}
+
+/// Writes the launch spec and opens the shim's own log.
+fn write_launch(spec_path: &Path, spec: &LaunchSpec, shim_log: &Path) -> io::Result<fs::File> {
+    let open = |path| fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    open(spec_path)?.write_all(&serde_json::to_vec(spec)?)?;
+    open(shim_log)
+}
+
+/// Names one start on this machine.
+fn nonce(dir: &Path) -> String {
+    match fs::read_to_string("/proc/sys/kernel/random/uuid") {
+        Ok(uuid) => uuid.trim().to_owned(),
+        Err(_) => format!("{}-{}", dir.display(), std::process::id()),
+    }
+}

@@ -1,0 +1,135 @@
+//! Turns specs into engines that can be launched.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use pool_domain::{EngineName, Failure};
+use pool_services::PoolSpec;
+use pool_services::ports::{Endpoint, EngineProvisioner, PrepareRequest, PreparedEngine};
+
+use crate::decl::{EngineDecl, Kind, Mode, StubCommand};
+use crate::discover::{Discovery, Program};
+use crate::kinds;
+use crate::text::{config, file_name};
+
+/// The engine that is there without being declared.
+const STUB: &str = "stub";
+
+/// The declared engines.
+#[derive(Debug)]
+pub struct Provisioner {
+    engines: HashMap<EngineName, (Kind, Mode)>,
+    stub: StubCommand,
+    sim_dir: Option<PathBuf>,
+    discovery: Discovery,
+}
+
+impl Provisioner {
+    /// Provides the engines of `decls`, and one named `stub` unless they have it. `sim_dir` is where engines on
+    /// simulated devices make their claims.
+    #[must_use]
+    pub fn new(decls: Vec<EngineDecl>, stub: StubCommand, sim_dir: Option<PathBuf>) -> Self {
+        let engines = decls.into_iter().map(|decl| (decl.name, (decl.kind, decl.mode))).collect();
+        Self { engines, stub, sim_dir, discovery: Discovery::default() }
+    }
+
+    fn engine(&self, spec: &PoolSpec) -> Result<(Kind, Option<&Mode>), Failure> {
+        match self.engines.get(&spec.engine) {
+            Some((kind, mode)) => Ok((*kind, Some(mode))),
+            None if spec.engine.as_str() == STUB => Ok((Kind::Stub, None)),
+            None => Err(config(format!("engine `{}` is not declared", spec.engine))),
+        }
+    }
+
+    /// The program of an engine that is not external.
+    async fn program(&self, spec: &PoolSpec, kind: Kind, mode: Option<&Mode>) -> Result<Arc<Program>, Failure> {
+        kinds::check_args(kind, &spec.args)?;
+        let program = match (kind, mode) {
+            (Kind::LlamaCpp, Some(Mode::Binary { path })) => self.discovery.program(path, &[]).await?,
+            _ => self.discovery.program(&self.stub.program, &self.stub.args).await?,
+        };
+        if !spec.version.is_empty() && !is_version(&spec.version, &program.version) {
+            return Err(config(format!(
+                "engine `{}` is version {}, but the pool wants {}",
+                file_name(&program.path),
+                program.version,
+                spec.version
+            )));
+        }
+        Ok(program)
+    }
+}
+
+/// Whether the version found is the one wanted: all of it, or the number that leads it (`4567`, also as `b4567`).
+fn is_version(wanted: &str, found: &str) -> bool {
+    let number = found.split_whitespace().next().unwrap_or(found);
+    wanted == found || wanted == number || wanted.strip_prefix('b') == Some(number)
+}
+
+#[async_trait]
+impl EngineProvisioner for Provisioner {
+    async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure> {
+        match self.engine(spec)? {
+            (_, Some(Mode::External { .. })) => Ok(()),
+            (kind, mode) => self.program(spec, kind, mode).await.map(drop),
+        }
+    }
+
+    fn external(&self, spec: &PoolSpec) -> Option<SocketAddr> {
+        match self.engine(spec) {
+            Ok((_, Some(Mode::External { addr }))) => Some(*addr),
+            _ => None,
+        }
+    }
+
+    async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
+        let spec = &request.spec;
+        let (kind, mode) = self.engine(spec)?;
+        let endpoint = |addr, model_path| Endpoint {
+            addr,
+            kind: kind.code(),
+            model: request.model.id.clone(),
+            model_path,
+            workload: spec.workload,
+        };
+        if let Some(Mode::External { addr }) = mode {
+            return Ok(PreparedEngine {
+                entry: None,
+                args: Vec::new(),
+                env: Vec::new(),
+                // What is a file here need not have the same path where it runs.
+                endpoint: endpoint(*addr, None),
+                engine_version: "unknown".to_owned(),
+            });
+        }
+        let program = self.program(spec, kind, mode).await?;
+        let args = match kind {
+            Kind::LlamaCpp => kinds::llama_cpp::args(request, &program)?,
+            Kind::Stub => kinds::stub::args(request, &self.stub.args)?,
+        };
+        Ok(PreparedEngine {
+            entry: Some(program.path.clone()),
+            args,
+            env: kinds::engine_env(&request.devices, self.sim_dir.as_deref())?,
+            endpoint: endpoint(request.listen, request.model.local_path.clone()),
+            engine_version: program.version.clone(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_names_a_version_or_its_leading_number() {
+        for wanted in ["4567", "b4567", "4567 (abcdef)"] {
+            assert!(is_version(wanted, "4567 (abcdef)"), "{wanted}");
+        }
+        assert!(!is_version("456", "4567 (abcdef)"));
+        assert!(is_version("0.1.0", "0.1.0"));
+    }
+}

@@ -1,0 +1,191 @@
+//! An engine below its shim.
+
+use std::fs;
+use std::future::pending;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use engine_shim::Report;
+use pool_domain::failure::Exit;
+use pool_domain::{Failure, FailureClass};
+use pool_services::ports::{Listener, RunningEngine};
+use rustix::io::Errno;
+use rustix::process::{Signal, pidfd_send_signal};
+use tokio::io::{BufReader, Lines};
+use tokio::process::{Child, ChildStdout};
+use tokio::sync::watch;
+
+use crate::cgroup::Cgroup;
+use crate::log_patterns;
+use crate::tree::{self, Root};
+
+/// The shim's reports.
+pub(crate) type Reports = Lines<BufReader<ChildStdout>>;
+
+const SIGKILL: i32 = 9;
+
+/// What is known of a shim and of the engine below it.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    /// The shim. It is our child, so the descriptor cannot mean another process.
+    pub(crate) shim: OwnedFd,
+    /// The shim, as the root of the engine's processes.
+    pub(crate) root: Option<Root>,
+    /// The engine's main process.
+    pub(crate) main: u32,
+    pub(crate) kind: &'static str,
+    pub(crate) log: PathBuf,
+    pub(crate) cgroup: Option<Cgroup>,
+}
+
+/// A launched engine.
+#[derive(Debug)]
+pub(crate) struct ShimEngine(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    launched: Launched,
+    exited: watch::Sender<Option<Failure>>,
+    gone: watch::Sender<bool>,
+}
+
+impl ShimEngine {
+    /// Takes over a shim that has reported the start.
+    pub(crate) fn supervise(launched: Launched, shim: Child, reports: Reports) -> Self {
+        let state = Arc::new(State { launched, exited: watch::Sender::new(None), gone: watch::Sender::new(false) });
+        tokio::spawn(Arc::clone(&state).follow(shim, reports));
+        Self(state)
+    }
+}
+
+impl State {
+    /// Turns reports into facts, until nothing is left.
+    async fn follow(self: Arc<Self>, mut shim: Child, mut reports: Reports) {
+        let mut gone = false;
+        while let Ok(Some(line)) = reports.next_line().await {
+            match serde_json::from_str(&line) {
+                Ok(Report::Exited { code, signal }) => {
+                    let exit = code.map(Exit::Code).or(signal.map(Exit::Signal)).unwrap_or(Exit::Unknown);
+                    let failure = self.classify(exit).await;
+                    self.exited.send_replace(Some(failure));
+                }
+                Ok(Report::Gone) => gone = true,
+                unexpected => tracing::warn!(?unexpected, "the shim reports out of turn"),
+            }
+        }
+        // Also takes it off the process table.
+        if let Err(error) = shim.wait().await {
+            tracing::warn!(%error, "the shim cannot be waited for");
+        }
+        // A shim that is gone takes the main process with it, by PDEATHSIG.
+        let unseen = self.exited.borrow().is_none();
+        if unseen {
+            self.exited.send_replace(Some(Failure::crash(Exit::Unknown)));
+        }
+        match &self.launched.cgroup {
+            Some(cgroup) => {
+                if !gone {
+                    tracing::warn!("a shim ended before its engine was gone: ending the engine by its cgroup");
+                    cgroup.kill();
+                }
+                cgroup.emptied().await;
+                cgroup.remove();
+            }
+            None if gone => {}
+            None => {
+                tracing::error!("a shim ended before its engine was gone, and there is no cgroup to prove it by");
+                return;
+            }
+        }
+        self.gone.send_replace(true);
+    }
+
+    async fn classify(self: &Arc<Self>, exit: Exit) -> Failure {
+        if exit == Exit::Signal(SIGKILL) && self.launched.cgroup.as_ref().is_some_and(Cgroup::oom_killed) {
+            return Failure::new(FailureClass::HostOom, "the kernel ended the engine for memory of the host");
+        }
+        let state = Arc::clone(self);
+        let look = move || log_patterns::classify(state.launched.kind, &state.launched.log, exit);
+        tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| Failure::crash(exit))
+    }
+
+    fn signal(&self, signal: i32) {
+        let Some(signal) = Signal::from_named_raw(signal) else { return };
+        match pidfd_send_signal(&self.launched.shim, signal) {
+            // Nobody is left to be told.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => tracing::warn!(%error, ?signal, "the shim cannot be signalled"),
+        }
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        if *self.gone.borrow() {
+            return Vec::new();
+        }
+        let stats = self.launched.root.map(Root::descendants).unwrap_or_default();
+        let mut pids: Vec<u32> = stats.iter().filter_map(|stat| u32::try_from(stat.pid).ok()).collect();
+        pids.extend(self.launched.cgroup.iter().flat_map(Cgroup::pids));
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+}
+
+#[async_trait]
+impl RunningEngine for ShimEngine {
+    fn pid(&self) -> Option<u32> {
+        Some(self.0.launched.main)
+    }
+
+    fn pids(&self) -> Vec<u32> {
+        self.0.pids()
+    }
+
+    async fn exited(&self) -> Failure {
+        let mut exited = self.0.exited.subscribe();
+        let failure = exited.wait_for(Option::is_some).await.ok().and_then(|failure| failure.clone());
+        match failure {
+            Some(failure) => failure,
+            None => pending().await,
+        }
+    }
+
+    async fn gone(&self) {
+        let mut gone = self.0.gone.subscribe();
+        let resolved = gone.wait_for(|gone| *gone).await.is_ok();
+        if !resolved {
+            pending::<()>().await;
+        }
+    }
+
+    fn terminate(&self) {
+        self.0.signal(engine_shim::TERMINATE);
+    }
+
+    fn kill(&self) {
+        self.0.signal(engine_shim::KILL);
+        if let Some(cgroup) = self.0.launched.cgroup.as_ref().filter(|_| !*self.0.gone.borrow()) {
+            cgroup.kill();
+        }
+    }
+
+    fn progress(&self) -> u64 {
+        let mut progress = DefaultHasher::new();
+        if let Ok(log) = fs::metadata(&self.0.launched.log) {
+            (log.len(), log.modified().ok()).hash(&mut progress);
+        }
+        for stat in self.0.launched.root.map(Root::descendants).unwrap_or_default() {
+            // A process that reads a mapped file uses next to no time, but has faults.
+            (stat.pid, stat.utime, stat.stime, stat.majflt).hash(&mut progress);
+        }
+        progress.finish()
+    }
+
+    fn listener(&self, addr: SocketAddr) -> Listener {
+        tree::listener(addr, || self.0.pids())
+    }
+}

@@ -1,0 +1,103 @@
+//! The processes below a shim, from /proc.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
+
+use pool_services::ports::Listener;
+use procfs::net::{TcpNetEntry, TcpState};
+use procfs::process::{FDTarget, Process, Stat, all_processes};
+
+/// A process that cannot be mistaken for a later one with the same pid.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Root {
+    pid: i32,
+    start_time: u64,
+}
+
+impl Root {
+    /// Names a process that is known to be alive, or not yet waited for.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let pid = i32::try_from(pid).ok()?;
+        let stat = Process::new(pid).ok()?.stat().ok()?;
+        Some(Self { pid, start_time: stat.starttime })
+    }
+
+    /// Everything below it.
+    pub(crate) fn descendants(self) -> Vec<Stat> {
+        let Ok(processes) = all_processes() else { return Vec::new() };
+        let mut children: HashMap<i32, Vec<Stat>> = HashMap::new();
+        let mut alive = false;
+        for stat in processes.filter_map(|process| process.ok()?.stat().ok()) {
+            alive |= stat.pid == self.pid && stat.starttime == self.start_time;
+            children.entry(stat.ppid).or_default().push(stat);
+        }
+        if !alive {
+            return Vec::new();
+        }
+        let mut found = Vec::new();
+        let mut parents = vec![self.pid];
+        while let Some(parent) = parents.pop() {
+            for child in children.remove(&parent).unwrap_or_default() {
+                parents.push(child.pid);
+                found.push(child);
+            }
+        }
+        found
+    }
+}
+
+/// Whose socket takes the connections to `addr`; `own` gives the pids that are ours.
+pub(crate) fn listener(addr: SocketAddr, own: impl FnOnce() -> Vec<u32>) -> Listener {
+    let sockets = listening_at(addr);
+    if sockets.is_empty() {
+        return Listener::None;
+    }
+    let mut foreign = sockets;
+    for pid in own() {
+        let fds = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok()?.fd().ok());
+        for fd in fds.into_iter().flatten().flatten() {
+            if let FDTarget::Socket(inode) = fd.target {
+                foreign.remove(&inode);
+            }
+        }
+        if foreign.is_empty() {
+            return Listener::Own;
+        }
+    }
+    Listener::Foreign
+}
+
+/// The inodes of the sockets that listen there. One bound to the very address wins over one bound to all.
+fn listening_at(addr: SocketAddr) -> HashSet<u64> {
+    let tables = [procfs::net::tcp(), procfs::net::tcp6()];
+    let listening = |entry: &TcpNetEntry| entry.state == TcpState::Listen && entry.local_address.port() == addr.port();
+    let entries: Vec<_> = tables.into_iter().flatten().flatten().filter(listening).collect();
+    let inodes = |matches: &dyn Fn(IpAddr) -> bool| -> HashSet<u64> {
+        let entries = entries.iter().filter(|entry| matches(entry.local_address.ip().to_canonical()));
+        entries.map(|entry| entry.inode).collect()
+    };
+    let wanted = addr.ip().to_canonical();
+    let exact = inodes(&|ip| ip == wanted);
+    if exact.is_empty() { inodes(&|ip| ip.is_unspecified()) } else { exact }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_is_known_by_its_process() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = socket.local_addr().unwrap();
+        assert_eq!(listener(addr, || vec![std::process::id()]), Listener::Own);
+        assert_eq!(listener(addr, Vec::new), Listener::Foreign);
+        drop(socket);
+        assert_eq!(listener(addr, Vec::new), Listener::None);
+    }
+
+    #[test]
+    fn another_process_with_the_pid_has_no_descendants_of_ours() {
+        let root = Root::of(std::process::id()).unwrap();
+        assert!(Root { start_time: root.start_time + 1, ..root }.descendants().is_empty());
+    }
+}
