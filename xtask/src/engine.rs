@@ -131,7 +131,11 @@ fn build(source: &Path) -> Result<()> {
     for name in BUILT {
         replace(&bin.join(name), |new| fs::copy(out.join("bin").join(name), new).map(drop).map_err(error::io(new)))?;
     }
-    Ok(())
+    // 400 MB that nobody needs again.
+    ["sdist", "tree", "tools", "build"]
+        .map(|name| source.join(name))
+        .iter()
+        .try_for_each(|dir| fs::remove_dir_all(dir).map_err(error::io(dir)))
 }
 
 #[cfg(test)]
