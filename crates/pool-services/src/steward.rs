@@ -15,7 +15,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
 use crate::ports::{EngineHost, Inventory};
 
-/// Blocked replicas are looked at again after this long even if nothing was heard: ports are freed silently.
+/// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// What one replica holds.
@@ -65,20 +65,12 @@ impl Steward {
         while self.wards.is_empty() || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 () = self.bell.notified() => false,
-                changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); true }
+                changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); false }
                 _ = look_again.tick() => true,
             };
             let inventory = self.inventory.borrow_and_update().clone();
-            let freed = self.free(&mut book);
-            self.promised.send_if_modified(|p| {
-                let next = promised(&book);
-                let changed = *p != next;
-                *p = next;
-                changed
-            });
-            if freed || retry {
-                self.unblock().await;
-            }
+            self.free(&mut book);
+            self.unblock(&inventory, &book, next_port, retry).await;
             for i in 0..self.wards.len() {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
                 if book.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
@@ -104,8 +96,7 @@ impl Steward {
     }
 
     /// Takes back what nobody holds any more.
-    fn free(&self, book: &mut BTreeMap<ReplicaKey, Reservation>) -> bool {
-        let before = book.len();
+    fn free(&self, book: &mut BTreeMap<ReplicaKey, Reservation>) {
         for ward in &self.wards {
             let published = ward.published.borrow();
             if let Some(r) = book.get(&ward.key) {
@@ -115,16 +106,26 @@ impl Steward {
                 }
             }
         }
-        book.len() != before
     }
 
-    async fn unblock(&self) {
+    /// Wakes those that wait, if what they wait for is there now; who waits for something else is woken at a `retry`.
+    async fn unblock(
+        &self,
+        inventory: &Inventory,
+        book: &BTreeMap<ReplicaKey, Reservation>,
+        next_port: u16,
+        retry: bool,
+    ) {
         for ward in &self.wards {
-            let blocked = matches!(
-                ward.published.borrow().state,
-                State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }
-            );
-            if blocked {
+            let published = ward.published.borrow().clone();
+            if !matches!(published.state, State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }) {
+                continue;
+            }
+            let wake = match &published.blocked {
+                Some(want) => !matches!(self.decide(want, inventory, book, &mut { next_port }), Err(Denied::Wait(_))),
+                None => retry,
+            };
+            if wake {
                 ward.tell(DriverCommand::Verb(Command::Unblocked)).await;
             }
         }

@@ -78,6 +78,8 @@ pub(crate) struct Published {
     pub(crate) snapshot: ReplicaSnapshot,
     pub(crate) state: State,
     pub(crate) wants: Option<Want>,
+    /// What it wanted when it was told to wait.
+    pub(crate) blocked: Option<Want>,
 }
 
 /// Results of work, told to the driver.
@@ -96,6 +98,7 @@ pub(crate) enum Report {
 struct Attempt {
     model: Option<ResolvedModel>,
     want: Option<Want>,
+    blocked: Option<Want>,
     grant: Option<Grant>,
     prepared: Option<PreparedEngine>,
     engine: Option<Arc<dyn RunningEngine>>,
@@ -177,6 +180,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
         },
         state: replica.state,
         wants: None,
+        blocked: None,
     }
 }
 
@@ -248,9 +252,12 @@ impl Driver {
                 self.attempt.grant = Some(grant);
             }
             DriverCommand::Deny(generation, denied) if self.wants(generation) => {
-                self.attempt.want = None;
+                let want = self.attempt.want.take();
                 let fact = match denied {
-                    Denied::Wait(wait) => Fact::Blocked(wait),
+                    Denied::Wait(wait) => {
+                        self.attempt.blocked = want;
+                        Fact::Blocked(wait)
+                    }
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));

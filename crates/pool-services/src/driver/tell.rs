@@ -82,6 +82,7 @@ impl Driver {
             snapshot: self.snapshot(),
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
+            blocked: self.attempt.blocked.clone(),
         };
         let changed = self.published.send_if_modified(|p| {
             let changed = *p != next;
