@@ -45,6 +45,10 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for Body<T> {
         if !json {
             return Err(invalid_params("the body is not JSON").with_hint("send Content-Type: application/json"));
         }
+        // serde reads a struct from a list, too; a list here is a slip that must not drain a pool.
+        if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
+            return Err(invalid_params("the body is no JSON object"));
+        }
         serde_json::from_slice(&bytes).map(Self).map_err(|e| invalid_params(format!("the body does not fit: {e}")))
     }
 }
@@ -109,6 +113,7 @@ pub(super) struct PoolParams {
 
 impl PoolParams {
     /// The number to wait for and how long, where both say something.
+    #[allow(clippy::result_large_err, reason = "an error that becomes an answer at once")]
     pub(super) fn wait(&self) -> Result<Option<(u64, Duration)>, Problem> {
         match (self.wait_for_snapshot, self.wait_ms) {
             (Some(after), ms) => Ok(Some((after, capped(ms.unwrap_or(30_000))))),

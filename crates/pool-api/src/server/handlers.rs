@@ -165,6 +165,7 @@ pub(super) async fn operation(
     Ok(Json((&op).into()))
 }
 
+#[allow(clippy::result_large_err, reason = "an error that becomes an answer at once")]
 fn ttl(b: &LeaseBody) -> Result<Duration, Problem> {
     match b.ttl_ms.unwrap_or(DEFAULT_TTL_MS) {
         ms @ 1..=MAX_TTL_MS => Ok(Duration::from_millis(ms)),

@@ -1,0 +1,90 @@
+//! The client against a served router: what goes in comes out.
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail them")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Fake, chat, id, node, operation, state};
+use pool_api::client::HttpControl;
+use pool_api::server::{LocalAddr, router};
+use pool_domain::lifecycle::OnDeadline;
+use pool_services::{ControlError, DrainOptions, OperationState, PoolControl, PoolSnapshot};
+
+async fn serve(fake: Fake) -> HttpControl {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let app = router(state(fake)).into_make_service_with_connect_info::<LocalAddr>();
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    HttpControl::new(&format!("http://{address}/")).unwrap()
+}
+
+#[tokio::test]
+async fn round_trip() {
+    let c = serve(Fake::default()).await;
+    assert_eq!(c.node().await, Ok(node()));
+    assert_eq!(c.pools().await, Ok(vec![chat()]));
+    assert_eq!(c.pool(&id("chat")).await, Ok(chat()));
+    let newer = c.wait_pool(&id("chat"), 41, Duration::from_secs(9999)).await;
+    assert_eq!(newer, Ok(PoolSnapshot { snapshot: 42, ..chat() }));
+    assert_eq!(c.preload(&id("chat")).await, Ok(operation("preload", OperationState::Running)));
+    assert_eq!(c.resume(&id("chat")).await, Ok(operation("resume", OperationState::Running)));
+    assert_eq!(c.stop(&id("chat")).await, Ok(operation("stop", OperationState::Running)));
+    let options = DrainOptions { deadline: Some(Duration::from_millis(250)), on_deadline: Some(OnDeadline::Abort) };
+    assert_eq!(c.drain(&id("chat"), options).await.unwrap().progress, "Some(250ms) true");
+    assert_eq!(c.drain(&id("chat"), DrainOptions::default()).await.unwrap().progress, "None false");
+    assert_eq!(c.reset_breaker(&id("chat")).await, Ok(()));
+    assert_eq!(c.operations().await, Ok(vec![operation("stop", OperationState::Failed("fenced".into()))]));
+    assert_eq!(c.operation("op-1").await, Ok(operation("drain", OperationState::Running)));
+    let done = c.wait_operation("op-1", Duration::from_secs(1)).await;
+    assert_eq!(done, Ok(operation("drain", OperationState::Succeeded("drained".into()))));
+    let lease = c.lease(&id("chat"), Duration::from_secs(5)).await.unwrap();
+    assert_eq!(lease, Fake::default().lease(&id("chat"), Duration::from_secs(5)).await.unwrap());
+    assert_eq!(c.release(&lease.id).await, Ok(()));
+    assert_eq!(c.node_view().await.unwrap().version, "1.2.3");
+    assert_eq!(c.pool_views().await.unwrap()[0].source, "file");
+}
+
+#[tokio::test]
+async fn errors_come_back_as_they_were() {
+    for error in [
+        ControlError::PoolNotFound("chat".into()),
+        ControlError::Conflict("busy".into()),
+        ControlError::Saturated,
+        ControlError::Unready("starting".into()),
+        ControlError::Draining,
+        ControlError::Unavailable { retry_after: Duration::from_millis(1500) },
+        ControlError::Unreachable("stopping".into()),
+        ControlError::Remote { code: "NEW".into(), detail: "d".into() },
+    ] {
+        let c = serve(Fake { error: Some(error.clone()), ..Fake::default() }).await;
+        assert_eq!(c.lease(&id("chat"), Duration::from_secs(1)).await, Err(error));
+    }
+    let c = serve(Fake::default()).await;
+    for odd in ["op 2/..?#é", "..", ".", "%2e"] {
+        assert_eq!(c.operation(odd).await, Err(ControlError::OperationNotFound(odd.into())));
+        assert_eq!(c.release(odd).await, Err(ControlError::LeaseNotFound(odd.into())));
+    }
+    let refused = c.lease(&id("chat"), Duration::ZERO).await;
+    assert!(matches!(refused, Err(ControlError::Remote { code, .. }) if code == "INVALID_PARAMS"));
+}
+
+#[tokio::test]
+async fn nobody_there() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let c = HttpControl::new(&format!("http://{address}")).unwrap();
+    let Err(ControlError::Unreachable(text)) = c.node().await else { panic!("it is not there") };
+    assert!(text.contains("does not take connections") && text.contains("serve"), "{text}");
+}
+
+#[test]
+fn addresses() {
+    for good in ["http://127.0.0.1:9200", "http://[::1]:9200/", "http://gpu.lan"] {
+        assert!(HttpControl::new(good).is_ok(), "{good}");
+    }
+    for bad in ["", "127.0.0.1:9200", "https://x", "http://", "http://u:p@x", "http://x/y", "http://x?y", "unix:/x"] {
+        assert!(HttpControl::new(bad).is_err(), "{bad}");
+    }
+}

@@ -1,0 +1,203 @@
+//! A control that answers what it is told to.
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail them")]
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use pool_api::metrics::Metrics;
+use pool_api::server::{AppState, Flags, NodeInfo};
+use pool_domain::lifecycle::OnDeadline;
+use pool_domain::{
+    DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, device::MigSlice, failure::Exit,
+};
+use pool_services::control::Lease;
+use pool_services::snapshot::LastError;
+use pool_services::{
+    ControlError, DrainOptions, NodeSnapshot, Operation, OperationState, PoolControl, PoolSnapshot, ReplicaSnapshot,
+};
+
+/// Answers for the pool `chat`; every verb fails with `error` where it is set.
+#[derive(Debug, Default)]
+pub(crate) struct Fake {
+    pub(crate) error: Option<ControlError>,
+    pub(crate) panics: bool,
+}
+
+pub(crate) fn id(text: &str) -> PoolId {
+    text.parse().unwrap()
+}
+
+pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
+    ReplicaSnapshot {
+        id: ReplicaId(n),
+        generation: Generation(7),
+        state: "ready",
+        reason_code: "",
+        reason: String::new(),
+        live: true,
+        ready: true,
+        draining: false,
+        endpoint: Some("http://127.0.0.1:42000".into()),
+        pid: Some(12),
+        device_mask: format!("GPU-51000000-0000-4000-8000-00000000000{n}"),
+        engine_version: "b9".into(),
+        slots_total: 4,
+        active_leases: 1,
+        restart_count: 2,
+        breaker: "closed",
+        backoff_failures: 1,
+        next_start_in_ms: None,
+        proof: "simulated",
+        first_unit_ms: Some(31),
+        last_error: Some(LastError {
+            class: FailureClass::Crash(Exit::Unknown),
+            detail: "the engine ended with signal 9".into(),
+            at: UNIX_EPOCH + Duration::from_millis(1_700_000_000_123),
+        }),
+        consecutive_failures: 0,
+        last_check_at: Some(UNIX_EPOCH + Duration::from_millis(1_700_000_001_000)),
+        vram_reserved: 5,
+    }
+}
+
+pub(crate) fn chat() -> PoolSnapshot {
+    PoolSnapshot {
+        pool_id: id("chat"),
+        snapshot: 9,
+        revision: 1,
+        engine: "stub".into(),
+        model: "stub:tiny".into(),
+        model_id: "tiny".into(),
+        aliases: vec!["gpt".into()],
+        hold: false,
+        replicas: vec![replica(0), replica(1)],
+    }
+}
+
+pub(crate) fn node() -> NodeSnapshot {
+    let device = DeviceSnapshot {
+        uuid: "GPU-51000000-0000-4000-8000-000000000001".into(),
+        index: 0,
+        name: "Simulated".into(),
+        pci_bus_id: Some("0000:01:00.0".into()),
+        compute_capability: Some((8, 9)),
+        numa_node: None,
+        vram_total: 100,
+        vram_free: 60,
+        vram_used: 40,
+        vram_reserved: 3,
+        vram_foreign: 2,
+        utilisation: Some(50),
+        health: DeviceHealth::Fenced("leftovers".into()),
+        mig: Some(MigSlice { parent: "GPU-x".into(), profile: "1g.12gb".into(), index: 1 }),
+        mig_parent: false,
+    };
+    NodeSnapshot { simulated: true, driver: Some("580.1".into()), devices: vec![(device, 35)], problem: None }
+}
+
+pub(crate) fn operation(verb: &str, state: OperationState) -> Operation {
+    Operation {
+        id: "op-1".into(),
+        verb: verb.into(),
+        pool_id: id("chat"),
+        state,
+        progress: "half".into(),
+        started_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
+    }
+}
+
+impl Fake {
+    fn check(&self, pool: &PoolId) -> Result<(), ControlError> {
+        assert!(!self.panics, "a bug with /secret/path");
+        match &self.error {
+            Some(e) => Err(e.clone()),
+            None if pool.as_str() == "chat" => Ok(()),
+            None => Err(ControlError::PoolNotFound(pool.to_string())),
+        }
+    }
+    fn begin(&self, pool: &PoolId, verb: &str) -> Result<Operation, ControlError> {
+        self.check(pool).map(|()| operation(verb, OperationState::Running))
+    }
+}
+
+#[async_trait]
+impl PoolControl for Fake {
+    async fn node(&self) -> Result<NodeSnapshot, ControlError> {
+        Ok(node())
+    }
+    async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError> {
+        Ok(vec![chat()])
+    }
+    async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError> {
+        self.check(id).map(|()| chat())
+    }
+    async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
+        self.check(id)?;
+        assert!(wait <= Duration::from_secs(600));
+        Ok(PoolSnapshot { snapshot: after + 1, ..chat() })
+    }
+    async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.begin(id, "preload")
+    }
+    async fn drain(&self, id: &PoolId, o: DrainOptions) -> Result<Operation, ControlError> {
+        let mut op = self.begin(id, "drain")?;
+        op.progress = format!("{:?} {}", o.deadline, o.on_deadline == Some(OnDeadline::Abort));
+        Ok(op)
+    }
+    async fn resume(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.begin(id, "resume")
+    }
+    async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.begin(id, "stop")
+    }
+    async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
+        self.check(id)
+    }
+    async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
+        Ok(vec![operation("stop", OperationState::Failed("fenced".into()))])
+    }
+    async fn operation(&self, id: &str) -> Result<Operation, ControlError> {
+        match id {
+            "op-1" => Ok(operation("drain", OperationState::Running)),
+            other => Err(ControlError::OperationNotFound(other.into())),
+        }
+    }
+    async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
+        assert!(wait <= Duration::from_secs(600));
+        let op = self.operation(id).await?;
+        Ok(Operation { state: OperationState::Succeeded("drained".into()), ..op })
+    }
+    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
+        self.check(id)?;
+        Ok(Lease {
+            id: "l-1".into(),
+            pool_id: id.clone(),
+            replica_id: ReplicaId(0),
+            generation: Generation(7),
+            endpoint: "http://127.0.0.1:42000".into(),
+            expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + ttl,
+        })
+    }
+    async fn release(&self, lease: &str) -> Result<(), ControlError> {
+        if lease == "l-1" { Ok(()) } else { Err(ControlError::LeaseNotFound(lease.into())) }
+    }
+}
+
+pub(crate) fn state(fake: Fake) -> Arc<AppState> {
+    let flags = Flags::default();
+    flags.set_started();
+    flags.set_accepting(true);
+    Arc::new(AppState {
+        control: Arc::new(fake),
+        info: NodeInfo {
+            version: "1.2.3".into(),
+            profile: "home".into(),
+            hosts: vec!["gpu.lan".into()],
+            origins: vec!["https://ui.lan".into()],
+        },
+        metrics: Arc::new(Metrics::default()),
+        flags: Arc::new(flags),
+    })
+}

@@ -1,0 +1,65 @@
+//! What is exposed is what is documented.
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail them")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use common::{chat, id, node};
+use pool_api::metrics::{ALL, Metrics};
+use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_services::{Event, EventKind};
+
+#[test]
+fn exposed_families_are_documented_and_the_other_way_round() {
+    let m = Metrics::default();
+    let failure = || Failure::new(FailureClass::Hang, "x");
+    let took = Duration::from_secs(1);
+    for kind in [
+        EventKind::StateChanged { from: "warming", to: "ready" },
+        EventKind::StateChanged { from: "ready", to: "suspect" },
+        EventKind::Started,
+        EventKind::BecameReady { took },
+        EventKind::EngineFailed { failure: failure(), nth: 1 },
+        EventKind::RestartPlanned { delay: took, failure: failure(), nth: 1 },
+        EventKind::BreakerOpened { pause: took },
+        EventKind::DrainEnded { outcome: "drained", took },
+        EventKind::LeaseGranted,
+        EventKind::LeaseRefused { reason: "saturated" },
+    ] {
+        let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
+        m.observe(&Event { key, generation: Generation(1), kind });
+    }
+    let text = m.render(&[chat()], &node());
+    let mut exposed = BTreeSet::new();
+    for line in text.lines().filter_map(|l| l.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').unwrap();
+        let name = if kind == "counter" { format!("{name}_total") } else { name.to_owned() };
+        let doc = ALL.iter().find(|d| d.name == name).unwrap_or_else(|| panic!("{name} is not documented"));
+        assert_eq!(doc.kind, kind, "{name}");
+        let suffix = if kind == "histogram" { "_bucket" } else { "" };
+        let sample =
+            text.lines().find(|l| l.starts_with(&format!("{name}{suffix}"))).unwrap_or_else(|| panic!("{name}"));
+        for label in doc.labels {
+            assert!(sample.contains(&format!("{label}=\"")), "{name} lacks {label}: {sample}");
+        }
+        assert!(exposed.insert(name));
+    }
+    assert_eq!(exposed, ALL.iter().map(|d| d.name.to_owned()).collect());
+    for doc in ALL {
+        assert!(doc.name.starts_with("pool_managerd_") && !doc.help.is_empty());
+        assert_eq!(doc.kind == "counter", doc.name.ends_with("_total"), "{}", doc.name);
+    }
+    assert!(text.ends_with("# EOF\n"));
+    assert!(text.contains("pool_managerd_simulated 1"));
+    assert!(text.contains("pool_managerd_replica_state{pool_id=\"chat\",replica_id=\"r1\",state=\"ready\"} 1"));
+    assert!(text.contains("readiness_transitions_total{pool_id=\"chat\",replica_id=\"r0\",ready=\"false\"} 1"));
+}
+
+#[test]
+fn what_is_gone_is_not_exposed() {
+    let m = Metrics::default();
+    assert!(m.render(&[chat()], &node()).contains("GPU-51"));
+    assert!(!m.render(&[], &pool_services::NodeSnapshot::default()).contains("chat"));
+}

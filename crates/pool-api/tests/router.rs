@@ -1,0 +1,311 @@
+//! The router over a control that is told what to answer.
+#![allow(clippy::unwrap_used, reason = "a helper of tests may fail them")]
+
+mod common;
+
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{Request, StatusCode, header};
+use axum::response::Response;
+use common::{Fake, state};
+use http_body_util::BodyExt;
+use pool_api::server::router;
+use pool_services::ControlError;
+use serde_json::Value;
+use tower::ServiceExt;
+
+const ROUTES: &[(&str, &str)] = &[
+    ("GET", "/livez"),
+    ("GET", "/readyz"),
+    ("GET", "/startupz"),
+    ("GET", "/v2/health/live"),
+    ("GET", "/v2/health/ready"),
+    ("GET", "/v2/models/chat/ready"),
+    ("GET", "/v1/node"),
+    ("GET", "/v1/pools"),
+    ("GET", "/v1/pools/chat"),
+    ("GET", "/v1/pools/chat?wait_for_snapshot=3&wait_ms=99999999"),
+    ("GET", "/v1/pools/chat/health"),
+    ("POST", "/v1/pools/chat/preload"),
+    ("POST", "/v1/pools/chat/drain"),
+    ("POST", "/v1/pools/chat/resume"),
+    ("POST", "/v1/pools/chat/stop?wait_ms=1"),
+    ("POST", "/v1/pools/chat/breaker/reset"),
+    ("POST", "/v1/pools/chat/leases"),
+    ("DELETE", "/v1/leases/l-1"),
+    ("GET", "/v1/operations"),
+    ("GET", "/v1/operations/op-1"),
+    ("GET", "/metrics"),
+    ("GET", "/openapi.json"),
+];
+
+async fn send(fake: Fake, request: Request<Body>) -> Response {
+    router(state(fake)).oneshot(request).await.unwrap()
+}
+
+fn request(method: &str, path: &str) -> Request<Body> {
+    Request::builder().method(method).uri(path).header(header::HOST, "localhost").body(Body::empty()).unwrap()
+}
+
+fn post(path: &str, kind: &str, body: impl Into<Body>) -> Request<Body> {
+    let mut r = request("POST", path);
+    *r.body_mut() = body.into();
+    if !kind.is_empty() {
+        r.headers_mut().insert(header::CONTENT_TYPE, kind.parse().unwrap());
+    }
+    r
+}
+
+async fn json(response: Response) -> Value {
+    serde_json::from_slice(&response.into_body().collect().await.unwrap().to_bytes()).unwrap()
+}
+
+async fn problem(response: Response) -> (u16, Value) {
+    let status = response.status();
+    assert_eq!(response.headers()[header::CONTENT_TYPE], "application/problem+json");
+    let retry = response.headers().contains_key(header::RETRY_AFTER);
+    let p = json(response).await;
+    assert_eq!(p["status"], status.as_u16());
+    assert_eq!(p["retriable"], retry, "{p}");
+    assert_eq!(p["type"], "about:blank");
+    assert!(!p["title"].as_str().unwrap().is_empty() && !p["detail"].as_str().unwrap().is_empty());
+    (status.as_u16(), p)
+}
+
+#[tokio::test]
+async fn every_route_answers() {
+    for (method, path) in ROUTES {
+        let status = send(Fake::default(), request(method, path)).await.status();
+        assert!(status.is_success(), "{method} {path}: {status}");
+    }
+}
+
+#[tokio::test]
+async fn every_error_has_its_status_and_code() {
+    let cases = [
+        (ControlError::PoolNotFound("chat".into()), 404, "POOL_NOT_FOUND"),
+        (ControlError::OperationNotFound("x".into()), 404, "OPERATION_NOT_FOUND"),
+        (ControlError::LeaseNotFound("x".into()), 404, "LEASE_NOT_FOUND"),
+        (ControlError::Conflict("busy".into()), 409, "CONFLICT"),
+        (ControlError::Saturated, 429, "POOL_SATURATED"),
+        (ControlError::Unready("starting".into()), 503, "POOL_UNREADY"),
+        (ControlError::Draining, 503, "POOL_DRAINING"),
+        (ControlError::Unavailable { retry_after: Duration::from_millis(1500) }, 503, "POOL_UNAVAILABLE"),
+        (ControlError::Unreachable("stopping".into()), 503, "UNAVAILABLE"),
+        (ControlError::Remote { code: "POOL_SATURATED".into(), detail: "d".into() }, 429, "POOL_SATURATED"),
+        (ControlError::Remote { code: "NEW".into(), detail: "d".into() }, 502, "NEW"),
+    ];
+    for (error, status, code) in cases {
+        let fake = || Fake { error: Some(error.clone()), ..Fake::default() };
+        for verb in ["preload", "drain", "resume", "stop", "breaker/reset", "leases"] {
+            let response = send(fake(), request("POST", &format!("/v1/pools/chat/{verb}"))).await;
+            let wait = response.headers().get(header::RETRY_AFTER).cloned();
+            let (s, p) = problem(response).await;
+            assert_eq!((s, p["code"].as_str().unwrap()), (status, code), "{verb}");
+            if code == "POOL_UNAVAILABLE" {
+                assert_eq!(wait.unwrap(), "2");
+                assert_eq!(p["retry_after_ms"], 1500);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn strangers_are_turned_away_on_every_route_and_method() {
+    let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW"];
+    let mut paths: Vec<&str> = ROUTES.iter().map(|(_, p)| *p).collect();
+    paths.extend(["/", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
+    for path in paths {
+        for method in methods {
+            for (hosts, origin) in [
+                (&["evil.test"][..], None),
+                (&["localhost.evil.test:9200"], None),
+                (&[], None),
+                (&["localhost", "evil.test"], None),
+                (&["localhost"], Some("http://localhost")),
+                (&["localhost"], Some("null")),
+                (&["localhost"], Some("")),
+            ] {
+                let mut r = Request::builder().method(method).uri(path);
+                for h in hosts {
+                    r = r.header(header::HOST, *h);
+                }
+                if let Some(o) = origin {
+                    r = r.header(header::ORIGIN, o);
+                }
+                let response = send(Fake::default(), r.body(Body::empty()).unwrap()).await;
+                assert_eq!(response.status(), StatusCode::FORBIDDEN, "{method} {path} {hosts:?} {origin:?}");
+                if method != "HEAD" {
+                    assert_eq!(problem(response).await.1["code"], "FORBIDDEN_HOST");
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn known_hosts_and_origins_pass() {
+    for host in ["gpu.lan", "gpu.lan:9200", "127.0.0.1:9200", "[::1]:9200", "LocalHost:1"] {
+        let mut r = request("GET", "/v1/node");
+        r.headers_mut().insert(header::HOST, host.parse().unwrap());
+        r.headers_mut().insert(header::ORIGIN, "https://ui.lan".parse().unwrap());
+        let response = send(Fake::default(), r).await;
+        assert_eq!(response.status(), 200, "{host}");
+        assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
+    }
+    let foreign = send(Fake::default(), request("GET", "http://evil.test/v1/node")).await;
+    assert_eq!(foreign.status(), 403);
+}
+
+#[tokio::test]
+async fn bad_bodies() {
+    let large = format!("{{\"deadline_ms\":1{}}}", " ".repeat(70_000));
+    let cases: &[(&str, &str, &str, u16)] = &[
+        ("drain", "application/json", "{", 400),
+        ("drain", "application/json", "[1]", 400),
+        ("drain", "application/json", r#"{"deadline":1}"#, 400),
+        ("drain", "application/json", r#"{"deadline_ms":-1}"#, 400),
+        ("drain", "application/json", r#"{"deadline_ms":18446744073709551615}"#, 400),
+        ("drain", "application/json", r#"{"on_deadline":"maybe"}"#, 400),
+        ("drain", "application/json", &large, 413),
+        ("drain", "text/plain", r#"{"deadline_ms":1}"#, 400),
+        ("drain", "", r#"{"deadline_ms":1}"#, 400),
+        ("drain", "application/x-www-form-urlencoded", "", 400),
+        ("stop", "application/json", r#"{"force":true}"#, 400),
+        ("leases", "application/json", r#"{"ttl_ms":0}"#, 400),
+        ("leases", "application/json", r#"{"ttl_ms":86400001}"#, 400),
+        ("leases", "application/json", r#"{"job_id":"x"}"#, 400),
+    ];
+    for (verb, kind, body, status) in cases {
+        let response = send(Fake::default(), post(&format!("/v1/pools/chat/{verb}"), kind, (*body).to_owned())).await;
+        let (s, p) = problem(response).await;
+        assert_eq!((s, p["code"].as_str().unwrap()), (*status, "INVALID_PARAMS"), "{verb} {kind} {}", p["detail"]);
+    }
+    for query in ["?wait_ms=x", "?wait_ms=-1", "?nope=1"] {
+        let r = request("POST", &format!("/v1/pools/chat/stop{query}"));
+        assert_eq!(problem(send(Fake::default(), r).await).await.1["code"], "INVALID_PARAMS", "{query}");
+    }
+    for path in ["/v1/pools/..%2fetc", "/v1/pools/%ff", "/v1/pools/-x/health", "/v1/pools/chat?wait_ms=5"] {
+        assert_eq!(problem(send(Fake::default(), request("GET", path)).await).await.0, 400, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn good_bodies() {
+    let body = r#"{"deadline_ms":250,"on_deadline":"abort"}"#;
+    let r = post("/v1/pools/chat/drain", "application/json; charset=utf-8", body);
+    let response = send(Fake::default(), r).await;
+    assert_eq!(response.status(), 202);
+    assert_eq!(response.headers()[header::LOCATION], "/v1/operations/op-1");
+    let op = json(response).await;
+    assert_eq!((op["progress"].as_str(), op["state"].as_str()), (Some("Some(250ms) true"), Some("running")));
+    assert_eq!(op["started_at"], "2023-11-14T22:13:20.000Z");
+
+    let done = send(Fake::default(), request("POST", "/v1/pools/chat/drain?wait_ms=99999999999")).await;
+    assert_eq!(done.status(), 200);
+    let done = json(done).await;
+    assert_eq!((done["state"].as_str(), done["outcome"].as_str()), (Some("succeeded"), Some("drained")));
+
+    let lease = send(Fake::default(), request("POST", "/v1/pools/chat/leases")).await;
+    assert_eq!(lease.status(), 201);
+    assert_eq!(json(lease).await["expires_at"], "2023-11-14T22:14:20.000Z");
+    let gone = send(Fake::default(), request("DELETE", "/v1/leases/l-1")).await;
+    assert_eq!(gone.status(), 204);
+    let unknown = send(Fake::default(), request("DELETE", "/v1/leases/l-2")).await;
+    assert_eq!(problem(unknown).await.1["code"], "LEASE_NOT_FOUND");
+}
+
+#[tokio::test]
+async fn unknown_routes_and_methods() {
+    for path in ["/", "/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
+        let (s, p) = problem(send(Fake::default(), request("GET", path)).await).await;
+        assert_eq!((s, p["code"].as_str().unwrap()), (404, "NOT_FOUND"), "{path}");
+    }
+    for (method, path) in [("PUT", "/v1/node"), ("OPTIONS", "/v1/pools"), ("GET", "/v1/pools/chat/stop")] {
+        let response = send(Fake::default(), request(method, path)).await;
+        assert!(response.headers().contains_key(header::ALLOW), "{method} {path}");
+        assert_eq!(problem(response).await.1["code"], "METHOD_NOT_ALLOWED");
+    }
+}
+
+#[tokio::test]
+async fn a_bug_tells_nothing() {
+    let fake = Fake { panics: true, ..Fake::default() };
+    let (s, p) = problem(send(fake, request("GET", "/v1/pools/chat")).await).await;
+    assert_eq!((s, p["code"].as_str().unwrap()), (500, "INTERNAL"));
+    assert!(!p.to_string().contains("secret"));
+}
+
+#[tokio::test]
+async fn the_daemons_own_health() {
+    let s = state(Fake::default());
+    s.flags.set_accepting(false);
+    for (path, status) in [("/livez", 200), ("/readyz", 503), ("/v2/health/ready", 503), ("/startupz", 200)] {
+        let response = router(s.clone()).oneshot(request("GET", path)).await.unwrap();
+        assert_eq!(response.status(), status, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_pool_on_the_wire() {
+    let p = json(send(Fake::default(), request("GET", "/v1/pools/chat")).await).await;
+    for key in [
+        "pool_id",
+        "snapshot",
+        "revision",
+        "source",
+        "engine",
+        "engine_version",
+        "model_id",
+        "device_mask",
+        "devices",
+        "slots_total",
+        "slots_free",
+        "active_leases",
+        "live",
+        "ready",
+        "draining",
+        "hold",
+        "state",
+        "reason",
+        "last_error",
+        "last_heartbeat_ms",
+        "restart_count",
+        "breaker",
+        "backoff",
+        "proof",
+        "perf",
+        "replicas",
+    ] {
+        assert!(p.get(key).is_some(), "{key}");
+    }
+    assert_eq!((p["slots_total"].as_u64(), p["slots_free"].as_u64()), (Some(8), Some(6)));
+    assert_eq!(p["devices"].as_array().unwrap().len(), 2);
+    assert_eq!(p["last_error"]["at"], "2023-11-14T22:13:20.123Z");
+    assert_eq!(p["last_heartbeat_ms"], 1_700_000_001_000u64);
+    assert_eq!(p["perf"]["first_token_ms"], 31);
+    let waited = request("GET", "/v1/pools/chat?wait_for_snapshot=41");
+    assert_eq!(json(send(Fake::default(), waited).await).await["snapshot"], 42);
+}
+
+#[tokio::test]
+async fn the_document_names_every_route() {
+    let text = pool_api::server::openapi_json();
+    assert_eq!(text, pool_api::server::openapi_json());
+    let doc: Value = serde_json::from_str(&text).unwrap();
+    assert!(doc["openapi"].as_str().unwrap().starts_with("3.1"));
+    for (method, path) in ROUTES {
+        // Two paths of another protocol lead to the same two handlers.
+        if path.starts_with("/v2/health") {
+            continue;
+        }
+        let path = path.split('?').next().unwrap().replace("/chat", "/{id}").replace("/l-1", "/{id}");
+        let path = path.replace("/op-1", "/{id}");
+        assert!(doc["paths"][&path][method.to_lowercase()].is_object(), "{method} {path}");
+    }
+    let schemas = doc["components"]["schemas"].as_object().unwrap();
+    for name in ["PoolView", "ReplicaView", "Problem", "DrainBody", "OnDeadlineText", "DeviceView"] {
+        assert!(schemas.contains_key(name), "{name}");
+    }
+}
