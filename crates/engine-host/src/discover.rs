@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use pool_domain::Failure;
 use tokio::io::AsyncReadExt;
-use tokio::process::Command;
+use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
 use crate::text::{config, file_name, tidy};
@@ -19,6 +19,9 @@ use crate::text::{config, file_name, tidy};
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes read of what it tells, of each stream.
 const ASK_BYTES: u64 = 256 * 1024;
+/// How often, and how long, to wait for a program that is being written.
+const BUSY_TRIES: u32 = 10;
+const BUSY_WAIT: Duration = Duration::from_millis(20);
 /// The shell's and the dynamic linker's "cannot be run".
 const CANNOT_RUN: i32 = 127;
 
@@ -59,9 +62,14 @@ impl Discovery {
         }
         let version = ask(&path, leading, "--version").await?;
         let help = ask(&path, leading, "--help").await?;
-        let version = version_in(&version).unwrap_or_else(|| "unknown".to_owned());
+        let version = version_in(&version);
+        // Who said nothing this time, perhaps for want of time, is asked again.
+        let told = version.is_some() && !help.trim().is_empty();
+        let version = version.unwrap_or_else(|| "unknown".to_owned());
         let found = Arc::new(Program { path: path.clone(), version, flags: flags_in(&help) });
-        self.known.lock().await.insert(path, (stamp, Arc::clone(&found)));
+        if told {
+            self.known.lock().await.insert(path, (stamp, Arc::clone(&found)));
+        }
         Ok(found)
     }
 }
@@ -100,8 +108,8 @@ async fn ask(program: &Path, leading: &[String], flag: &str) -> Result<String, F
     // No device: to say its version it needs none, and the devices may be somebody's.
     command.args(leading).arg(flag).env_clear().envs(crate::kinds::base_env()).env("CUDA_VISIBLE_DEVICES", "");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = command
-        .spawn()
+    let mut child = spawn(&mut command)
+        .await
         .map_err(|error| config(format!("engine not executable: `{name}` cannot be run: {}", error.kind())))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let (mut out, mut err) = (Vec::new(), Vec::new());
@@ -116,6 +124,17 @@ async fn ask(program: &Path, leading: &[String], flag: &str) -> Result<String, F
         return Err(config(format!("engine not executable: `{name}` cannot be run: {}", tidy(line))));
     }
     Ok(said)
+}
+
+/// A file that is being installed, or that a fork of somebody still holds open, is free again in a moment.
+async fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    for _ in 0..BUSY_TRIES {
+        match command.spawn() {
+            Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => tokio::time::sleep(BUSY_WAIT).await,
+            spawned => return spawned,
+        }
+    }
+    command.spawn()
 }
 
 async fn read_some(stream: Option<impl tokio::io::AsyncRead + Unpin>, into: &mut Vec<u8>) {
