@@ -1,1 +1,15 @@
-//! pool-managerd
+//! The daemon: config, command line, and the one place where every part is put together. It decides nothing.
+#![forbid(unsafe_code)]
+
+pub mod check_command;
+pub mod cli;
+pub mod commands;
+pub mod compose;
+pub mod config;
+pub mod demo;
+pub mod exit;
+mod late;
+pub mod logging;
+pub mod serve;
+pub mod tables;
+mod tell;

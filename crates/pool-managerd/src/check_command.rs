@@ -1,0 +1,77 @@
+//! `check`: everything that can be found out without starting anything.
+
+use std::path::Path;
+
+use pool_services::ports::EngineProvisioner;
+use pool_services::{Activation, NodeSnapshot};
+
+use crate::config::{self, Config, Gpu, Overrides};
+use crate::exit::{CONFIG, Exit, print};
+use crate::{compose, tables};
+
+/// Checks a config and this machine, and prints what would happen.
+///
+/// # Errors
+/// Exit 78 when a part of the config cannot work here, 69 when there is no usable GPU.
+pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
+    let config = config::load(file, &Overrides::default())?;
+    print(&told(&config))?;
+    let gpus = compose::open_gpus(&config, false).await?;
+    let inventory = gpus.inventory().borrow().clone();
+    let node = NodeSnapshot {
+        simulated: inventory.simulated,
+        driver: inventory.driver.clone(),
+        devices: inventory.devices.iter().map(|d| (d.clone(), 0)).collect(),
+        problem: inventory.problem.clone(),
+    };
+    print(&tables::devices(&node))?;
+    compose::check_masks(&config, &inventory)?;
+    let mut problems = Vec::new();
+    let (models, provisioner) = (compose::models(&config), compose::provisioner(&config)?);
+    for (i, pool) in config.pools.iter().enumerate() {
+        let external = provisioner.external(pool);
+        if external.is_none()
+            && let Err(failure) = models.validate_ref(&pool.model)
+        {
+            problems.push(config.pool_error(i, "model", failure.detail));
+        }
+        if let Err(failure) = provisioner.preflight(pool).await {
+            problems.push(config.pool_error(i, "engine", failure.detail));
+        }
+        let what = match (external, pool.activation) {
+            (Some(addr), _) => format!("uses the engine at {addr}"),
+            (None, Activation::Preload) => "starts with the daemon".to_owned(),
+            (None, Activation::OnDemand) => "starts when somebody asks".to_owned(),
+        };
+        print(&format!(
+            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}\n",
+            pool.id,
+            pool.workload.code(),
+            pool.model,
+            pool.replicas,
+            what_devices = pool.devices.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+        ))?;
+    }
+    let Some(last) = problems.pop() else { return print("the config is valid\n") };
+    for problem in problems {
+        let _ = Exit::from(problem).report();
+    }
+    Err(Exit { code: CONFIG, ..Exit::from(last) })
+}
+
+fn told(config: &Config) -> String {
+    let gpu = match &config.gpu {
+        Gpu::Nvml { .. } => "the NVIDIA driver".to_owned(),
+        Gpu::Simulated { topology } => format!("{} (SIMULATED)", topology.display()),
+    };
+    format!(
+        "config: {}\nprofile: {}\nlisten: {}\nstate: {}\ndevices: {gpu}\nengine ports: {}-{} on {}\n",
+        config.file().map_or_else(|| "defaults".into(), |f| f.display().to_string()),
+        config.node.profile.code(),
+        config.node.listen,
+        config.node.state_dir.display(),
+        config.node.engine_ports.start(),
+        config.node.engine_ports.end(),
+        config.node.engine_listen,
+    )
+}

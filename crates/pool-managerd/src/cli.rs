@@ -1,0 +1,195 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::config::Overrides;
+
+/// Keeps pools of inference engines running on the GPUs of this machine.
+#[derive(Debug, Parser)]
+#[command(name = "pool-managerd", version, arg_required_else_help = true, subcommand_required = true)]
+pub struct Cli {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Everything that can be asked for.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the daemon
+    Serve(ServeArgs),
+    /// Show it all on simulated GPUs with stub engines; needs nothing but this binary
+    Demo {
+        /// Address of the API
+        #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9200")]
+        listen: std::net::SocketAddr,
+    },
+    /// Check the config and the machine, and print what would happen; starts nothing
+    Check(ConfigArgs),
+    /// Print the GPUs of the node
+    Devices(ClientArgs),
+    /// Print the pools, or one of them
+    Status {
+        /// The pool
+        pool: Option<String>,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Start every engine of a pool, and lift its hold
+    Preload(VerbArgs),
+    /// Refuse new leases, wait for the running ones, stop, and hold the pool
+    Drain {
+        /// Which pool
+        #[command(flatten)]
+        verb: VerbArgs,
+        /// Time for running leases, such as 30s; by default what the pool says
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        deadline: Option<Duration>,
+        /// What happens to leases after that
+        #[arg(long, value_enum, value_name = "WHAT")]
+        on_deadline: Option<OnDeadline>,
+    },
+    /// Give up a running drain, or lift the hold
+    Resume(VerbArgs),
+    /// Stop a pool at once, and hold it
+    Stop(VerbArgs),
+    /// The circuit breaker of a pool
+    Breaker {
+        /// What to do with it
+        #[command(subcommand)]
+        command: BreakerCommand,
+    },
+    /// Print the OpenAPI document
+    Openapi,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// What can be done with a circuit breaker.
+#[derive(Debug, Subcommand)]
+pub enum BreakerCommand {
+    /// Forget failures and close it
+    Reset(VerbArgs),
+}
+
+/// What happens to leases that outlive a drain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnDeadline {
+    /// They are revoked
+    Force,
+    /// The drain is given up
+    Abort,
+}
+
+/// Where the config is.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Config file; without one the defaults hold
+    #[arg(long, value_name = "FILE", env = "POOL_MANAGERD_CONFIG")]
+    pub config: Option<PathBuf>,
+}
+
+/// How the daemon is run.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Where the config is
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// Serve this model as a pool of its own: a file, or stub:NAME
+    #[arg(long = "model", value_name = "REF")]
+    pub models: Vec<String>,
+    /// Address of the API, instead of the config's
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<String>,
+    /// Where durable facts are kept, instead of the config's place
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    /// What this says on top of the config.
+    #[must_use]
+    pub fn overrides(&self) -> Overrides {
+        Overrides { listen: self.listen.clone(), state_dir: self.state_dir.clone(), models: self.models.clone() }
+    }
+}
+
+/// Whom to ask and how to answer.
+#[derive(Debug, Clone, Args)]
+pub struct ClientArgs {
+    /// The daemon's API
+    #[arg(long, value_name = "URL", env = "POOL_MANAGERD_SERVER", default_value = "http://127.0.0.1:9200")]
+    pub server: String,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A verb on one pool.
+#[derive(Debug, Clone, Args)]
+pub struct VerbArgs {
+    /// The pool
+    pub pool: String,
+    /// Return at once instead of following the work to its end
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Whom to ask and how to answer
+    #[command(flatten)]
+    pub client: ClientArgs,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{e}: write a number with a unit, such as 30s or 10m"))
+}
+
+/// The completions for a shell.
+#[must_use]
+pub fn completions(shell: clap_complete::Shell) -> String {
+    let mut out = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "pool-managerd", &mut out);
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lines_parse() {
+        for line in [
+            "serve",
+            "serve --config a.toml --model x.gguf --model stub:a --listen 127.0.0.1:1",
+            "demo --listen 127.0.0.1:9300",
+            "check --config a.toml",
+            "status",
+            "status chat --json",
+            "devices --server http://127.0.0.1:1",
+            "drain chat --deadline 2s --on-deadline abort",
+            "breaker reset chat",
+            "stop chat --no-wait",
+            "completions bash",
+        ] {
+            assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");
+        }
+        for line in ["", "serv", "drain", "drain chat --deadline -2s", "drain chat --deadline=-2s", "breaker chat"] {
+            assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn completions_name_the_commands() {
+        assert!(completions(clap_complete::Shell::Bash).contains("preload"));
+    }
+}

@@ -1,0 +1,143 @@
+//! Commands that ask a daemon over its API.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use pool_api::client::HttpControl;
+use pool_api::dto::OperationView;
+use pool_domain::PoolId;
+use pool_domain::lifecycle;
+use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
+use serde::Serialize;
+
+use crate::cli::{ClientArgs, OnDeadline, VerbArgs};
+use crate::exit::{BUG, Exit, REFUSED, USAGE, print};
+use crate::tables;
+
+/// One look at a long operation.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// A verb on a pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    /// Start every engine.
+    Preload,
+    /// Wait for leases, stop, hold.
+    Drain {
+        /// Time for leases.
+        deadline: Option<Duration>,
+        /// What happens then.
+        on_deadline: Option<OnDeadline>,
+    },
+    /// Give up a drain, or lift the hold.
+    Resume,
+    /// Stop at once, hold.
+    Stop,
+}
+
+fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
+    HttpControl::new(&args.server).map_err(|e| Exit::new(USAGE, format!("--server: {e}")))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "so that it fits `map_err`")]
+fn refused(error: ControlError) -> Exit {
+    let exit = Exit::new(REFUSED, error.to_string());
+    match error {
+        ControlError::PoolNotFound(_) => exit.hinting("`pool-managerd status` lists the pools"),
+        _ => exit,
+    }
+}
+
+fn pool_id(text: &str) -> Result<PoolId, Exit> {
+    text.parse().map_err(|e: pool_domain::id::IdError| Exit::new(USAGE, e.to_string()))
+}
+
+fn json(value: &impl Serialize) -> Result<String, Exit> {
+    serde_json::to_string_pretty(value).map(|s| s + "\n").map_err(|e| Exit::new(BUG, e.to_string()))
+}
+
+/// `devices`
+///
+/// # Errors
+/// When the daemon is out of reach or refuses.
+pub async fn devices(args: &ClientArgs) -> Result<(), Exit> {
+    let control = connect(args)?;
+    let text = if args.json {
+        json(&control.node_view().await.map_err(refused)?)?
+    } else {
+        tables::devices(&control.node().await.map_err(refused)?)
+    };
+    print(&text)
+}
+
+/// `status`
+///
+/// # Errors
+/// When the daemon is out of reach or there is no such pool.
+pub async fn status(pool: Option<&str>, args: &ClientArgs) -> Result<(), Exit> {
+    let control = connect(args)?;
+    let text = match (pool, args.json) {
+        (None, true) => json(&control.pool_views().await.map_err(refused)?)?,
+        (None, false) => tables::pools(&control.pools().await.map_err(refused)?),
+        (Some(id), true) => json(&control.pool_view(&pool_id(id)?).await.map_err(refused)?)?,
+        (Some(id), false) => tables::pool(&control.pool(&pool_id(id)?).await.map_err(refused)?),
+    };
+    print(&text)
+}
+
+/// `preload`, `drain`, `resume`, `stop`
+///
+/// # Errors
+/// When the daemon refuses, or the work fails.
+pub async fn verb(verb: Verb, args: &VerbArgs) -> Result<(), Exit> {
+    let control = connect(&args.client)?;
+    let id = pool_id(&args.pool)?;
+    let begun = match verb {
+        Verb::Preload => control.preload(&id).await,
+        Verb::Resume => control.resume(&id).await,
+        Verb::Stop => control.stop(&id).await,
+        Verb::Drain { deadline, on_deadline } => {
+            let on_deadline = on_deadline.map(|d| match d {
+                OnDeadline::Force => lifecycle::OnDeadline::Force,
+                OnDeadline::Abort => lifecycle::OnDeadline::Abort,
+            });
+            control.drain(&id, DrainOptions { deadline, on_deadline }).await
+        }
+    };
+    let mut operation = begun.map_err(refused)?;
+    if !args.no_wait {
+        operation = follow(&control, operation, !args.client.json).await?;
+    }
+    let text = if args.client.json { json(&OperationView::from(&operation))? } else { tables::operation(&operation) };
+    print(&text)?;
+    match operation.state {
+        OperationState::Failed(reason) => Err(Exit::new(REFUSED, format!("{} failed: {reason}", operation.verb))
+            .hinting(format!("`pool-managerd status {id}` shows how the pool stands"))),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until the operation is over, telling a person how far it is.
+async fn follow(control: &HttpControl, mut operation: Operation, tell: bool) -> Result<Operation, Exit> {
+    let tell = tell && std::io::stderr().is_terminal();
+    let mut told = String::new();
+    while operation.state == OperationState::Running {
+        if tell && operation.progress != told {
+            told.clone_from(&operation.progress);
+            crate::exit::tell(&format!("{} of {}: {told}\n", operation.verb, operation.pool_id));
+        }
+        operation = control.wait_operation(&operation.id, LOOK).await.map_err(refused)?;
+    }
+    Ok(operation)
+}
+
+/// `breaker reset`
+///
+/// # Errors
+/// When the daemon is out of reach or there is no such pool.
+pub async fn reset_breaker(args: &VerbArgs) -> Result<(), Exit> {
+    let control = connect(&args.client)?;
+    let id = pool_id(&args.pool)?;
+    control.reset_breaker(&id).await.map_err(refused)?;
+    print(&if args.client.json { "{}\n".to_owned() } else { format!("the breaker of {id} is closed\n") })
+}

@@ -1,0 +1,187 @@
+//! The one place where config becomes adapters, and adapters a manager.
+
+use std::fs;
+use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine_host::{EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, Provisioner, ShimCommand, StubCommand};
+use gpu_nvml::{NvmlError, NvmlGpus};
+use gpu_sim::SimulatedGpus;
+use model_store::LocalModels;
+use pool_services::ports::{GpuProbe, Inventory};
+use pool_services::{BuildError, Event, PoolManager};
+use state_dir::{StateDir, StateDirError};
+use tokio::sync::mpsc;
+
+use crate::config::{Config, Engine, EngineKind, EngineMode, Gpu};
+use crate::exit::{BUG, CONFIG, Exit, IN_USE, NO_GPU};
+
+/// Most bytes of one engine's log, and again of the part before.
+const LOG_MAX_BYTES: u64 = 16 * 1024 * 1024;
+/// Between two looks for devices at boot.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// No topology is larger.
+const TOPOLOGY_MAX_BYTES: u64 = 1024 * 1024;
+
+/// Opens the state directory for this daemon alone.
+///
+/// # Errors
+/// Exit 75 when another daemon has it, 78 when it cannot be used.
+pub fn open_state(config: &Config) -> Result<StateDir, Exit> {
+    StateDir::open(&config.node.state_dir).map_err(|e| match &e {
+        StateDirError::InUse { .. } => Exit::new(IN_USE, e.to_string())
+            .hinting("stop the other daemon, or give this one a directory of its own with --state-dir"),
+        StateDirError::Io { source, .. } => Exit::new(CONFIG, format!("{e}: {source}"))
+            .hinting("make the directory writable for this user, or name another one with --state-dir"),
+    })
+}
+
+/// Where engines on simulated devices make their claims.
+#[must_use]
+pub fn sim_dir(config: &Config) -> Option<PathBuf> {
+    match config.gpu {
+        Gpu::Simulated { .. } => Some(config.node.state_dir.join("run").join("sim")),
+        Gpu::Nvml { .. } => None,
+    }
+}
+
+/// Opens the devices, waiting for them as long as the config says if `patient`. Needs a tokio runtime.
+///
+/// # Errors
+/// Exit 69 when there is no usable GPU, 78 when the topology is none.
+pub async fn open_gpus(config: &Config, patient: bool) -> Result<Arc<dyn GpuProbe>, Exit> {
+    match &config.gpu {
+        Gpu::Simulated { topology } => {
+            let dir = sim_dir(config).unwrap_or_default();
+            let wrong = |why: String| Exit::from(config.section_error("gpu", "topology", why));
+            let size = fs::metadata(topology).map_err(|e| wrong(format!("{}: {e}", topology.display())))?;
+            if !size.is_file() || size.len() > TOPOLOGY_MAX_BYTES {
+                return Err(wrong(format!("{}: is no file of at most 1 MiB", topology.display())));
+            }
+            let text = fs::read_to_string(topology).map_err(|e| wrong(format!("{}: {e}", topology.display())))?;
+            let mut gpus =
+                SimulatedGpus::from_toml(&text, dir).map_err(|e| wrong(format!("{}: {e}", topology.display())))?;
+            gpus.start();
+            Ok(Arc::new(gpus))
+        }
+        Gpu::Nvml { wait } => open_nvml(if patient { *wait } else { Some(Duration::ZERO) }).await,
+    }
+}
+
+async fn open_nvml(wait: Option<Duration>) -> Result<Arc<dyn GpuProbe>, Exit> {
+    let began = tokio::time::Instant::now();
+    let mut told = false;
+    loop {
+        let opened = tokio::task::spawn_blocking(NvmlGpus::open).await;
+        let error = match opened.map_err(|e| Exit::new(BUG, format!("the search for GPUs ended: {e}")))? {
+            Ok(gpus) => return Ok(Arc::new(gpus)),
+            Err(error) => error,
+        };
+        // A library that is missing does not come by waiting, unless somebody said that it will.
+        let hopeless = matches!(error, NvmlError::LibraryMissing(_) | NvmlError::VersionMismatch);
+        if wait.is_some_and(|w| hopeless || began.elapsed() >= w) {
+            return Err(Exit::new(NO_GPU, format!("no usable GPU: {error}")).hinting(error.hint()));
+        }
+        if !told {
+            tracing::warn!(%error, hint = error.hint(), "waiting for GPUs");
+            told = true;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// Checks that every mask names devices of this node.
+///
+/// # Errors
+/// Exit 78 at the first that does not.
+pub fn check_masks(config: &Config, inventory: &Inventory) -> Result<(), Exit> {
+    for (i, pool) in config.pools.iter().enumerate() {
+        for mask in &pool.devices {
+            if let Err(e) = mask.validate_against_discovered(&inventory.devices) {
+                return Err(Exit::from(config.pool_error(i, "devices", e.to_string()).hinting(format!(
+                    "`pool-managerd check` lists the devices of this node; pool `{}` can also use \"auto\"",
+                    pool.id
+                ))));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn own_program() -> Result<PathBuf, Exit> {
+    std::env::current_exe().map_err(|e| Exit::new(BUG, format!("this program cannot be found: {e}")))
+}
+
+/// The engine plans.
+///
+/// # Errors
+/// When this program cannot be found.
+pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
+    let mut decls = Vec::new();
+    for (name, engine) in &config.engines {
+        decls.push(declaration(name, engine)?);
+    }
+    let stub = StubCommand { program: own_program()?, args: vec![stub_engine::SUBCOMMAND.to_owned()] };
+    Ok(Provisioner::new(decls, stub, sim_dir(config)))
+}
+
+fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {
+    let kind = match engine.kind {
+        EngineKind::LlamaCpp => Kind::LlamaCpp,
+        EngineKind::Stub => Kind::Stub,
+    };
+    let mode = match &engine.mode {
+        EngineMode::External(addr) => Mode::External { addr: *addr },
+        EngineMode::Binary(path) => {
+            Mode::Binary { path: path.clone().unwrap_or_else(|| PathBuf::from("llama-server")) }
+        }
+    };
+    let name = name.parse().map_err(|e: pool_domain::id::IdError| Exit::new(CONFIG, e.to_string()))?;
+    Ok(EngineDecl { name, kind, mode })
+}
+
+/// The models.
+#[must_use]
+pub fn models(config: &Config) -> LocalModels {
+    LocalModels::new(config.models.roots.clone())
+}
+
+/// Puts a manager together and starts it.
+///
+/// # Errors
+/// When this program cannot be found, or a part is missing.
+pub async fn start(
+    config: &Config,
+    state: StateDir,
+    gpus: Arc<dyn GpuProbe>,
+) -> Result<(PoolManager, mpsc::Receiver<Event>), Exit> {
+    let shim = ShimCommand { program: own_program()?, args: vec![engine_shim::SUBCOMMAND.to_owned()] };
+    let host = HostOptions { runtime_dir: state.runtime_dir(), shim, log_max_bytes: LOG_MAX_BYTES, cgroup: true };
+    PoolManager::builder()
+        .gpu(gpus)
+        .models(Arc::new(models(config)))
+        .provisioner(Arc::new(provisioner(config)?))
+        .host(Arc::new(ProcessHost::new(host)))
+        .probe(Arc::new(HttpProbe::new()))
+        .ledger(Arc::new(state))
+        .engine_ports(config.node.engine_ports.clone())
+        .engine_listen(config.node.engine_listen)
+        .pools(config.pools.clone())
+        .seed(RandomState::new().hash_one(std::process::id()))
+        .boot_ms(boot_ms())
+        .start()
+        .await
+        .map_err(|e| match e {
+            BuildError::DuplicatePool(_) => Exit::new(CONFIG, e.to_string()),
+            _ => Exit::new(BUG, e.to_string()),
+        })
+}
+
+/// Milliseconds since the machine was started, so that ticks of one boot can be compared.
+fn boot_ms() -> u64 {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = uptime.split_whitespace().next().and_then(|s| s.parse::<f64>().ok()).unwrap_or(0.0);
+    u64::try_from(Duration::try_from_secs_f64(seconds).unwrap_or_default().as_millis()).unwrap_or(0)
+}

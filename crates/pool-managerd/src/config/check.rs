@@ -1,0 +1,372 @@
+//! From [`RawConfig`] to [`Config`]: everything that can be known without touching the machine.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pool_api::spec::Defaults;
+use pool_services::{Activation, PoolSpec};
+
+use super::parse::similar;
+use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawModels, RawNode};
+use super::source::Source;
+use super::{
+    At, Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, LogFormat, Models, Node, Overrides, Profile, Step,
+};
+
+const LATER: &str = "is not supported yet";
+
+pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Result<Config, ConfigError> {
+    for (present, key) in [(raw.auth.is_some(), "auth"), (raw.tls.is_some(), "tls")] {
+        if present {
+            return Err(source.error(At::Key(&[Step::Key(key)]), LATER).hinting(
+                "remove the section and keep the API on loopback, for example behind a proxy that does this",
+            ));
+        }
+    }
+    let node = node(&raw.node, &source, overrides)?;
+    let gpu = gpu(&raw.gpu, &raw.node, &node, &source)?;
+    let mut models = models(&raw.models, &source)?;
+    let engines = engines(raw.engines, &source)?;
+    let mut pools: Vec<PoolSpec> = Vec::new();
+    for (i, wire) in raw.pool.into_iter().enumerate() {
+        let pool = pool(i, wire, &node, &engines, &source)?;
+        if pools.iter().any(|p| p.id == pool.id) {
+            return Err(source
+                .error(At::Key(&pool_key(i, "id")), format!("`{}` is the id of two pools", pool.id))
+                .hinting("give each pool an id of its own"));
+        }
+        pools.push(pool);
+    }
+    for reference in &overrides.models {
+        let (pool, root) = pool_of_model(reference, &pools, &source)?;
+        models.roots.extend(root);
+        pools.push(pool);
+    }
+    Ok(Config { node, gpu, models, engines, pools, source })
+}
+
+fn pool_key(index: usize, key: &str) -> [Step<'_>; 3] {
+    [Step::Key("pool"), Step::Index(index), Step::Key(key)]
+}
+
+fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, ConfigError> {
+    let at = |key: &'static str| [Step::Key("node"), Step::Key(key)];
+    let listen_key = at("listen");
+    let (listen_at, text) = match &overrides.listen {
+        Some(text) => (At::Flag("--listen"), text),
+        None => (At::Key(&listen_key), &raw.listen),
+    };
+    let listen: SocketAddr = text.parse().map_err(|_| {
+        source
+            .error(listen_at, format!("`{text}` is no address with a port"))
+            .hinting("write an IP address and a port, for example \"127.0.0.1:9200\" or \"[::1]:9200\"")
+    })?;
+    if !listen.ip().is_loopback() {
+        if raw.profile == Profile::Cloud {
+            return Err(source
+                .error(listen_at, format!("the cloud profile requires tokens, and [auth] {LATER}: it may listen on loopback only, not on {listen}"))
+                .hinting("listen on 127.0.0.1 behind a proxy that authenticates"));
+        }
+        if !raw.insecure {
+            return Err(source
+                .error(listen_at, format!("{listen} is not loopback: everyone who reaches it could do everything"))
+                .hinting("listen on 127.0.0.1, or set insecure = true in [node] if the network is trusted"));
+        }
+    }
+    let engine_listen: IpAddr = raw.engine_listen.parse().map_err(|_| {
+        source.error(At::Key(&at("engine_listen")), format!("`{}` is no IP address", raw.engine_listen))
+    })?;
+    if !engine_listen.is_loopback() {
+        return Err(source
+            .error(At::Key(&at("engine_listen")), "engines beyond loopback need API keys, which are not supported yet")
+            .hinting("write \"127.0.0.1\""));
+    }
+    let engine_ports = ports(&raw.engine_ports).map_err(|why| {
+        source
+            .error(At::Key(&at("engine_ports")), why)
+            .hinting("write the first and the last port, for example \"42000-42999\"")
+    })?;
+    if engine_ports.contains(&listen.port()) && engine_listen == listen.ip() {
+        return Err(source
+            .error(At::Key(&at("engine_ports")), format!("the range holds the port of the API, {}", listen.port())));
+    }
+    match raw.on_exit.as_str() {
+        "stop" => {}
+        "keep" => {
+            return Err(source
+                .error(At::Key(&at("on_exit")), format!("`keep` {LATER}"))
+                .hinting("write \"stop\": engines end with the daemon"));
+        }
+        other => {
+            return Err(source
+                .error(At::Key(&at("on_exit")), format!("`{other}` is not known"))
+                .hinting("write \"stop\""));
+        }
+    }
+    Ok(Node {
+        profile: raw.profile,
+        listen,
+        hosts: raw.hosts.clone(),
+        origins: raw.origins.clone(),
+        state_dir: match (&overrides.state_dir, &raw.state_dir) {
+            (Some(dir), _) => std::path::absolute(dir).unwrap_or_else(|_| dir.clone()),
+            (None, Some(text)) => path(text, source, At::Key(&at("state_dir")))?,
+            (None, None) => default_state_dir(),
+        },
+        engine_listen,
+        engine_ports,
+        shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
+        log: raw.log.unwrap_or(match raw.profile {
+            Profile::Home => LogFormat::Pretty,
+            Profile::Cloud => LogFormat::Json,
+        }),
+    })
+}
+
+fn gpu(raw: &RawGpu, raw_node: &RawNode, node: &Node, source: &Source) -> Result<Gpu, ConfigError> {
+    let at = |key: &'static str| [Step::Key("gpu"), Step::Key(key)];
+    let wait = match raw.wait.as_str() {
+        "forever" => None,
+        text => Some(duration(text, source, At::Key(&at("wait"))).map_err(|mut e| {
+            e.hint = Some("write a duration like \"30s\", or \"forever\"".into());
+            e
+        })?),
+    };
+    match raw.backend {
+        Backend::Nvml => match &raw.topology {
+            None => Ok(Gpu::Nvml { wait }),
+            Some(_) => Err(source
+                .error(At::Key(&at("topology")), "a topology is for simulated devices only")
+                .hinting("remove it, or write backend = \"simulated\"")),
+        },
+        Backend::Simulated => {
+            let refuse = |message: String| Err(source.error(At::Key(&at("backend")), message));
+            if raw_node.profile == Profile::Cloud {
+                return refuse("simulated devices are refused with the cloud profile".into());
+            }
+            if !node.listen.ip().is_loopback() {
+                return refuse(format!(
+                    "simulated devices are refused beyond loopback, and the API listens on {}",
+                    node.listen
+                ));
+            }
+            let Some(text) = &raw.topology else {
+                return Err(source
+                    .error(At::Key(&at("backend")), "simulated devices need a topology")
+                    .hinting("add topology = \"two-gpus.toml\""));
+            };
+            Ok(Gpu::Simulated { topology: path(text, source, At::Key(&at("topology")))? })
+        }
+    }
+}
+
+fn models(raw: &RawModels, source: &Source) -> Result<Models, ConfigError> {
+    let at = |key: &'static str| [Step::Key("models"), Step::Key(key)];
+    if !raw.allow.is_empty() {
+        return Err(source
+            .error(At::Key(&at("allow")), format!("fetching models {LATER}"))
+            .hinting("remove the entries and use local files under roots"));
+    }
+    if let Some(dir) = &raw.cache_dir {
+        path(dir, source, At::Key(&at("cache_dir")))?;
+    }
+    let roots = raw.roots.iter().map(|r| path(r, source, At::Key(&at("roots")))).collect::<Result<_, _>>()?;
+    Ok(Models { roots })
+}
+
+fn engines(raw: BTreeMap<String, RawEngine>, source: &Source) -> Result<BTreeMap<String, Engine>, ConfigError> {
+    let mut engines = BTreeMap::from([
+        ("llama.cpp".to_owned(), Engine { kind: EngineKind::LlamaCpp, mode: EngineMode::Binary(None) }),
+        ("stub".to_owned(), Engine { kind: EngineKind::Stub, mode: EngineMode::Binary(None) }),
+    ]);
+    for (name, raw) in raw {
+        let engine = engine(&name, &raw, source)?;
+        engines.insert(name, engine);
+    }
+    Ok(engines)
+}
+
+fn engine(name: &str, raw: &RawEngine, source: &Source) -> Result<Engine, ConfigError> {
+    let error = |key: &str, message: String| {
+        source.error(At::Key(&[Step::Key("engines"), Step::Key(name), Step::Key(key)]), message)
+    };
+    if let Err(e) = name.parse::<pool_domain::EngineName>() {
+        return Err(source.error(At::Key(&[Step::Key("engines"), Step::Key(name)]), e.to_string()));
+    }
+    let kind = match raw.kind.as_str() {
+        "llama.cpp" => EngineKind::LlamaCpp,
+        "stub" => EngineKind::Stub,
+        other => {
+            let hint = match similar(other, ["llama.cpp", "stub"].into_iter()) {
+                Some(word) => format!("did you mean `{word}`?"),
+                None => "known kinds: llama.cpp, stub".into(),
+            };
+            return Err(error("kind", format!("engine kind `{other}` is not known")).hinting(hint));
+        }
+    };
+    let mode = match raw.mode.as_str() {
+        "binary" => {
+            if raw.endpoint.is_some() {
+                return Err(error("endpoint", "an endpoint is for mode `external` only".into()));
+            }
+            if kind == EngineKind::Stub && raw.path.is_some() {
+                return Err(error("path", "a stub engine has no path: the daemon is its program".into()));
+            }
+            EngineMode::Binary(match raw.path.as_deref() {
+                Some("") => return Err(error("path", "the path is empty".into())),
+                // A bare name is looked for in PATH.
+                Some(p) if !p.contains('/') => Some(PathBuf::from(p)),
+                Some(p) => Some(path(p, source, At::Key(&[Step::Key("engines"), Step::Key(name), Step::Key("path")]))?),
+                None => None,
+            })
+        }
+        "external" => {
+            if raw.path.is_some() {
+                return Err(error("path", "a path is for mode `binary` only".into()));
+            }
+            let Some(text) = &raw.endpoint else {
+                return Err(error("mode", "mode `external` needs an endpoint".into())
+                    .hinting("add endpoint = \"http://127.0.0.1:8080\""));
+            };
+            let bare = text.strip_prefix("http://").unwrap_or(text).trim_end_matches('/');
+            EngineMode::External(bare.parse().map_err(|_| {
+                error("endpoint", format!("`{text}` is no endpoint"))
+                    .hinting("write an IP address and a port, for example \"http://127.0.0.1:8080\"")
+            })?)
+        }
+        later @ ("container" | "package" | "source") => {
+            return Err(error("mode", format!("mode `{later}` {LATER}")).hinting("modes: binary, external"));
+        }
+        other => {
+            return Err(error("mode", format!("mode `{other}` is not known")).hinting("modes: binary, external"));
+        }
+    };
+    Ok(Engine { kind, mode })
+}
+
+/// The pool of `--model REF`, and the file that becomes a root by being named.
+fn pool_of_model(
+    reference: &str,
+    others: &[PoolSpec],
+    source: &Source,
+) -> Result<(PoolSpec, Option<PathBuf>), ConfigError> {
+    let at = At::Flag("--model");
+    let error = |message: String| source.error(at, message);
+    let stub = reference.starts_with("stub:");
+    let (model, root) = if stub {
+        (reference.to_owned(), None)
+    } else if reference.contains("://") || reference.starts_with("hf:") {
+        return Err(error(format!("fetching models {LATER}: `{reference}`")).hinting("name a local file"));
+    } else {
+        let file = reference.strip_prefix("file:").unwrap_or(reference);
+        let file = std::fs::canonicalize(file).map_err(|e| error(format!("`{reference}`: {e}")))?;
+        let text = file.to_str().ok_or_else(|| error(format!("`{reference}` is not UTF-8")))?;
+        (format!("file:{text}"), Some(file))
+    };
+    let model_id = model.parse::<pool_domain::ModelRef>().map_err(|e| error(e.to_string()))?.model_id();
+    let stem: String = model_id
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
+        .skip_while(|c| !c.is_ascii_alphanumeric())
+        .take(56)
+        .collect();
+    let stem = if stem.is_empty() { "model".to_owned() } else { stem };
+    let id = (1..)
+        .map(|n| if n == 1 { stem.clone() } else { format!("{stem}-{n}") })
+        .find(|id| others.iter().all(|p| p.id.as_str() != id))
+        .unwrap_or(stem);
+    let wire = serde_json::json!({
+        "id": id, "model": model, "engine": if stub { "stub" } else { "llama.cpp" }, "activation": "preload",
+        "context": CONTEXT_OF_MODEL,
+    });
+    let wire: pool_api::spec::PoolSpec = serde_json::from_value(wire).map_err(|e| error(e.to_string()))?;
+    let defaults = Defaults { activation: Activation::Preload };
+    let pool = wire.check(&defaults).map_err(|e| error(e.to_string()))?;
+    Ok((pool, root))
+}
+
+/// Context of a model that is named on the command line, where nobody says more.
+const CONTEXT_OF_MODEL: u32 = 8192;
+
+fn pool(
+    index: usize,
+    wire: pool_api::spec::PoolSpec,
+    node: &Node,
+    engines: &BTreeMap<String, Engine>,
+    source: &Source,
+) -> Result<PoolSpec, ConfigError> {
+    let activation = match node.profile {
+        Profile::Home => Activation::OnDemand,
+        Profile::Cloud => Activation::Preload,
+    };
+    let pool = wire.check(&Defaults { activation }).map_err(|e| {
+        let mut path = vec![Step::Key("pool"), Step::Index(index)];
+        path.extend(e.field.split('.').map(Step::Key));
+        source.error(At::Key(&path), e.message)
+    })?;
+    if !engines.contains_key(pool.engine.as_str()) {
+        let names = || engines.keys().map(String::as_str);
+        let hint = match similar(pool.engine.as_str(), names()) {
+            Some(word) => format!("did you mean `{word}`?"),
+            None => format!("declared: {}", names().collect::<Vec<_>>().join(", ")),
+        };
+        return Err(source
+            .error(
+                At::Key(&pool_key(index, "engine")),
+                format!("engine `{}` is not declared in [engines]", pool.engine),
+            )
+            .hinting(hint));
+    }
+    Ok(pool)
+}
+
+fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let port = |p: &str| p.trim().parse::<u16>().map_err(|_| format!("`{text}` is no range of ports"));
+    let (first, last) = (port(first)?, port(last)?);
+    if first < 1024 {
+        return Err(format!("port {first} is below 1024, which is for privileged services"));
+    }
+    if first > last {
+        return Err(format!("`{text}` runs backwards"));
+    }
+    Ok(first..=last)
+}
+
+fn duration(text: &str, source: &Source, at: At<'_>) -> Result<Duration, ConfigError> {
+    humantime::parse_duration(text).map_err(|e| {
+        source
+            .error(at, format!("`{text}` is no duration: {e}"))
+            .hinting("write a number with a unit, for example \"30s\", \"10m\" or \"1h 30m\"")
+    })
+}
+
+/// A path of the config: `~/` is the home directory, and relative paths start where the file lies.
+fn path(text: &str, source: &Source, at: At<'_>) -> Result<PathBuf, ConfigError> {
+    if text.is_empty() {
+        return Err(source.error(at, "the path is empty"));
+    }
+    if text.contains('\0') {
+        return Err(source.error(at, "the path holds a NUL character"));
+    }
+    let joined = match text.strip_prefix("~/") {
+        Some(rest) => home().map(|h| h.join(rest)).ok_or_else(|| source.error(at, "`~` needs HOME to be set"))?,
+        None => source.dir().join(text),
+    };
+    Ok(std::path::absolute(&joined).unwrap_or(joined))
+}
+
+fn home() -> Option<PathBuf> {
+    std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
+}
+
+fn default_state_dir() -> PathBuf {
+    let state = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
+    state
+        .or_else(|| home().map(|h| h.join(".local/state")))
+        .unwrap_or_else(|| Path::new("/var/lib").to_owned())
+        .join("pool-managerd")
+}

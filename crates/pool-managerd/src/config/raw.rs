@@ -1,0 +1,170 @@
+//! The config as it is written. Nothing here is checked beyond its shape.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+
+/// The whole file.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+#[schemars(title = "pool-managerd config")]
+pub struct RawConfig {
+    /// The node and its API.
+    pub node: RawNode,
+    /// The devices.
+    pub gpu: RawGpu,
+    /// Where models come from.
+    pub models: RawModels,
+    /// Engines by name. They are declared here only, never over HTTP. `llama.cpp` (from PATH) and `stub` are built in.
+    pub engines: BTreeMap<String, RawEngine>,
+    /// Not supported yet.
+    #[schemars(skip)]
+    pub auth: Option<IgnoredAny>,
+    /// Not supported yet.
+    #[schemars(skip)]
+    pub tls: Option<IgnoredAny>,
+    /// The pools.
+    pub pool: Vec<pool_api::spec::PoolSpec>,
+}
+
+/// A set of defaults.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    /// A person's machine: pools start on demand, the log is for people.
+    #[default]
+    Home,
+    /// A server: pools are preloaded, the log is JSON.
+    Cloud,
+}
+
+impl Profile {
+    /// The profile as one word.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Home => "home",
+            Self::Cloud => "cloud",
+        }
+    }
+}
+
+/// How the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `[node]`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawNode {
+    /// Sets defaults only: `home` starts pools on demand and logs for people, `cloud` preloads and logs JSON.
+    pub profile: Profile,
+    /// Where the API listens. Anything but loopback needs `insecure = true` until `[auth]` and `[tls]` exist.
+    pub listen: String,
+    /// Serve the API without authentication beyond loopback. Everyone who reaches it can do everything.
+    pub insecure: bool,
+    /// Further Host names that requests may carry.
+    pub hosts: Vec<String>,
+    /// Origins whose web pages may talk to the API.
+    pub origins: Vec<String>,
+    /// Where facts are kept that outlive the daemon; by default `~/.local/state/pool-managerd`.
+    pub state_dir: Option<String>,
+    /// Where engines listen. Loopback only, until engines get API keys.
+    pub engine_listen: String,
+    /// Ports engines are given, first and last.
+    pub engine_ports: String,
+    /// What happens to engines when the daemon stops: `stop`.
+    pub on_exit: String,
+    /// Time for an orderly stop.
+    pub shutdown_deadline: String,
+    /// `pretty` or `json`; by default what the profile says.
+    pub log: Option<LogFormat>,
+}
+
+impl Default for RawNode {
+    fn default() -> Self {
+        Self {
+            profile: Profile::Home,
+            listen: "127.0.0.1:9200".into(),
+            insecure: false,
+            hosts: Vec::new(),
+            origins: Vec::new(),
+            state_dir: None,
+            engine_listen: "127.0.0.1".into(),
+            engine_ports: "42000-42999".into(),
+            on_exit: "stop".into(),
+            shutdown_deadline: "60s".into(),
+            log: None,
+        }
+    }
+}
+
+/// Where devices come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// The NVIDIA driver.
+    #[default]
+    Nvml,
+    /// A topology file; nothing computes on such devices.
+    Simulated,
+}
+
+/// `[gpu]`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawGpu {
+    /// `nvml`, or `simulated` with a topology (loopback and home profile only).
+    pub backend: Backend,
+    /// The topology file of a simulated node.
+    pub topology: Option<String>,
+    /// How long to wait for devices at boot; `forever` for services.
+    pub wait: String,
+}
+
+impl Default for RawGpu {
+    fn default() -> Self {
+        Self { backend: Backend::Nvml, topology: None, wait: "30s".into() }
+    }
+}
+
+/// `[models]`
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawModels {
+    /// Where fetched models are kept; by default `~/.cache/models`.
+    pub cache_dir: Option<String>,
+    /// Directories that local model files may come from.
+    pub roots: Vec<String>,
+    /// Remote models that may be fetched. Nothing can be fetched yet, so this must stay empty.
+    pub allow: Vec<String>,
+}
+
+/// `[engines.NAME]`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RawEngine {
+    /// `llama.cpp` or `stub`.
+    pub kind: String,
+    /// `binary` (the daemon starts it) or `external` (somebody else does, and it is only used).
+    #[serde(default = "binary")]
+    pub mode: String,
+    /// The program, for mode `binary`: a path, or a name that is looked for in PATH.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Where it listens, for mode `external`: `http://127.0.0.1:8080`.
+    #[serde(default)]
+    pub endpoint: Option<String>,
+}
+
+fn binary() -> String {
+    "binary".into()
+}

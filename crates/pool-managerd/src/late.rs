@@ -1,0 +1,71 @@
+//! The verbs before there is a manager: the API answers from the first moment on, also while devices are waited for.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pool_domain::PoolId;
+use pool_services::control::Lease;
+use pool_services::{ControlError, DrainOptions, NodeSnapshot, Operation, PoolControl, PoolManager, PoolSnapshot};
+
+/// A manager that may come later. Until then nothing is there to be asked.
+#[derive(Debug, Default)]
+pub(crate) struct LateControl(OnceLock<PoolManager>);
+
+impl LateControl {
+    /// From now on there is one.
+    pub(crate) fn set(&self, manager: PoolManager) {
+        // Only one is ever made.
+        let _ = self.0.set(manager);
+    }
+
+    fn get(&self) -> Result<&PoolManager, ControlError> {
+        self.0.get().ok_or_else(|| ControlError::Unready("the daemon is starting and waits for its GPUs".into()))
+    }
+}
+
+#[async_trait]
+impl PoolControl for LateControl {
+    async fn node(&self) -> Result<NodeSnapshot, ControlError> {
+        self.get()?.node().await
+    }
+    async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError> {
+        self.get()?.pools().await
+    }
+    async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError> {
+        self.get()?.pool(id).await
+    }
+    async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
+        self.get()?.wait_pool(id, after, wait).await
+    }
+    async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.get()?.preload(id).await
+    }
+    async fn drain(&self, id: &PoolId, options: DrainOptions) -> Result<Operation, ControlError> {
+        self.get()?.drain(id, options).await
+    }
+    async fn resume(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.get()?.resume(id).await
+    }
+    async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.get()?.stop(id).await
+    }
+    async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
+        self.get()?.reset_breaker(id).await
+    }
+    async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
+        self.get()?.operations().await
+    }
+    async fn operation(&self, id: &str) -> Result<Operation, ControlError> {
+        self.get()?.operation(id).await
+    }
+    async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
+        self.get()?.wait_operation(id, wait).await
+    }
+    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
+        self.get()?.lease(id, ttl).await
+    }
+    async fn release(&self, lease_id: &str) -> Result<(), ControlError> {
+        self.get()?.release(lease_id).await
+    }
+}

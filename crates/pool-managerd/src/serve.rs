@@ -1,0 +1,175 @@
+//! Runs the daemon from the first log line to an orderly end.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_api::metrics::Metrics;
+use pool_api::server::{AppState, Flags, LocalAddr, NodeInfo, router};
+use pool_services::PoolManager;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::exit::{BUG, CONFIG, Exit};
+use crate::late::LateControl;
+use crate::{compose, logging, tell};
+
+/// Time for requests that still run once the engines are gone.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// A daemon that has started.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// Its verbs.
+    pub manager: PoolManager,
+    /// Where its API listens.
+    pub addr: SocketAddr,
+}
+
+/// Runs until a signal ends it. `on_start` is told once, when the pools are there.
+///
+/// # Errors
+/// When it cannot start, or something of an engine may be left.
+pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(), Exit> {
+    let mut signals = Signals::listen()?;
+    logging::start(config.node.log)?;
+    let state = compose::open_state(&config)?;
+    let (listener, addr) = bind(&config).await?;
+    let app = app(&config);
+    let closing = CancellationToken::new();
+    let api = tokio::spawn(serve_api(listener, Arc::clone(&app.state), closing.clone()));
+    tracing::info!(%addr, version = env!("CARGO_PKG_VERSION"), profile = config.node.profile.code(), "the API listens");
+
+    let gpus = tokio::select! {
+        gpus = compose::open_gpus(&config, true) => gpus?,
+        name = signals.stop() => {
+            tracing::info!(signal = name, "stopping before the GPUs were found");
+            return Ok(());
+        }
+    };
+    let inventory = gpus.inventory().borrow().clone();
+    compose::check_masks(&config, &inventory)?;
+    let (manager, events) = compose::start(&config, state, gpus).await?;
+    let told = tokio::spawn(tell::run(events, config.pools.clone(), Arc::clone(&app.state.metrics), config.node.log));
+    app.late.set(manager.clone());
+    app.state.flags.set_started();
+    app.state.flags.set_accepting(true);
+    if inventory.simulated {
+        tracing::warn!("the GPUs are SIMULATED: nothing computes on them");
+    }
+    tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
+    on_start(Started { manager: manager.clone(), addr });
+
+    let name = signals.stop().await;
+    let deadline = config.node.shutdown_deadline;
+    tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
+    app.state.flags.set_accepting(false);
+    let in_time = tokio::select! {
+        in_time = manager.shutdown(deadline) => in_time,
+        // A signal that is repeated changes nothing.
+        () = signals.ignore() => false,
+    };
+    closing.cancel();
+    finish(api).await;
+    drop((manager, app));
+    told.abort();
+    if in_time {
+        tracing::info!("stopped");
+        Ok(())
+    } else {
+        Err(Exit::new(BUG, format!("not every engine ended within {}", humantime::format_duration(deadline)))
+            .hinting("look for processes of engines that are left, and raise [node] shutdown_deadline"))
+    }
+}
+
+async fn bind(config: &Config) -> Result<(TcpListener, SocketAddr), Exit> {
+    let wish = config.node.listen;
+    let failed = |e: std::io::Error| {
+        Exit::new(CONFIG, format!("cannot listen on {wish}: {e}"))
+            .hinting("choose another address with --listen, for example 127.0.0.1:0 for any free port")
+    };
+    let listener = TcpListener::bind(wish).await.map_err(failed)?;
+    let addr = listener.local_addr().map_err(failed)?;
+    Ok((listener, addr))
+}
+
+struct App {
+    state: Arc<AppState>,
+    late: Arc<LateControl>,
+}
+
+fn app(config: &Config) -> App {
+    let late = Arc::new(LateControl::default());
+    let state = Arc::new(AppState {
+        control: Arc::clone(&late) as Arc<_>,
+        info: NodeInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            profile: config.node.profile.code().to_owned(),
+            hosts: config.node.hosts.clone(),
+            origins: config.node.origins.clone(),
+        },
+        metrics: Arc::new(Metrics::default()),
+        flags: Arc::new(Flags::default()),
+    });
+    App { state, late }
+}
+
+async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: CancellationToken) {
+    let service = router(state).into_make_service_with_connect_info::<LocalAddr>();
+    if let Err(error) = axum::serve(listener, service).with_graceful_shutdown(closing.cancelled_owned()).await {
+        tracing::error!(%error, "the API ended");
+    }
+}
+
+async fn finish(mut api: JoinHandle<()>) {
+    if tokio::time::timeout(GOODBYE, &mut api).await.is_err() {
+        api.abort();
+    }
+}
+
+/// The signals that end the daemon.
+#[derive(Debug)]
+struct Signals {
+    term: Signal,
+    int: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, Exit> {
+        let on = |kind| signal(kind).map_err(|e| Exit::new(BUG, format!("cannot wait for signals: {e}")));
+        Ok(Self {
+            term: on(SignalKind::terminate())?,
+            int: on(SignalKind::interrupt())?,
+            hangup: on(SignalKind::hangup())?,
+        })
+    }
+
+    /// Waits for one that asks for an end, and names it.
+    async fn stop(&mut self) -> &'static str {
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => return "SIGTERM",
+                _ = self.int.recv() => return "SIGINT",
+                _ = self.hangup.recv() => {
+                    // Its terminal is gone. Without one it is a wish to read the config again.
+                    if File::open("/dev/tty").is_ok() {
+                        return "SIGHUP";
+                    }
+                    tracing::warn!("reloading the config is not supported yet: restart the daemon");
+                }
+            }
+        }
+    }
+
+    async fn ignore(&mut self) {
+        loop {
+            let name = self.stop().await;
+            tracing::info!(signal = name, "already stopping");
+        }
+    }
+}

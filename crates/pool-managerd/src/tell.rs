@@ -1,0 +1,66 @@
+//! Events become log lines and metrics. One event is the source of both, so they cannot disagree.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use pool_api::metrics::Metrics;
+use pool_domain::PoolId;
+use pool_services::{Event, EventKind, PoolSpec};
+use tokio::sync::mpsc;
+
+use crate::config::LogFormat;
+
+/// Takes events until there are no more.
+pub(crate) async fn run(
+    mut events: mpsc::Receiver<Event>,
+    pools: Vec<PoolSpec>,
+    metrics: Arc<Metrics>,
+    format: LogFormat,
+) {
+    let pools: HashMap<PoolId, PoolSpec> = pools.into_iter().map(|p| (p.id.clone(), p)).collect();
+    while let Some(event) = events.recv().await {
+        metrics.observe(&event);
+        log(&event, pools.get(&event.key.pool), format);
+    }
+}
+
+fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
+    let sentence = event.human();
+    // In the log for people the sentence is the message; programs find it under its name too.
+    let human = (format == LogFormat::Json).then_some(sentence.as_str());
+    let (backoff_ms, failure) = match &event.kind {
+        EventKind::RestartPlanned { delay, failure, .. } => (Some(*delay), Some(failure)),
+        EventKind::BreakerOpened { pause } => (Some(*pause), None),
+        EventKind::EngineFailed { failure, .. } => (None, Some(failure)),
+        _ => (None, None),
+    };
+    let backoff_ms = backoff_ms.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+    let last_error = failure.map(ToString::to_string);
+    let engine = spec.map(|s| s.engine.as_str());
+    let model_id = spec.map(|s| s.model.model_id());
+    let replica = event.key.replica.to_string();
+    macro_rules! line {
+        ($level:ident) => {
+            tracing::$level!(
+                event = event.code(),
+                pool_id = event.key.pool.as_str(),
+                replica_id = replica.as_str(),
+                generation = event.generation.0,
+                engine,
+                model_id,
+                backoff_ms,
+                last_error,
+                human,
+                "{sentence}"
+            )
+        };
+    }
+    match event.kind {
+        EventKind::EngineFailed { .. }
+        | EventKind::BreakerOpened { .. }
+        | EventKind::Fenced
+        | EventKind::LeaseRefused { .. } => line!(warn),
+        EventKind::StateChanged { .. } | EventKind::LeaseGranted => line!(debug),
+        _ => line!(info),
+    }
+}
