@@ -149,7 +149,7 @@ impl Driver {
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
             let began = Instant::now();
-            let (mut seen, mut told) = ((0, None), None::<Instant>);
+            let (mut seen, mut told) = ((None, None), None::<Instant>);
             loop {
                 let up = probe.up(&endpoint).await;
                 let loading = match &up {
@@ -158,10 +158,14 @@ impl Driver {
                     Up::Loading(progress) => *progress,
                     Up::Refused | Up::Failed(_) => None,
                 };
-                let now_seen = (engine.progress(), loading);
-                if now_seen != seen && told.is_none_or(|t| t.elapsed() >= Duration::from_secs(1)) {
-                    (seen, told) = (now_seen, Some(Instant::now()));
-                    let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
+                // Reading a process tree costs milliseconds, so this looks at it once a second.
+                if told.is_none_or(|t| t.elapsed() >= Duration::from_secs(1)) {
+                    told = Some(Instant::now());
+                    let now_seen = (look(&engine, |e| e.progress()).await, loading);
+                    if now_seen != seen {
+                        seen = now_seen;
+                        let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
+                    }
                 }
                 tokio::time::sleep(if began.elapsed() < Duration::from_secs(5) { LOOK_FAST } else { LOOK_SLOW }).await;
             }
@@ -230,6 +234,15 @@ impl Driver {
     }
 }
 
+/// Looks at the engine's processes without holding up other tasks. `None` only when the runtime is ending.
+async fn look<T: Send + 'static>(
+    engine: &Arc<dyn RunningEngine>,
+    question: impl FnOnce(&dyn RunningEngine) -> T + Send + 'static,
+) -> Option<T> {
+    let engine = Arc::clone(engine);
+    tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
+}
+
 /// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices.
 async fn prove(
     ports: &super::Ports,
@@ -238,7 +251,8 @@ async fn prove(
     devices: &[String],
     external: bool,
 ) -> Result<Proof, Failure> {
-    match engine.listener(endpoint.addr) {
+    let addr = endpoint.addr;
+    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
             let detail = format!("port {} belongs to another process", endpoint.addr.port());
@@ -269,7 +283,7 @@ async fn residency(
         Residency::Simulated(h) => (h, "simulated"),
         Residency::Unknown(why) => return Err(Failure::new(FailureClass::DriverError, why)),
     };
-    let pids = engine.pids();
+    let pids = look(engine, |e| e.pids()).await.unwrap_or_default();
     let ours: Vec<_> = holders.iter().filter(|h| pids.contains(&h.pid)).collect();
     if let Some(h) = ours.iter().find(|h| !devices.contains(&h.uuid)) {
         return Err(Failure::new(
