@@ -18,7 +18,7 @@ use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
 use crate::{compose, logging, tell};
 
-/// Time for requests that still run once the engines are gone.
+/// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 /// A daemon that has started.
@@ -75,8 +75,9 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     };
     closing.cancel();
     finish(api).await;
+    // The last events are told, too: without senders their channel ends.
     drop((manager, app));
-    told.abort();
+    finish(told).await;
     if in_time {
         tracing::info!("stopped");
         Ok(())
@@ -125,9 +126,9 @@ async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: Cancell
     }
 }
 
-async fn finish(mut api: JoinHandle<()>) {
-    if tokio::time::timeout(GOODBYE, &mut api).await.is_err() {
-        api.abort();
+async fn finish(mut task: JoinHandle<()>) {
+    if tokio::time::timeout(GOODBYE, &mut task).await.is_err() {
+        task.abort();
     }
 }
 

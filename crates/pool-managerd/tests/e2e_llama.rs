@@ -1,0 +1,132 @@
+//! The main job on llama.cpp's real server, as `cargo xtask engine` brings it.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::path::PathBuf;
+
+use support::{Daemon, request, signal};
+
+fn engine_dir() -> PathBuf {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/engine").canonicalize();
+    let dir = dir.expect("the real engine is missing: run `cargo xtask engine` (the test command does)");
+    assert!(dir.join("bin/llama-server").exists() && dir.join("models/tiny.gguf").exists(), "run `cargo xtask engine`");
+    dir
+}
+
+#[test]
+fn a_real_engine_is_ready_only_after_its_first_token_and_comes_back_after_sigkill() {
+    let dir = engine_dir();
+    let (bin, models) = (dir.join("bin/llama-server"), dir.join("models"));
+    let mut daemon = Daemon::start(&format!(
+        r#"
+[models]
+roots = ["{models}"]
+[engines."llama.cpp"]
+kind = "llama.cpp"
+mode = "binary"
+path = "{bin}"
+[[pool]]
+id = "tiny"
+model = "file:{models}/tiny.gguf"
+engine = "llama.cpp"
+context = 512
+slots = 2
+vram = "1 GiB"
+activation = "preload"
+[pool.backoff]
+initial = "200ms"
+max = "1s"
+"#,
+        models = models.display(),
+        bin = bin.display(),
+    ));
+    // Not ready while it starts; every picture on the way is looked at.
+    let mut before = Vec::new();
+    let ready = daemon.until("tiny", |p| {
+        if p["ready"] == false {
+            before.push(p["state"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(
+            p["ready"] == true,
+            !p["replicas"][0]["perf"]["first_token_ms"].is_null(),
+            "ready without a token: {p:#}"
+        );
+        p["ready"] == true
+    });
+    assert!(
+        before.iter().any(|s| s == "starting" || s == "warming" || s == "staging" || s == "preparing" || s == "idle"),
+        "{before:?}"
+    );
+    assert_eq!(
+        (&ready["proof"], &ready["slots_total"], &ready["model_id"]),
+        (&"simulated".into(), &2.into(), &"tiny".into())
+    );
+    let endpoint = ready["replicas"][0]["endpoint"].as_str().unwrap().trim_start_matches("http://").to_owned();
+
+    // The engine itself counts the token that proved it.
+    let metrics = request(&endpoint, "GET", "/metrics", None).body;
+    let tokens = metrics.lines().find(|l| l.starts_with("llamacpp:tokens_predicted_total")).unwrap();
+    assert!(tokens.split_whitespace().last().unwrap().parse::<f64>().unwrap() >= 1.0, "{tokens}");
+
+    // The settings are in force.
+    let props = request(&endpoint, "GET", "/props", None).json();
+    assert_eq!(props["total_slots"], 2);
+
+    let stream = request(
+        &endpoint,
+        "POST",
+        "/v1/chat/completions",
+        Some(r#"{"messages":[{"role":"user","content":"hello"}],"max_tokens":8,"stream":true}"#),
+    );
+    let chunks = stream.body.lines().filter(|l| l.starts_with("data: {")).count();
+    assert!(stream.status == 200 && chunks > 2 && stream.body.contains("data: [DONE]"), "{stream:?}");
+
+    // The handoff file says the same as the API.
+    let handoff = daemon.dir().join("state/handoff/tiny-r0.json");
+    let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&handoff).unwrap()).unwrap();
+    assert_eq!(told["endpoint"], ready["replicas"][0]["endpoint"]);
+
+    let (pid, generation) =
+        (ready["replicas"][0]["pid"].as_u64().unwrap(), ready["replicas"][0]["generation"].as_u64().unwrap());
+    signal(u32::try_from(pid).unwrap(), "KILL");
+    let down = daemon.until("tiny", |p| p["ready"] == false);
+    assert_eq!(down["last_error"]["class"], "crash", "{down:#}");
+    assert!(down["last_error"]["detail"].as_str().unwrap().contains("signal 9"), "{down:#}");
+    let line = daemon.wait_log("Restarting the tiny pool in");
+    assert!(line.contains("crashed for the first time"), "{line}");
+    let again = daemon.until("tiny", |p| p["ready"] == true);
+    assert!(again["replicas"][0]["generation"].as_u64().unwrap() > generation);
+    assert_eq!(again["restart_count"], 1);
+
+    let second = u32::try_from(again["replicas"][0]["pid"].as_u64().unwrap()).unwrap();
+    assert_eq!(daemon.stop(), Some(0));
+    assert!(!support::alive(second), "the engine outlived the daemon");
+}
+
+#[test]
+fn a_file_that_is_no_model_fails_at_once_and_is_not_tried_again() {
+    let dir = engine_dir();
+    let models = tempfile::tempdir().unwrap();
+    std::fs::write(models.path().join("bad.gguf"), b"GGUF\x03\0\0\0garbage").unwrap();
+    let daemon = Daemon::start(&format!(
+        r#"
+[models]
+roots = ["{models}"]
+[engines."llama.cpp"]
+kind = "llama.cpp"
+mode = "binary"
+path = "{bin}"
+[[pool]]
+id = "bad"
+model = "file:{models}/bad.gguf"
+vram = "1 GiB"
+activation = "preload"
+"#,
+        models = models.path().display(),
+        bin = dir.join("bin/llama-server").display(),
+    ));
+    let failed = daemon.until("bad", |p| !p["last_error"].is_null());
+    assert_eq!(failed["ready"], false);
+    assert_eq!(daemon.stop(), Some(0));
+}

@@ -1,0 +1,254 @@
+//! Runs the real daemon and talks to it as a user would: over HTTP and with signals.
+#![allow(dead_code, unreachable_pub, missing_debug_implementations, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(
+    clippy::disallowed_types,
+    clippy::disallowed_methods,
+    reason = "a test outside the daemon has no tokio clock; bounds are wall time"
+)]
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// Longest any wait may take; nothing is measured by it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemon's binary.
+pub fn binary() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_pool-managerd"))
+}
+
+/// A running daemon in a directory of its own.
+pub struct Daemon {
+    child: Child,
+    addr: String,
+    dir: tempfile::TempDir,
+    log: mpsc::Receiver<String>,
+    seen: Vec<String>,
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+/// One request on a connection of its own.
+pub fn request(addr: &str, method: &str, path: &str, body: Option<&str>) -> Answer {
+    let mut s = TcpStream::connect(addr).unwrap();
+    s.set_read_timeout(Some(PATIENCE)).unwrap();
+    let body = body.unwrap_or("");
+    let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
+    write!(
+        s,
+        "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n{kind}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut text = Vec::new();
+    s.read_to_end(&mut text).unwrap();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
+    let body =
+        if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_owned() };
+    Answer { status, head: head.to_owned(), body }
+}
+
+fn unchunk(mut text: &str) -> String {
+    let mut out = String::new();
+    while let Some((size, rest)) = text.split_once("\r\n") {
+        let n = usize::from_str_radix(size.trim(), 16).unwrap_or(0);
+        if n == 0 || rest.len() < n {
+            break;
+        }
+        out.push_str(&rest[..n]);
+        text = rest[n..].trim_start_matches("\r\n");
+    }
+    out
+}
+
+impl Daemon {
+    /// Starts `serve` on simulated GPUs with these pools (and whatever else the text declares).
+    pub fn start(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(dir, config)
+    }
+
+    pub fn start_in(dir: tempfile::TempDir, config: &str) -> Self {
+        write_config(dir.path(), config);
+        let mut child = binary()
+            .args(["serve", "--listen", "127.0.0.1:0", "--config"])
+            .arg(dir.path().join("pool-managerd.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (tx, log) = mpsc::channel();
+        let stderr = child.stderr.take().unwrap();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                if tx.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut daemon = Self { child, addr: String::new(), dir, log, seen: Vec::new() };
+        let line = daemon.wait_log("the API listens");
+        daemon.addr = line.split("addr=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        daemon
+    }
+
+    /// The next log line that holds `part`.
+    pub fn wait_log(&mut self, part: &str) -> String {
+        if let Some(l) = self.seen.iter().find(|l| l.contains(part)) {
+            return l.clone();
+        }
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.log.recv_timeout(left) {
+                Ok(line) => {
+                    self.seen.push(line.clone());
+                    if line.contains(part) {
+                        return line;
+                    }
+                }
+                Err(e) => panic!("{part:?} was never logged ({e}):\n{}", self.seen.join("\n")),
+            }
+        }
+    }
+
+    pub fn addr(&self) -> &str {
+        &self.addr
+    }
+
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn get(&self, path: &str) -> Answer {
+        request(&self.addr, "GET", path, None)
+    }
+
+    pub fn post(&self, path: &str, body: &str) -> Answer {
+        request(&self.addr, "POST", path, Some(body))
+    }
+
+    pub fn pool(&self, id: &str) -> Value {
+        self.get(&format!("/v1/pools/{id}")).json()
+    }
+
+    /// Long-polls until the pool looks as wanted; every picture on the way is shown to `wanted`.
+    pub fn until(&self, id: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
+        let end = Instant::now() + PATIENCE;
+        let mut pool = loop {
+            // The API answers before the pools are there.
+            let answer = self.get(&format!("/v1/pools/{id}"));
+            if answer.status == 200 {
+                break answer.json();
+            }
+            assert!(Instant::now() < end, "{answer:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        while !wanted(&pool) {
+            assert!(Instant::now() < end, "never came: {pool:#}");
+            let n = &pool["snapshot"];
+            pool = self.get(&format!("/v1/pools/{id}?wait_for_snapshot={n}&wait_ms=5000")).json();
+        }
+        pool
+    }
+
+    /// A client command of the same binary; its standard output.
+    pub fn cli(&self, args: &[&str]) -> String {
+        let out = binary().args(args).args(["--server", &format!("http://{}", self.addr)]).output().unwrap();
+        String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
+    }
+
+    /// SIGTERM, and the exit code.
+    pub fn stop(mut self) -> Option<i32> {
+        self.signal("TERM");
+        self.child.wait().unwrap().code()
+    }
+
+    pub fn signal(&self, name: &str) {
+        signal(self.child.id(), name);
+    }
+
+    pub fn wait(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|s| s.is_none()) {
+            signal(self.child.id(), "TERM");
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Writes the config with simulated GPUs and a state directory beside it.
+pub fn write_config(dir: &Path, config: &str) -> PathBuf {
+    fs::write(dir.join("two-gpus.toml"), gpu_sim::TWO_GPUS).unwrap();
+    let file = dir.join("pool-managerd.toml");
+    let node = if config.contains("[node]") {
+        String::new()
+    } else {
+        format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{}\"\n", engine_ports())
+    };
+    let text = format!("{node}[gpu]\nbackend = \"simulated\"\ntopology = \"two-gpus.toml\"\n{config}");
+    fs::write(&file, text).unwrap();
+    file
+}
+
+/// A range of ports per test process below the ephemeral ones, so that daemons side by side rarely meet; where they do,
+/// the daemon tries another port, as it would anywhere.
+fn engine_ports() -> String {
+    let first = 10_000 + (std::process::id() % 340) * 64;
+    format!("{first}-{}", first + 63)
+}
+
+/// Sends a signal to a process that this test started, or that the daemon it started names as its engine.
+pub fn signal(pid: u32, name: &str) {
+    assert!(Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap().success());
+}
+
+/// Pids of processes whose command line holds `part`.
+pub fn processes_with(part: &str) -> Vec<u32> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let cmdline = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        if pid != std::process::id() && String::from_utf8_lossy(&cmdline).contains(part) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
+/// Whether a process exists and is no zombie.
+pub fn alive(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|s| !s.rsplit(')').next().unwrap_or("").starts_with(" Z"))
+}
