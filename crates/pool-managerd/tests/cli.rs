@@ -247,6 +247,5 @@ fn commands_talk_to_a_daemon() {
     let missing = ask(&["stop", "b"]);
     assert_eq!(code(&missing), Some(1));
     assert!(stderr(&missing).contains("there is no pool `b`") && stderr(&missing).contains("\nhint: "));
-    drop(text);
     assert_eq!(daemon.stop(), Some(0));
 }

@@ -164,8 +164,17 @@ impl Builder {
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
         let inventory = ports.gpu.inventory();
-        let inner =
-            Inner { pools, inventory, promised, desk, clock, events, seed: self.seed, leases: AtomicU64::new(0) };
+        let inner = Inner {
+            pools,
+            inventory,
+            promised,
+            desk,
+            clock,
+            events,
+            seed: self.seed,
+            leases: AtomicU64::new(0),
+            _ports: ports,
+        };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
 }
@@ -257,6 +266,8 @@ struct Inner {
     events: EventSink,
     seed: u64,
     leases: AtomicU64,
+    /// Held for as long as the manager lives, also without any pool: the ledger is what keeps other daemons out.
+    _ports: Ports,
 }
 
 /// The pools of one node. Clones share it.
