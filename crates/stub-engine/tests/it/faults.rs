@@ -177,13 +177,27 @@ fn children_outlive_it() {
 fn a_double_fork_leaves_a_process_in_a_session_of_its_own() {
     let stub = Stub::start(&["--double-fork"]);
     let detached = stub.early.iter().find_map(|line| pid_in(line, "detached pid ")).unwrap();
-    let session = |pid| rustix::process::getsid(pid);
-    let apart = session(Some(detached)).unwrap() != session(None).unwrap();
-    let stat = std::fs::read_to_string(format!("/proc/{detached}/stat")).unwrap();
+    let theirs = Stat::of(detached.as_raw_nonzero().get());
+    let stubs = Stat::of(stub.pid());
     kill_process(detached, Signal::KILL).unwrap();
-    assert!(apart);
-    let parent = stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap();
-    assert_ne!(parent, stub.pid().to_string());
+    assert_ne!(theirs.session, stubs.session);
+    assert_ne!(theirs.parent, stub.pid());
+}
+
+struct Stat {
+    parent: u32,
+    /// Zero where the leader is outside of this PID namespace: getsid(2) is of no use there.
+    session: u32,
+}
+
+impl Stat {
+    /// See proc_pid_stat(5).
+    fn of(pid: impl std::fmt::Display) -> Self {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        // Behind the name in brackets: state, parent, group, session.
+        let fields: Vec<&str> = text.rsplit(')').next().unwrap().split_whitespace().collect();
+        Self { parent: fields[1].parse().unwrap(), session: fields[3].parse().unwrap() }
+    }
 }
 
 #[test]
