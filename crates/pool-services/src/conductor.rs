@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_domain::Tick;
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -45,6 +46,8 @@ pub(crate) struct ConductorCommand {
 pub(crate) struct PoolFacts {
     pub(crate) snapshot: PoolSnapshot,
     pub(crate) operations: VecDeque<Operation>,
+    /// When each replica's next start is due, where one is planned.
+    pub(crate) next_starts: Vec<Option<Tick>>,
 }
 
 pub(crate) struct Conductor {
@@ -58,6 +61,8 @@ pub(crate) struct Conductor {
     pub(crate) facts: watch::Sender<PoolFacts>,
     pub(crate) run_id: String,
     pub(crate) hold: bool,
+    /// Verbs sent so far, to every driver alike.
+    pub(crate) verbs: u64,
     /// The daemon is ending: nothing is started any more.
     pub(crate) ending: bool,
 }
@@ -89,7 +94,8 @@ impl Conductor {
         }
     }
 
-    async fn command_all(&self, command: Command) {
+    async fn command_all(&mut self, command: Command) {
+        self.verbs += 1;
         for d in &self.drivers {
             // Drivers never wait for their conductor, so this cannot deadlock.
             let _ = d.send(DriverCommand::Verb(command)).await;
@@ -183,12 +189,13 @@ impl Conductor {
     fn publish(&mut self) {
         let replicas: Vec<Published> = self.replicas.iter_mut().map(|r| r.borrow_and_update().clone()).collect();
         // An operation is judged only once every driver has taken in its command.
-        let settled = self.drivers.iter().all(|d| d.capacity() == d.max_capacity());
+        let settled = replicas.iter().all(|r| r.verbs == self.verbs);
         let hold = self.hold;
         self.facts.send_if_modified(|f| {
             let before = f.clone();
             f.snapshot.hold = hold;
             f.snapshot.replicas = replicas.iter().map(|r| r.snapshot.clone()).collect();
+            f.next_starts = replicas.iter().map(|r| r.next_start).collect();
             if settled {
                 for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running) {
                     judge(o, &replicas);

@@ -229,7 +229,8 @@ async fn spawn_pool(
         hold,
         replicas: replicas.iter().map(|r| r.borrow().snapshot.clone()).collect(),
     };
-    let (facts, facts_rx) = watch::channel(PoolFacts { snapshot, operations: std::collections::VecDeque::new() });
+    let (facts, facts_rx) =
+        watch::channel(PoolFacts { snapshot, operations: std::collections::VecDeque::new(), next_starts: Vec::new() });
     let (commands, commands_rx) = mpsc::channel(QUEUE);
     let conductor = Conductor {
         spec: Arc::clone(spec),
@@ -242,6 +243,7 @@ async fn spawn_pool(
         facts,
         run_id: format!("{:08x}", seed & 0xffff_ffff),
         hold,
+        verbs: 0,
         ending: false,
     };
     tokio::spawn(conductor.run());
@@ -329,7 +331,7 @@ impl PoolManager {
                 Err(Refused::Closed) => {}
             }
         }
-        let (error, reason) = refusal(&handle.facts.borrow().snapshot, saturated);
+        let (error, reason) = refusal(&self.picture(handle), saturated);
         if let Some((key, _)) = handle.admissions.first() {
             self.inner.events.send(key, self.generation_of(handle, key), EventKind::LeaseRefused { reason });
         }
@@ -342,7 +344,14 @@ impl PoolManager {
     }
 
     fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
-        let mut snapshot = handle.facts.borrow().snapshot.clone();
+        let now = self.inner.clock.now();
+        let (mut snapshot, next_starts) = {
+            let facts = handle.facts.borrow();
+            (facts.snapshot.clone(), facts.next_starts.clone())
+        };
+        for (r, due) in snapshot.replicas.iter_mut().zip(next_starts) {
+            r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
+        }
         // Leases move faster than snapshots are published.
         for (r, (_, a)) in snapshot.replicas.iter_mut().zip(&handle.admissions) {
             r.active_leases = u32::from(a.in_use());
@@ -389,8 +398,8 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
         return (ControlError::Draining, "draining");
     }
     let Some(lead) = snapshot.lead() else { return (ControlError::Unready("it has no replicas".into()), "unready") };
-    match (lead.reason_code, lead.next_start_in_ms) {
-        ("breaker", Some(ms)) => (ControlError::Unavailable { retry_after: Duration::from_millis(ms) }, "breaker_open"),
+    match (lead.breaker, lead.next_start_in_ms) {
+        ("open", Some(ms)) => (ControlError::Unavailable { retry_after: Duration::from_millis(ms) }, "breaker_open"),
         _ if lead.reason.is_empty() => (ControlError::Unready(format!("it is {}", lead.state)), "unready"),
         _ => (ControlError::Unready(lead.reason.clone()), "unready"),
     }

@@ -128,6 +128,30 @@ async fn a_crash_loop_backs_off_opens_the_breaker_and_tries_once_half_open() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_open_breaker_is_told_at_once_and_counts_down() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.crash_after = Some(Duration::ZERO));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let retry_after = || match m.allocate_lease(&id) {
+        Err(ControlError::Unavailable { retry_after }) => retry_after,
+        other => panic!("{other:?}"),
+    };
+    until(&m, &id, |s| s.replicas[0].generation.0 == 4).await;
+    node.engines.script(|s| {
+        s.leaves_child = true;
+        s.killable = false;
+    });
+    let opened = until(&m, &id, |s| s.replicas[0].breaker == "open").await;
+    assert_eq!(state(&opened), "stopping", "the child still lives");
+    let first = retry_after();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert_eq!(retry_after(), first - Duration::from_secs(20));
+    let next = m.pool(&id).await.unwrap().replicas[0].next_start_in_ms;
+    assert_eq!(next.map(u128::from), Some(retry_after().as_millis()), "a picture counts down, too");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_killed_engine_comes_back_with_a_higher_generation() {
     let node = FakeNode::default();
     let (m, _events) = node.manage(vec![spec("chat")]).await;

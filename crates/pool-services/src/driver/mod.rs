@@ -80,6 +80,10 @@ pub(crate) struct Published {
     pub(crate) wants: Option<Want>,
     /// What it wanted when it was told to wait.
     pub(crate) blocked: Option<Want>,
+    /// When the next start is due, where one is planned.
+    pub(crate) next_start: Option<pool_domain::Tick>,
+    /// Verbs taken in so far: what is older than a verb is no answer to it.
+    pub(crate) verbs: u64,
 }
 
 /// Results of work, told to the driver.
@@ -146,6 +150,7 @@ pub(crate) struct Driver {
     scribe: Vec<Scribe>,
     last_check: Option<pool_domain::Tick>,
     attempt_began: pool_domain::Tick,
+    verbs: u64,
 }
 
 /// What the first picture of a replica shows.
@@ -181,6 +186,8 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
         state: replica.state,
         wants: None,
         blocked: None,
+        next_start: None,
+        verbs: 0,
     }
 }
 
@@ -208,6 +215,7 @@ impl Driver {
             scribe: Vec::new(),
             last_check: None,
             attempt_began: now,
+            verbs: 0,
         }
     }
 
@@ -245,7 +253,10 @@ impl Driver {
 
     fn command(&mut self, command: DriverCommand) {
         match command {
-            DriverCommand::Verb(command) => self.step(Event::Command(command)),
+            DriverCommand::Verb(command) => {
+                self.verbs += 1;
+                self.step(Event::Command(command));
+            }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
                 self.attempt.want = None;
                 self.prepare(&grant);

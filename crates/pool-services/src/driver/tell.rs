@@ -1,6 +1,6 @@
 //! What a driver tells others: its picture and its events.
 
-use pool_domain::lifecycle::{Replica, State, Wait};
+use pool_domain::lifecycle::{Replica, State, Then, Wait};
 use pool_domain::{Failure, Tick};
 
 use super::{Driver, Published};
@@ -83,6 +83,8 @@ impl Driver {
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
+            next_start: next_start(&self.replica.state),
+            verbs: self.verbs,
         };
         let changed = self.published.send_if_modified(|p| {
             let changed = *p != next;
@@ -97,7 +99,7 @@ impl Driver {
     }
 
     fn snapshot(&self) -> ReplicaSnapshot {
-        let (r, now) = (&self.replica, self.clock.now());
+        let r = &self.replica;
         let (reason_code, reason) = reason(&r.state, r.last_failure.as_ref());
         let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
         let live = r.state.live();
@@ -119,12 +121,8 @@ impl Driver {
             restart_count: r.restarts,
             breaker: r.breaker.code(),
             backoff_failures: r.backoff.failures(),
-            next_start_in_ms: match &r.state {
-                State::Waiting { why, .. } => {
-                    why.until().map(|u| u64::try_from(u.since(now).as_millis()).unwrap_or(u64::MAX))
-                }
-                _ => None,
-            },
+            // Filled in when somebody asks: it changes with every millisecond.
+            next_start_in_ms: None,
             proof: r.state.proof().map_or("", |p| p.residency),
             first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
             last_error: r.last_failure.as_ref().map(|(at, f)| LastError {
@@ -139,6 +137,16 @@ impl Driver {
     }
 }
 
+/// Known already while what failed is still being ended.
+fn next_start(state: &State) -> Option<Tick> {
+    match state {
+        State::Waiting { why, .. }
+        | State::Stopping { then: Then::Wait(why), .. }
+        | State::Fenced { then: Then::Wait(why), .. } => why.until(),
+        _ => None,
+    }
+}
+
 fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, String) {
     let failed = || last.map_or((state.code(), String::new()), |(_, f)| (f.class.code(), f.detail.clone()));
     match state {
@@ -149,7 +157,7 @@ fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, Strin
         State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
         State::Suspect { .. } => failed(),
         State::Stopping { then, .. } => match then {
-            pool_domain::lifecycle::Then::Idle => ("stop", "stopping because it was asked to".into()),
+            Then::Idle => ("stop", "stopping because it was asked to".into()),
             _ => failed(),
         },
         State::Fenced { .. } => ("fenced", "something of the engine may be left".into()),
