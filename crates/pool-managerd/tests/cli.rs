@@ -1,12 +1,10 @@
 //! Exit codes and messages of the built program.
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
-#![allow(clippy::disallowed_types, reason = "the program runs in real time")]
 
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
@@ -130,12 +128,10 @@ fn without_the_driver_library_it_is_69() {
         return; // This machine has the library.
     }
     let (_dir, file) = site(NODE);
-    let began = Instant::now();
     let output = serve(&file);
     assert_eq!(code(&output), Some(69), "{}", stderr(&output));
     let text = stderr(&output);
     assert!(text.contains("libnvidia-ml.so.1") && text.contains("\nhint: install the NVIDIA driver"), "{text}");
-    assert!(began.elapsed() < Duration::from_secs(5));
 }
 
 /// A daemon that is killed when the test ends early.
@@ -186,11 +182,9 @@ fn a_second_daemon_on_one_state_directory_is_75() {
     let (_dir, file) = site(&simulated(""));
     let mut first = Daemon::start(&file);
     first.line(" started ");
-    let began = Instant::now();
     let output = serve(&file);
     assert_eq!(code(&output), Some(75), "{}", stderr(&output));
     assert!(stderr(&output).contains("\nhint: stop the other daemon"), "{}", stderr(&output));
-    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
     assert_eq!(first.stop(), Some(0));
     // The lock went with it.
     let mut third = Daemon::start(&file);

@@ -1,10 +1,10 @@
 //! The faults, with the stub engine behind the real shim and the real daemon.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
-#![allow(clippy::disallowed_types, reason = "bounds of promises are wall time here")]
+#![allow(clippy::disallowed_types, reason = "patience is wall time here")]
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use support::{Daemon, alive, processes_with, signal};
 
@@ -143,11 +143,9 @@ fn a_drain_with_stuck_leases_ends_in_time_and_resume_cancels_one() {
     let back = daemon.until("busy", |p| p["ready"] == true);
     assert_eq!((back["hold"].as_bool(), back["replicas"][0]["generation"].as_u64()), (Some(false), Some(1)));
 
-    let began = Instant::now();
+    // The leases live for ten minutes: only the deadline can end this. How well it is kept is measured in benches/.
     let drained = daemon.post("/v1/pools/busy/drain?wait_ms=30000", r#"{"deadline_ms":2000,"on_deadline":"force"}"#);
     assert_eq!(drained.json()["state"], "succeeded", "{drained:?}");
-    // The promise is deadline + 2 s; the rest is for a machine that is doing something else.
-    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let rest = daemon.pool("busy");
     assert_eq!(
         (rest["state"].as_str(), rest["hold"].as_bool(), rest["active_leases"].as_u64()),
