@@ -45,7 +45,8 @@ impl EngineProbe for HttpProbe {
     }
 
     async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure> {
-        let models = get(endpoint, "/v1/models").await?;
+        let (models, props) = tokio::join!(get(endpoint, "/v1/models"), get(endpoint, "/props"));
+        let (models, props) = (models?, props?);
         let served = models.json.as_ref().and_then(|models| models["data"][0]["id"].as_str());
         let Some(served) = served.filter(|_| models.status == 200) else {
             return Err(wrong(format!("/v1/models names no model (status {})", models.status)));
@@ -53,7 +54,6 @@ impl EngineProbe for HttpProbe {
         if served != endpoint.model {
             return Err(wrong(format!("it serves `{}` instead of `{}`", tidy(served), endpoint.model)));
         }
-        let props = get(endpoint, "/props").await?;
         let props = props.json.filter(|_| props.status == 200).unwrap_or_default();
         if let (Some(expected), Some(path)) = (&endpoint.model_path, props["model_path"].as_str())
             && !same_file(expected, path.as_ref()).await

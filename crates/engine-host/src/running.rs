@@ -178,7 +178,7 @@ impl RunningEngine for ShimEngine {
         if let Ok(log) = fs::metadata(&self.0.launched.log) {
             (log.len(), log.modified().ok()).hash(&mut progress);
         }
-        for stat in self.0.launched.root.map(Root::descendants).unwrap_or_default() {
+        for stat in self.0.launched.root.map(Root::descendants_at_a_glance).unwrap_or_default() {
             // A process that reads a mapped file uses next to no time, but has faults.
             (stat.pid, stat.utime, stat.stime, stat.majflt).hash(&mut progress);
         }
@@ -186,6 +186,10 @@ impl RunningEngine for ShimEngine {
     }
 
     fn listener(&self, addr: SocketAddr) -> Listener {
-        tree::listener(addr, || self.0.pids())
+        let quick = || {
+            let stats = self.0.launched.root.map(Root::descendants_at_a_glance).unwrap_or_default();
+            stats.iter().map(|stat| stat.pid.cast_unsigned()).collect()
+        };
+        tree::listener(addr, [&quick, &|| self.0.pids()])
     }
 }

@@ -22,6 +22,23 @@ impl Root {
         Some(Self { pid, start_time: stat.starttime })
     }
 
+    /// What is below it, found quickly: from parent to child, whatever else runs here. While children come and go the
+    /// kernel may skip one (proc_pid_task_tid_children(5)).
+    pub(crate) fn descendants_at_a_glance(self) -> Vec<Stat> {
+        let root = Process::new(self.pid).ok().filter(|p| p.stat().is_ok_and(|s| s.starttime == self.start_time));
+        let mut found = Vec::new();
+        let mut parents: Vec<Process> = root.into_iter().collect();
+        while let Some(parent) = parents.pop() {
+            let tasks = parent.tasks().into_iter().flatten().flatten();
+            let children = tasks.flat_map(|task| task.children().unwrap_or_default());
+            for child in children.filter_map(|pid| Process::new(i32::try_from(pid).ok()?).ok()) {
+                found.extend(child.stat());
+                parents.push(child);
+            }
+        }
+        found
+    }
+
     /// Everything below it.
     pub(crate) fn descendants(self) -> Vec<Stat> {
         let Ok(processes) = all_processes() else { return Vec::new() };
@@ -46,14 +63,14 @@ impl Root {
     }
 }
 
-/// Whose socket takes the connections to `addr`; `own` gives the pids that are ours.
-pub(crate) fn listener(addr: SocketAddr, own: impl FnOnce() -> Vec<u32>) -> Listener {
-    let sockets = listening_at(addr);
-    if sockets.is_empty() {
+/// Whose socket takes the connections to `addr`. `own` gives pids that are ours: each of its answers is tried, the
+/// quick one first.
+pub(crate) fn listener(addr: SocketAddr, own: [&dyn Fn() -> Vec<u32>; 2]) -> Listener {
+    let mut foreign = listening_at(addr);
+    if foreign.is_empty() {
         return Listener::None;
     }
-    let mut foreign = sockets;
-    for pid in own() {
+    for pid in own.into_iter().flat_map(|pids| pids()) {
         let fds = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok()?.fd().ok());
         for fd in fds.into_iter().flatten().flatten() {
             if let FDTarget::Socket(inode) = fd.target {
@@ -89,15 +106,38 @@ mod tests {
     fn a_socket_is_known_by_its_process() {
         let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = socket.local_addr().unwrap();
-        assert_eq!(listener(addr, || vec![std::process::id()]), Listener::Own);
-        assert_eq!(listener(addr, Vec::new), Listener::Foreign);
+        let (me, nobody) = (|| vec![std::process::id()], Vec::new);
+        assert_eq!(listener(addr, [&me, &|| unreachable!("it is known already")]), Listener::Own);
+        assert_eq!(listener(addr, [&nobody, &me]), Listener::Own);
+        assert_eq!(listener(addr, [&nobody, &nobody]), Listener::Foreign);
         drop(socket);
-        assert_eq!(listener(addr, Vec::new), Listener::None);
+        assert_eq!(listener(addr, [&nobody, &nobody]), Listener::None);
     }
 
     #[test]
     fn another_process_with_the_pid_has_no_descendants_of_ours() {
         let root = Root::of(std::process::id()).unwrap();
-        assert!(Root { start_time: root.start_time + 1, ..root }.descendants().is_empty());
+        let another = Root { start_time: root.start_time + 1, ..root };
+        assert!(another.descendants().is_empty() && another.descendants_at_a_glance().is_empty());
+    }
+
+    #[test]
+    fn a_child_of_a_child_is_found_both_ways() {
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", "sleep 600 & echo; wait"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It has its child once it says something.
+        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let root = Root::of(std::process::id()).unwrap();
+        let below =
+            |stats: Vec<Stat>| stats.into_iter().filter(|s| s.ppid == shell.id().cast_signed()).collect::<Vec<_>>();
+        let (all, quick) = (below(root.descendants()), below(root.descendants_at_a_glance()));
+        let pids = |stats: &[Stat]| stats.iter().map(|s| s.pid).collect::<Vec<_>>();
+        assert_eq!((all.len(), pids(&all)), (1, pids(&quick)));
+        let sleep = rustix::process::Pid::from_raw(all[0].pid).unwrap();
+        rustix::process::kill_process(sleep, rustix::process::Signal::KILL).unwrap();
+        shell.wait().unwrap();
     }
 }

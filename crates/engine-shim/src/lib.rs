@@ -18,6 +18,7 @@ mod record;
 mod report;
 mod run;
 mod signals;
+mod slim;
 mod spawn;
 mod spec;
 

@@ -15,6 +15,7 @@ use crate::reaper::{self, Reaped};
 use crate::record::{self, ExitRecord, StartRecord};
 use crate::report::{Report, Reports};
 use crate::signals::Signals;
+use crate::slim;
 use crate::spawn::{Engine, raw_pid, spawn};
 use crate::spec::LaunchSpec;
 
@@ -107,6 +108,7 @@ impl Shim {
 
     /// Returns when no descendant is left and the log is complete.
     fn supervise(&mut self, reports: &mut Reports) {
+        slim::drop_code();
         loop {
             if self.killing {
                 self.kill_everything();

@@ -289,7 +289,7 @@ fn drain_waits_forces_aborts_and_resumes() {
     );
     assert_eq!(r.step(Event::Timer, Tick(2_000), Draw::new(0.0), &p)[0], Action::RevokeLeases);
     // KILL follows within two seconds of the deadline.
-    assert_eq!(r.next_deadline(&p), Some(Tick(4_000)));
+    assert_eq!(r.next_deadline(&p), Some(Tick(3_800)));
     let mut r = resumed;
     let abort = Command::Drain { deadline: Duration::from_secs(1), on_deadline: OnDeadline::Abort };
     let _ = r.step(Event::Command(abort), Tick(5_000), Draw::new(0.0), &p);

@@ -12,9 +12,11 @@ use super::{Attempt, Driver, Grant, Report, Want};
 use crate::ports::{Endpoint, Listener, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
 
 /// Between two looks at a starting engine: readiness must be seen within 100 ms, and a look costs a loopback request.
-const LOOK_FAST: Duration = Duration::from_millis(10);
+const LOOK_FAST: Duration = Duration::from_millis(5);
 /// For engines that take long.
 const LOOK_SLOW: Duration = Duration::from_millis(50);
+/// How long an engine is looked at often.
+const OFTEN: Duration = Duration::from_secs(5);
 
 /// Bytes a model needs on a device when nobody said: its file plus a margin of 5 %, at least 512 MiB
 /// (the margin of the memory planner). KV cache is not estimated yet.
@@ -167,7 +169,7 @@ impl Driver {
                         let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
                     }
                 }
-                tokio::time::sleep(if began.elapsed() < Duration::from_secs(5) { LOOK_FAST } else { LOOK_SLOW }).await;
+                tokio::time::sleep(if began.elapsed() < OFTEN { LOOK_FAST } else { LOOK_SLOW }).await;
             }
         });
     }
@@ -252,7 +254,9 @@ async fn prove(
     external: bool,
 ) -> Result<Proof, Failure> {
     let addr = endpoint.addr;
-    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
+    // Both only look; nobody is asked to work before it is known who listens.
+    let (listener, up) = tokio::join!(look(engine, move |e| e.listener(addr)), ports.probe.up(endpoint));
+    match listener.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
             let detail = format!("port {} belongs to another process", endpoint.addr.port());
@@ -262,7 +266,7 @@ async fn prove(
             return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
         }
     }
-    if let Up::Wrong(what) = ports.probe.up(endpoint).await {
+    if let Up::Wrong(what) = up {
         return Err(Failure::new(FailureClass::WrongServer, what));
     }
     let identity = ports.probe.identify(endpoint).await?;
@@ -283,7 +287,8 @@ async fn residency(
         Residency::Simulated(h) => (h, "simulated"),
         Residency::Unknown(why) => return Err(Failure::new(FailureClass::DriverError, why)),
     };
-    let pids = look(engine, |e| e.pids()).await.unwrap_or_default();
+    // Who holds nothing need not be looked for.
+    let pids = if holders.is_empty() { Vec::new() } else { look(engine, |e| e.pids()).await.unwrap_or_default() };
     let ours: Vec<_> = holders.iter().filter(|h| pids.contains(&h.pid)).collect();
     if let Some(h) = ours.iter().find(|h| !devices.contains(&h.uuid)) {
         return Err(Failure::new(
