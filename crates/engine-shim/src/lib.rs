@@ -12,6 +12,7 @@
 //! The binary takes the spec's path, alone or after the word `engine-shim`. A program that wants to be its own shim
 //! calls [`run_if_asked`] first in `main`, before it starts a thread.
 
+mod born;
 mod log;
 mod reaper;
 mod record;

@@ -5,10 +5,13 @@ use std::fs::File;
 use std::io::{self, ErrorKind, PipeReader, Read};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid};
 
+use crate::born::{self, Birth};
 use crate::report::Report;
 use crate::spec::LaunchSpec;
 
@@ -51,8 +54,10 @@ pub(crate) fn spawn(spec: &LaunchSpec) -> Result<Engine, Report> {
         .stdout(engine_output.try_clone().map_err(at_pipe)?)
         .stderr(engine_output)
         .process_group(0);
+    let born_in_first = Arc::new(AtomicBool::new(false));
+    let first_is_joined = Arc::clone(&born_in_first);
     let before_exec = move || {
-        child.prepare().map_err(|(step, errno)| {
+        child.prepare(first_is_joined.load(Ordering::Relaxed)).map_err(|(step, errno)| {
             let _told = rustix::io::write(&step_report, &[step as u8]);
             errno.into()
         })
@@ -61,14 +66,20 @@ pub(crate) fn spawn(spec: &LaunchSpec) -> Result<Engine, Report> {
     // it does not allocate, take a lock, or touch anything the parent relies on.
     unsafe { command.pre_exec(before_exec) };
 
-    let spawned = command.spawn();
+    let directory = spec.cgroup_procs.first().and_then(|procs| born::cgroup2_of(procs));
+    let birth = directory
+        .map(|cgroup| born::into_cgroup(&cgroup, &mut command, || born_in_first.store(true, Ordering::Relaxed)));
+    let spawned = match birth {
+        Some(Birth::Alive(pid)) => Ok(pid),
+        Some(Birth::Failed(error)) => Err(error),
+        Some(Birth::NotHere) | None => command
+            .spawn()
+            .and_then(|process| Pid::from_raw(process.id().cast_signed()).ok_or_else(|| ErrorKind::InvalidData.into())),
+    };
     // Closes this side's copies of the writing ends, so that both pipes can end.
     drop(command);
     match spawned {
-        Ok(process) => match Pid::from_raw(process.id().cast_signed()) {
-            Some(pid) => Ok(Engine { pid, output }),
-            None => Err(Report::failed("exec", &ErrorKind::InvalidData.into())),
-        },
+        Ok(pid) => Ok(Engine { pid, output }),
         Err(error) => {
             let mut step = [0];
             let told = failed_step.read(&mut step).is_ok_and(|count| count == 1);
@@ -110,8 +121,9 @@ struct Child {
 }
 
 impl Child {
-    fn prepare(&self) -> Result<(), (Step, Errno)> {
-        for procs in &self.cgroups {
+    /// In the first of its cgroups it may have been born.
+    fn prepare(&self, born_in_first: bool) -> Result<(), (Step, Errno)> {
+        for procs in self.cgroups.iter().skip(usize::from(born_in_first)) {
             rustix::io::write(procs, b"0").map_err(|errno| (Step::Cgroup, errno))?;
         }
         let limit = |bound| Rlimit { current: Some(bound), maximum: Some(bound) };

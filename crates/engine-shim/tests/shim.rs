@@ -287,6 +287,55 @@ fn the_engine_is_confined_before_exec() {
     assert_eq!(bench.text("cgroup.procs"), "0");
 }
 
+/// A version 2 cgroup below this test's own, removed at the end. `None` where this process may make none.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    fn new() -> Option<Self> {
+        let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
+        ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].into_iter().find_map(|root| {
+            let parent = Path::new(root).join(&own);
+            let dir = parent.join(format!("engine-shim-test-{}", std::process::id()));
+            (parent.join("cgroup.procs").exists() && fs::create_dir(&dir).is_ok()).then_some(Self(dir))
+        })
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _left = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn the_engine_is_born_in_its_cgroup() {
+    let Some(cgroup) = Cgroup::new() else { return };
+    let bench = Bench::new();
+    let mut spec = bench.script("cat /proc/self/cgroup; grep SigBlk /proc/self/status; exit 7");
+    // The second one is a plain file, which is joined by writing.
+    fs::write(bench.path("cgroup.procs"), "").unwrap();
+    spec.cgroup_procs = vec![cgroup.0.join("cgroup.procs"), bench.path("cgroup.procs")];
+    let shim = bench.start(&spec);
+    let pid = shim.started();
+    assert_eq!(record::<StartRecord>(&bench.path("start.json")).pid, pid);
+    assert_eq!(shim.report(), exited(7));
+    assert_eq!(shim.report(), Report::Gone);
+    shim.ends_with(0);
+    let log = bench.text("log");
+    let name = cgroup.0.file_name().unwrap().to_str().unwrap();
+    assert!(log.lines().any(|line| line.starts_with("0::") && line.ends_with(name)), "{log}");
+    assert!(log.contains("SigBlk:\t0000000000000000"), "{log}");
+    assert_eq!(bench.text("cgroup.procs"), "0");
+
+    let missing = LaunchSpec { program: "/no/such/engine".into(), ..spec };
+    let shim = bench.start(&missing);
+    let Report::Failed { step, not_found, .. } = shim.report() else { panic!("not failed") };
+    assert_eq!((step.as_str(), not_found), ("exec", true));
+    shim.ends_with(1);
+    assert_eq!(fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap(), "", "nothing is left of it");
+}
+
 #[test]
 fn the_engine_runs_as_another_user() {
     if !rustix::process::geteuid().is_root() {
