@@ -5,7 +5,7 @@
 
 Starts are measured side by side in one run, alternating: `preload` over HTTP until the answer that the pool is Ready,
 and the same program with the same arguments and environment (read from what the daemon launched) started by this
-script and polled every 10 ms, like the daemon does, until /completion gave its first token. Everything is on simulated
+script and polled every 10 ms until /completion gave its first token. Everything is on simulated
 GPUs, free ports and temporary directories, and is stopped at the end. Standard library only.
 """
 
@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-POLL = 0.010  # LOOK_FAST of pool-services: between two looks at a starting engine
+POLL = 0.010
 TIMEOUT = 120.0
 MIB = 1024.0
 UNIT = json.dumps({"prompt": "Hi", "n_predict": 1, "cache_prompt": False})
@@ -362,7 +362,7 @@ def main():
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/pool-managerd")
     parser.add_argument("--engine", type=Path, help="llama-server; by default what `cargo xtask engine` built")
-    parser.add_argument("--rounds", type=int, default=5, help="starts of each kind (default 5)")
+    parser.add_argument("--rounds", type=int, default=20, help="starts of each kind (default 20)")
     parser.add_argument("--cold", type=int, default=20, help="cold starts (default 20)")
     parser.add_argument("--only", choices=["starts", "memory", "cold", "limits"], help="measure only this")
     options = parser.parse_args()

@@ -25,6 +25,8 @@ const LLAMA_CPP: &[Pattern] = &[
     ("cuda driver version is insufficient", FailureClass::DriverError),
     ("invalid magic character", FailureClass::Artifact),
     ("unknown model architecture", FailureClass::Artifact),
+    ("gguf_init_from_reader: failed to read", FailureClass::Artifact),
+    ("model is corrupted or incomplete", FailureClass::Artifact),
     ("error: invalid argument", FailureClass::Config),
 ];
 
@@ -79,6 +81,12 @@ mod tests {
         assert_eq!(class(oom), FailureClass::VramOom);
         assert_eq!(class("start: couldn't bind HTTP server socket, hostname: 127.0.0.1"), FailureClass::PortConflict);
         assert_eq!(class("CUDA error: unspecified launch failure"), FailureClass::DriverError);
+        // Words of llama.cpp's server (build 8, commit e1bb79b), for a file cut in its header and one cut in its data.
+        let header = "E gguf_init_from_reader: number of tensors is 2334397804759248750 but must be in [0, 53624256028225440]\n\
+            E gguf_init_from_reader: failed to read header\nE llama_model_load: error loading model";
+        let data = "E llama_model_load: error loading model: tensor 'token_embd.weight' data is not within the file bounds, \
+            model is corrupted or incomplete\nE srv    load_model: failed to load model";
+        assert_eq!((class(header), class(data)), (FailureClass::Artifact, FailureClass::Artifact));
         assert_eq!(class("all fine"), FailureClass::Crash(Exit::Code(1)));
     }
 

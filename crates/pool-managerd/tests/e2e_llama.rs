@@ -84,7 +84,8 @@ max = "1s"
 
     // The handoff file says the same as the API.
     let handoff = daemon.dir().join("state/handoff/tiny-r0.json");
-    let told: serde_json::Value = serde_json::from_slice(&std::fs::read(&handoff).unwrap()).unwrap();
+    let told = support::eventually(|| std::fs::read(&handoff).ok());
+    let told: serde_json::Value = serde_json::from_slice(&told).unwrap();
     assert_eq!(told["endpoint"], ready["replicas"][0]["endpoint"]);
 
     let (pid, generation) =
@@ -108,7 +109,11 @@ max = "1s"
 fn a_file_that_is_no_model_fails_at_once_and_is_not_tried_again() {
     let dir = engine_dir();
     let models = tempfile::tempdir().unwrap();
-    std::fs::write(models.path().join("bad.gguf"), b"GGUF\x03\0\0\0garbage").unwrap();
+    std::fs::write(
+        models.path().join("bad.gguf"),
+        b"GGUF\x03\0\0\0no more than the beginning of a model is in this file",
+    )
+    .unwrap();
     let daemon = Daemon::start(&format!(
         r#"
 [models]
@@ -126,7 +131,12 @@ activation = "preload"
         models = models.path().display(),
         bin = dir.join("bin/llama-server").display(),
     ));
-    let failed = daemon.until("bad", |p| !p["last_error"].is_null());
-    assert_eq!(failed["ready"], false);
+    let failed = daemon.until("bad", |p| {
+        assert_eq!(p["ready"], false);
+        p["state"] == "failed"
+    });
+    assert_eq!(failed["replicas"][0]["generation"], 1, "{failed:#}");
+    assert_eq!(failed["last_error"]["class"], "artifact", "{failed:#}");
+    assert_eq!(failed["replicas"][0]["backoff"]["next_start_in_ms"], serde_json::Value::Null, "{failed:#}");
     assert_eq!(daemon.stop(), Some(0));
 }

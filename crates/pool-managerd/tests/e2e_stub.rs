@@ -1,10 +1,7 @@
 //! The faults, with the stub engine behind the real shim and the real daemon.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
-#![allow(clippy::disallowed_types, reason = "patience is wall time here")]
 
 mod support;
-
-use std::time::Instant;
 
 use support::{Daemon, alive, processes_with, signal};
 
@@ -163,11 +160,7 @@ fn a_daemon_that_is_killed_leaves_no_engine() {
     family.push(main);
     daemon.signal("KILL");
     daemon.wait();
-    let end = Instant::now() + support::PATIENCE;
-    while family.iter().any(|p| alive(*p)) {
-        assert!(Instant::now() < end, "{family:?}");
-        std::thread::yield_now();
-    }
+    support::eventually(|| family.iter().all(|p| !alive(*p)).then_some(()));
 }
 
 #[test]

@@ -161,16 +161,12 @@ impl Daemon {
 
     /// Long-polls until the pool looks as wanted; every picture on the way is shown to `wanted`.
     pub fn until(&self, id: &str, mut wanted: impl FnMut(&Value) -> bool) -> Value {
-        let end = Instant::now() + PATIENCE;
-        let mut pool = loop {
-            // The API answers before the pools are there.
+        // The API answers before the pools are there.
+        let mut pool = eventually(|| {
             let answer = self.get(&format!("/v1/pools/{id}"));
-            if answer.status == 200 {
-                break answer.json();
-            }
-            assert!(Instant::now() < end, "{answer:?}");
-            std::thread::sleep(Duration::from_millis(5));
-        };
+            (answer.status == 200).then(|| answer.json())
+        });
+        let end = Instant::now() + PATIENCE;
         while !wanted(&pool) {
             assert!(Instant::now() < end, "never came: {pool:#}");
             let n = &pool["snapshot"];
@@ -206,6 +202,18 @@ impl Drop for Daemon {
             signal(self.child.id(), "TERM");
             let _ = self.child.wait();
         }
+    }
+}
+
+/// What is there at last, or never: for what is told nowhere.
+pub fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < end, "never came");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

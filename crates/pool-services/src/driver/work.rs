@@ -11,12 +11,9 @@ use tokio_util::sync::CancellationToken;
 use super::{Attempt, Driver, Grant, Report, Want};
 use crate::ports::{Endpoint, Listener, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
 
-/// Between two looks at a starting engine: readiness must be seen within 100 ms, and a look costs a loopback request.
-const LOOK_FAST: Duration = Duration::from_millis(5);
-/// For engines that take long.
-const LOOK_SLOW: Duration = Duration::from_millis(50);
-/// How long an engine is looked at often.
-const OFTEN: Duration = Duration::from_secs(5);
+/// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
+/// costs the engine a request while it loads, and readiness must be seen within 100 ms.
+const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(50);
 
 /// Bytes a model needs on a device when nobody said: its file plus a margin of 5 %, at least 512 MiB
 /// (the margin of the memory planner). KV cache is not estimated yet.
@@ -169,7 +166,7 @@ impl Driver {
                         let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
                     }
                 }
-                tokio::time::sleep(if began.elapsed() < OFTEN { LOOK_FAST } else { LOOK_SLOW }).await;
+                tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), *LOOK.end())).await;
             }
         });
     }
@@ -254,8 +251,12 @@ async fn prove(
     external: bool,
 ) -> Result<Proof, Failure> {
     let addr = endpoint.addr;
-    // Both only look; nobody is asked to work before it is known who listens.
-    let (listener, up) = tokio::join!(look(engine, move |e| e.listener(addr)), ports.probe.up(endpoint));
+    // These only look; nobody is asked to work before it is known who listens.
+    let (listener, up, identity) = tokio::join!(
+        look(engine, move |e| e.listener(addr)),
+        ports.probe.up(endpoint),
+        ports.probe.identify(endpoint)
+    );
     match listener.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
@@ -269,7 +270,7 @@ async fn prove(
     if let Up::Wrong(what) = up {
         return Err(Failure::new(FailureClass::WrongServer, what));
     }
-    let identity = ports.probe.identify(endpoint).await?;
+    let identity = identity?;
     let began = Instant::now();
     ports.probe.work(endpoint).await?;
     let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
