@@ -13,3 +13,7 @@ pub mod logging;
 pub mod serve;
 pub mod tables;
 mod tell;
+
+// Where the project's first users looked for these.
+pub use pool_domain::health;
+pub use pool_services::registry;

@@ -252,11 +252,8 @@ async fn prove(
 ) -> Result<Proof, Failure> {
     let addr = endpoint.addr;
     // These only look; nobody is asked to work before it is known who listens.
-    let (listener, up, identity) = tokio::join!(
-        look(engine, move |e| e.listener(addr)),
-        ports.probe.up(endpoint),
-        ports.probe.identify(endpoint)
-    );
+    let (listener, up, identity) =
+        tokio::join!(look(engine, move |e| e.listener(addr)), ports.probe.up(endpoint), ports.probe.identify(endpoint));
     match listener.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
