@@ -7,7 +7,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::lifecycle::{Command, State, Wait};
+use pool_domain::lifecycle::{State, Wait};
 use pool_domain::reserve::{Refusal, place};
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
@@ -126,7 +126,7 @@ impl Steward {
                 None => retry,
             };
             if wake {
-                ward.tell(DriverCommand::Verb(Command::Unblocked)).await;
+                ward.tell(DriverCommand::Unblock).await;
             }
         }
     }

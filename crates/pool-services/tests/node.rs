@@ -272,6 +272,9 @@ async fn every_port_taken_waits_and_says_so_and_a_free_one_is_taken() {
     node.engines.script(|s| s.taken_ports = (42_000..=42_998).collect());
     let ready = until(&m, &id, PoolSnapshot::ready).await;
     assert!(ready.replicas[0].endpoint.as_ref().unwrap().ends_with(":42999"));
+    // What the steward did is no wish of anybody: operations are judged as before.
+    let stop = m.stop(&id).await.unwrap();
+    assert!(matches!(m.wait_operation(&stop.id, LONG).await.unwrap().state, OperationState::Succeeded(_)));
 }
 
 #[tokio::test(start_paused = true)]

@@ -63,6 +63,8 @@ pub(crate) enum DriverCommand {
     Verb(Command),
     Grant(Grant),
     Deny(Generation, Denied),
+    /// What it waited for may be there.
+    Unblock,
 }
 
 /// Why the steward gave nothing.
@@ -273,6 +275,7 @@ impl Driver {
                 };
                 self.step(Event::Engine(generation, fact));
             }
+            DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             // An answer to a question that was withdrawn.
             DriverCommand::Grant(_) | DriverCommand::Deny(..) => {}
         }
