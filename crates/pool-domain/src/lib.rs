@@ -12,6 +12,7 @@ pub mod health;
 pub mod id;
 pub mod lifecycle;
 pub mod mask;
+pub mod model;
 pub mod reserve;
 pub mod tick;
 
@@ -22,4 +23,5 @@ pub use failure::{Failure, FailureClass};
 pub use health::HealthStatus;
 pub use id::{EngineName, Generation, ModelRef, PoolId, ReplicaId, ReplicaKey};
 pub use mask::{DeviceMask, ResolvedMask};
+pub use model::{KvShape, LayerProfile, ModelFormat, ModelProfile};
 pub use tick::{Draw, Tick};
