@@ -7,13 +7,17 @@
 pub mod backoff;
 pub mod breaker;
 pub mod device;
+pub mod estimate;
+pub mod evict;
 pub mod failure;
 pub mod health;
 pub mod id;
 pub mod lifecycle;
 pub mod mask;
 pub mod model;
+pub mod rank;
 pub mod reserve;
+pub mod split;
 pub mod tick;
 
 pub use backoff::{Backoff, BackoffPolicy};

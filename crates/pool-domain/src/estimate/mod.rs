@@ -1,0 +1,1 @@
+//! How much memory a model needs on each device.

@@ -1,0 +1,1 @@
+//! Which idle replicas give way so that a start fits.
