@@ -126,7 +126,7 @@ impl Event {
                 format!("Draining the {pool} pool: {leases} leases have {} to finish", seconds(*deadline))
             }
             EventKind::DrainEnded { outcome, took } => {
-                format!("The drain of the {pool} pool was {outcome} after {}", seconds(*took))
+                format!("The drain of the {pool} pool ended ({outcome}) after {}", seconds(*took))
             }
             EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
             EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
