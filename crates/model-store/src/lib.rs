@@ -5,6 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+mod gguf;
+mod profile;
+mod safetensors;
+
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
@@ -15,6 +19,8 @@ use async_trait::async_trait;
 use pool_domain::{Failure, FailureClass, ModelRef};
 use pool_services::ports::{ModelStore, ResolvedModel};
 use rustix::fs::OFlags;
+
+pub use self::profile::{ProfileError, profile, profile_gguf};
 
 /// GGUF versions the engines read.
 const GGUF_VERSIONS: [u32; 2] = [2, 3];

@@ -1,0 +1,3 @@
+//! How long headers take to read.
+
+fn main() {}
