@@ -7,6 +7,8 @@
 pub mod backoff;
 pub mod breaker;
 pub mod device;
+#[cfg(test)]
+mod dice;
 pub mod estimate;
 pub mod evict;
 pub mod failure;
@@ -28,4 +30,5 @@ pub use health::HealthStatus;
 pub use id::{EngineName, Generation, ModelRef, PoolId, ReplicaId, ReplicaKey};
 pub use mask::{DeviceMask, ResolvedMask};
 pub use model::{KvShape, LayerProfile, ModelFormat, ModelProfile};
+pub use split::{SplitError, SplitPlan, SplitRatios, TensorParallelPlan};
 pub use tick::{Draw, Tick};

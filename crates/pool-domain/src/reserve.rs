@@ -68,7 +68,7 @@ pub fn place(
 }
 
 #[allow(clippy::cast_precision_loss, reason = "shown with one decimal")]
-fn gib(bytes: u64) -> String {
+pub(crate) fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / f64::from(1u32 << 30))
 }
 

@@ -1,1 +1,0 @@
-//! Which layers of a model go to which device.
