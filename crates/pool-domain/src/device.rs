@@ -91,3 +91,25 @@ pub struct MigSlice {
     /// Place on the parent, as in `0:1`.
     pub index: u32,
 }
+
+/// A whole GPU for tests, the `index`-th on its bus.
+#[cfg(test)]
+pub(crate) fn test_gpu(index: u32) -> DeviceSnapshot {
+    DeviceSnapshot {
+        uuid: format!("GPU-51000000-0000-4000-8000-{index:012x}"),
+        index,
+        name: "test".into(),
+        pci_bus_id: Some(format!("00000000:{:02x}:00.0", index + 1)),
+        compute_capability: None,
+        numa_node: None,
+        vram_total: 1,
+        vram_free: 1,
+        vram_used: 0,
+        vram_reserved: 0,
+        vram_foreign: 0,
+        utilisation: None,
+        health: DeviceHealth::Ok,
+        mig: None,
+        mig_parent: false,
+    }
+}
