@@ -42,7 +42,9 @@ pub fn place(
         return Err(Refusal::Devices("the node has no usable GPU".into()));
     }
     if *mask == DeviceMask::Auto {
-        if candidates.iter().all(|d| d.vram_total < bytes) {
+        // A GPU that is too small is no answer, however much of it is free now.
+        candidates.retain(|d| d.vram_total.saturating_sub(d.vram_reserved) >= bytes);
+        if candidates.is_empty() {
             return Err(Refusal::NeverFits(format!("no GPU of this node is as large as {}", gib(bytes))));
         }
         let best = candidates
@@ -105,7 +107,11 @@ mod tests {
         let uuids = |r: Result<ResolvedMask, Refusal>| r.map(|m| m.uuids);
         assert_eq!(uuids(place(&DeviceMask::Auto, 60, &devices, |_| 0)), Ok(vec![devices[1].uuid.clone()]));
         assert!(matches!(place(&DeviceMask::Auto, 101, &devices, |_| 0), Err(Refusal::NeverFits(_))));
-        assert!(matches!(place(&DeviceMask::Auto, 90, &devices, |_| 0), Err(Refusal::Vram(_) | Refusal::NeverFits(_))));
+        // The one that is free is too small: waiting for the other helps.
+        assert!(matches!(
+            place(&DeviceMask::Auto, 90, &[gpu(0, 100, 50), gpu(1, 80, 0)], |_| 0),
+            Err(Refusal::Vram(_))
+        ));
         let sick = [DeviceSnapshot { health: DeviceHealth::Fenced("test".into()), ..gpu(0, 100, 0) }];
         assert!(matches!(place(&DeviceMask::Auto, 1, &sick, |_| 0), Err(Refusal::Devices(_))));
     }
