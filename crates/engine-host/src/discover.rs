@@ -40,6 +40,11 @@ impl Program {
     pub(crate) fn knows(&self, flag: &str) -> bool {
         self.flags.contains(flag)
     }
+
+    /// Whether nothing speaks against the flag.
+    pub(crate) fn knows_or_says_nothing(&self, flag: &str) -> bool {
+        self.flags.is_empty() || self.knows(flag)
+    }
 }
 
 /// When a file was last written, and its size.

@@ -11,10 +11,8 @@ use serde_json::{Value, json};
 use crate::http::{Answer, Ask, NoAnswer};
 use crate::text::tidy;
 
-/// A health check has nothing to wait for.
-const UP_TIMEOUT: Duration = Duration::from_secs(1);
-/// One unit of work, on a busy engine; the caller may be less patient.
-const WORK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Who asks for health or work decides how long to wait (`[pool.health]`); this only bounds what was forgotten.
+const PATIENCE: Duration = Duration::from_secs(3600);
 /// Enough for any answer about health.
 const UP_BYTES: usize = 64 * 1024;
 /// A chat template, a wide vector, the parameters of many slots.
@@ -35,7 +33,7 @@ impl HttpProbe {
 #[async_trait]
 impl EngineProbe for HttpProbe {
     async fn up(&self, endpoint: &Endpoint) -> Up {
-        let ask = Ask { addr: endpoint.addr, path: "/health", body: None, timeout: UP_TIMEOUT, limit: UP_BYTES };
+        let ask = Ask { addr: endpoint.addr, path: "/health", body: None, timeout: PATIENCE, limit: UP_BYTES };
         match ask.send().await {
             Ok(answer) => up(&answer),
             Err(NoAnswer::Refused) => Up::Refused,
@@ -75,7 +73,7 @@ impl EngineProbe for HttpProbe {
             Workload::Embed => ("/v1/embeddings", json!({ "model": model, "input": "Hi" })),
             Workload::Rerank => ("/v1/rerank", json!({ "model": model, "query": "Hi", "documents": ["Hi"] })),
         };
-        let ask = Ask { addr: endpoint.addr, path, body: Some(body), timeout: WORK_TIMEOUT, limit: ANSWER_BYTES };
+        let ask = Ask { addr: endpoint.addr, path, body: Some(body), timeout: PATIENCE, limit: ANSWER_BYTES };
         let answer = ask.send().await.map_err(|error| match error {
             NoAnswer::TimedOut(_) => Failure::new(FailureClass::Hang, format!("{path}: {error}")),
             _ => Failure::new(FailureClass::Health, format!("{path}: {error}")),

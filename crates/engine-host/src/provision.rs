@@ -51,6 +51,10 @@ impl Provisioner {
             (Kind::LlamaCpp, Some(Mode::Binary { path })) => self.discovery.program(path, &[]).await?,
             _ => self.discovery.program(&self.stub.program, &self.stub.args).await?,
         };
+        if let Some(unknown) = kinds::flags(&spec.args).find(|flag| !program.knows_or_says_nothing(flag)) {
+            let name = file_name(&program.path);
+            return Err(config(format!("engine `{name}` does not know the argument `{unknown}`")));
+        }
         if !spec.version.is_empty() && !is_version(&spec.version, &program.version) {
             return Err(config(format!(
                 "engine `{}` is version {}, but the pool wants {}",

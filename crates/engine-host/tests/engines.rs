@@ -249,7 +249,7 @@ async fn the_way_it_ended_is_told() {
     assert_eq!(in_time(by_code.exited()).await.class, FailureClass::Crash(Exit::Code(7)));
     let (_, by_signal) = bench.start(&["--crash-after-ms", "0", "--signal", "SEGV"]).await;
     assert_eq!(in_time(by_signal.exited()).await.class, FailureClass::Crash(Exit::Signal(11)));
-    let (_, bad_flag) = bench.start(&["--no-such-flag"]).await;
+    let (_, bad_flag) = bench.start(&["--fork-children", "many"]).await;
     assert_eq!(in_time(bad_flag.exited()).await.class, FailureClass::Config);
     for engine in [by_code, by_signal, bad_flag] {
         in_time(engine.gone()).await;
@@ -328,7 +328,7 @@ async fn preflight_names_what_stands_in_the_way() {
 async fn llama_cpp_gets_only_flags_it_knows() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("llama-server");
-    let script = "#!/bin/sh\ncase $1 in\n--version) echo 'version: 4567 (abcdef)' >&2;;\n--help) echo '--metrics --no-ui';;\nesac\n";
+    let script = "#!/bin/sh\ncase $1 in\n--version) echo 'version: 4567 (abcdef)' >&2;;\n--help) echo '--metrics --no-ui --flash-attn';;\nesac\n";
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&path).unwrap();
     file.write_all(script.as_bytes()).unwrap();
     drop(file);
@@ -345,6 +345,9 @@ async fn llama_cpp_gets_only_flags_it_knows() {
                     -ngl 999 --metrics --no-ui --flash-attn on";
     assert_eq!(engine.args.join(" "), expected);
     assert!(engine.env.contains(&("CUDA_VISIBLE_DEVICES".into(), "GPU-a".into())));
+    let unknown = PoolSpec { args: vec!["--flash-atn".into()], ..request.spec };
+    let told = provisioner.preflight(&unknown).await.unwrap_err().detail;
+    assert_eq!(told, "engine `llama-server` does not know the argument `--flash-atn`");
 }
 
 #[tokio::test]

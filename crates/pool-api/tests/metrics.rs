@@ -23,6 +23,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::BecameReady { took },
         EventKind::EngineFailed { failure: failure(), nth: 1 },
         EventKind::RestartPlanned { delay: took, failure: failure(), nth: 1 },
+        EventKind::Restarting,
         EventKind::BreakerOpened { pause: took },
         EventKind::DrainEnded { outcome: "drained", took },
         EventKind::LeaseGranted,

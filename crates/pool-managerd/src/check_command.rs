@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use pool_domain::reserve::{Refusal, place};
 use pool_services::ports::EngineProvisioner;
 use pool_services::{Activation, NodeSnapshot};
 
@@ -23,6 +24,7 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
         driver: inventory.driver.clone(),
         devices: inventory.devices.iter().map(|d| (d.clone(), 0)).collect(),
         problem: inventory.problem.clone(),
+        events_lost: 0,
     };
     print(&tables::devices(&node))?;
     compose::check_masks(&config, &inventory)?;
@@ -34,6 +36,11 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
             && let Err(failure) = models.validate_ref(&pool.model)
         {
             problems.push(config.pool_error(i, "model", failure.detail));
+        }
+        for mask in pool.devices.iter().filter(|_| external.is_none()) {
+            if let Err(Refusal::NeverFits(why)) = place(mask, pool.vram.unwrap_or(0), &inventory.devices, |_| 0) {
+                problems.push(config.pool_error(i, "vram", why));
+            }
         }
         if let Err(failure) = provisioner.preflight(pool).await {
             problems.push(config.pool_error(i, "engine", failure.detail));

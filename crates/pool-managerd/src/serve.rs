@@ -138,6 +138,8 @@ struct Signals {
     term: Signal,
     int: Signal,
     hangup: Signal,
+    /// Whether it was started from a terminal. When SIGHUP tells that the terminal is gone, it is too late to ask.
+    terminal: bool,
 }
 
 impl Signals {
@@ -147,6 +149,7 @@ impl Signals {
             term: on(SignalKind::terminate())?,
             int: on(SignalKind::interrupt())?,
             hangup: on(SignalKind::hangup())?,
+            terminal: File::open("/dev/tty").is_ok(),
         })
     }
 
@@ -157,8 +160,8 @@ impl Signals {
                 _ = self.term.recv() => return "SIGTERM",
                 _ = self.int.recv() => return "SIGINT",
                 _ = self.hangup.recv() => {
-                    // Its terminal is gone. Without one it is a wish to read the config again.
-                    if File::open("/dev/tty").is_ok() {
+                    // Without a terminal it is a wish to read the config again.
+                    if self.terminal {
                         return "SIGHUP";
                     }
                     tracing::warn!("reloading the config is not supported yet: restart the daemon");

@@ -123,6 +123,22 @@ fn check_tells_of_every_model_that_is_missing() {
 }
 
 #[test]
+fn check_tells_of_what_could_never_start() {
+    for (wrong, key, word) in [
+        ("vram = \"25 GiB\"", "pool[0].vram", "no GPU of this node is as large"),
+        ("args = [\"--bogus\"]", "pool[0].engine", "`--bogus`"),
+        ("slots = 40000", "pool[0].slots", "1 to 32767"),
+    ] {
+        let pool = format!("[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\n{wrong}\n");
+        let (_dir, file) = site(&simulated(&pool));
+        let output = run(&["check", "--config", file.to_str().unwrap()]);
+        let text = stderr(&output);
+        assert_eq!(code(&output), Some(78), "{wrong}: {text}");
+        assert!(text.contains(key) && text.contains(word), "{wrong}: {text}");
+    }
+}
+
+#[test]
 fn without_the_driver_library_it_is_69() {
     if !matches!(gpu_nvml::NvmlGpus::open(), Err(gpu_nvml::NvmlError::LibraryMissing(_))) {
         return; // This machine has the library.

@@ -10,15 +10,13 @@ use tokio::time::Instant;
 pub struct Clock {
     origin: Instant,
     boot_ms: u64,
-    wall: SystemTime,
 }
 
 impl Clock {
     /// A clock that starts at `boot_ms` milliseconds of boot time.
     #[must_use]
-    #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock, for display")]
     pub fn starting_at(boot_ms: u64) -> Self {
-        Self { origin: Instant::now(), boot_ms, wall: SystemTime::now() }
+        Self { origin: Instant::now(), boot_ms }
     }
 
     /// Now.
@@ -29,14 +27,9 @@ impl Clock {
 
     /// Now, for people.
     #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock, for display")]
     pub fn wall(&self) -> SystemTime {
-        self.wall + self.origin.elapsed()
-    }
-
-    /// The wall time of a tick of this boot.
-    #[must_use]
-    pub fn wall_of(&self, tick: Tick) -> SystemTime {
-        self.wall + Duration::from_millis(tick.0.saturating_sub(self.boot_ms))
+        SystemTime::now()
     }
 
     /// Sleeps until a tick; for ever without one.

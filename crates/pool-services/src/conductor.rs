@@ -148,11 +148,12 @@ impl Conductor {
                 "stop"
             }
             Wish::Resume => {
-                let draining = self.replicas.iter().any(|r| matches!(r.borrow().state, State::Draining { .. }));
+                // What a running drain has stopped already comes back, too.
+                let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
+                let draining = self.facts.borrow().operations.iter().any(drains);
                 self.set_hold(false).await;
                 self.command_all(Command::Resume).await;
-                // A pool that is meant to run, runs again.
-                if !draining && self.spec.activation == Activation::Preload {
+                if draining || self.spec.activation == Activation::Preload {
                     self.command_all(Command::Start).await;
                 }
                 "resume"
@@ -226,8 +227,7 @@ fn judge(o: &mut Operation, replicas: &[Published]) {
         }
         _ => {
             let rest = count(|s| matches!(s, State::Idle | State::Failed { .. }));
-            let leases: u32 = replicas.iter().map(|r| r.snapshot.active_leases).sum();
-            o.progress = format!("{rest} of {} at rest, {leases} leases left", replicas.len());
+            o.progress = format!("{rest} of {} at rest", replicas.len());
             if rest == replicas.len() {
                 o.state = OperationState::Succeeded("drained".into());
             } else if replicas.iter().any(|r| matches!(r.state, State::Fenced { .. })) {

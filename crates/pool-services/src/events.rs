@@ -39,6 +39,13 @@ pub enum EventKind {
         /// How often in a row.
         nth: u32,
     },
+    /// Two checks in a row failed: nothing is granted until one passes.
+    Suspected {
+        /// How.
+        failure: Failure,
+    },
+    /// A start after a failure begins.
+    Restarting,
     /// A restart is planned.
     RestartPlanned {
         /// When.
@@ -66,7 +73,7 @@ pub enum EventKind {
     },
     /// A drain ended.
     DrainEnded {
-        /// `drained`, `forced`, `aborted`, `resumed`.
+        /// `drained`, `forced`, `aborted`, `resumed`, `crashed`.
         outcome: &'static str,
         /// Time it took.
         took: Duration,
@@ -111,6 +118,10 @@ impl Event {
             EventKind::EngineFailed { failure, nth } => {
                 format!("The engine of the {pool} pool {} for {}", failure.class.human(), ordinal(*nth))
             }
+            EventKind::Suspected { failure } => {
+                format!("The {pool} pool gives no more slots for now: its engine {}", failure.class.human())
+            }
+            EventKind::Restarting => format!("Restarting the engine of the {pool} pool"),
             EventKind::RestartPlanned { delay, failure, nth } => format!(
                 "Restarting the {pool} pool in {} after its engine {} for {}",
                 seconds(*delay),
@@ -144,6 +155,8 @@ impl Event {
             EventKind::Started => "started",
             EventKind::BecameReady { .. } => "became_ready",
             EventKind::EngineFailed { .. } => "engine_failed",
+            EventKind::Suspected { .. } => "suspected",
+            EventKind::Restarting => "restarting",
             EventKind::RestartPlanned { .. } => "restart_planned",
             EventKind::BreakerOpened { .. } => "breaker_opened",
             EventKind::BreakerHalfOpen => "breaker_half_open",

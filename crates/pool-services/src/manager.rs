@@ -388,6 +388,24 @@ impl PoolManager {
         }
         Err(ControlError::OperationNotFound(id.to_owned()))
     }
+
+    /// Leases move faster than operations are judged.
+    fn with_leases(&self, mut operation: Operation) -> Operation {
+        if operation.state == OperationState::Running
+            && matches!(operation.verb.as_str(), "drain" | "stop")
+            && let Ok(handle) = self.handle(&operation.pool_id)
+        {
+            let leases: u32 = handle.admissions.iter().map(|(_, a)| u32::from(a.in_use())).sum();
+            operation.progress = format!("{}, {leases} leases left", operation.progress);
+        }
+        operation
+    }
+
+    /// Events that did not fit their channel, and so are missing in logs and metrics.
+    #[must_use]
+    pub fn events_lost(&self) -> u64 {
+        self.inner.events.lost()
+    }
 }
 
 fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static str) {
@@ -422,6 +440,7 @@ impl PoolControl for PoolManager {
                 })
                 .collect(),
             problem: inventory.problem,
+            events_lost: self.events_lost(),
         })
     }
 
@@ -467,13 +486,14 @@ impl PoolControl for PoolManager {
             .pools
             .values()
             .flat_map(|h| h.facts.borrow().operations.iter().cloned().collect::<Vec<_>>())
+            .map(|o| self.with_leases(o))
             .collect();
         all.sort_by_key(|o| std::cmp::Reverse(o.started_at));
         Ok(all)
     }
 
     async fn operation(&self, id: &str) -> Result<Operation, ControlError> {
-        self.find_operation(id).map(|(_, o)| o)
+        self.find_operation(id).map(|(_, o)| self.with_leases(o))
     }
 
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {

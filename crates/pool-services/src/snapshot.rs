@@ -130,4 +130,6 @@ pub struct NodeSnapshot {
     pub devices: Vec<(DeviceSnapshot, u64)>,
     /// Why there are no devices, or why this is old.
     pub problem: Option<String>,
+    /// Events that are missing in log and metrics, because they came faster than they could be told.
+    pub events_lost: u64,
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use pool_domain::lifecycle::{State, Wait};
 use pool_domain::reserve::{Refusal, place};
-use pool_domain::{Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
+use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
@@ -42,6 +42,13 @@ impl Ward {
     }
 }
 
+/// What replicas hold, and where each was last.
+#[derive(Debug, Default)]
+struct Book {
+    held: BTreeMap<ReplicaKey, Reservation>,
+    homes: BTreeMap<ReplicaKey, Reservation>,
+}
+
 /// Bytes promised by us on each device, by UUID.
 pub(crate) type Promised = BTreeMap<String, u64>;
 
@@ -58,7 +65,7 @@ pub(crate) struct Steward {
 impl Steward {
     /// Runs until every driver is gone.
     pub(crate) async fn run(mut self) {
-        let mut book: BTreeMap<ReplicaKey, Reservation> = BTreeMap::new();
+        let mut book = Book::default();
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let mut inventory_lives = true;
@@ -73,17 +80,17 @@ impl Steward {
             self.unblock(&inventory, &book, next_port, retry).await;
             for i in 0..self.wards.len() {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
-                if book.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
+                if book.held.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
                     continue; // answered; the driver has not published that yet
                 }
-                let answer = self.decide(&want, &inventory, &book, &mut next_port);
+                let key = self.wards[i].key.clone();
+                let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
                 let command = match answer {
                     Ok(grant) => {
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
-                        book.insert(
-                            self.wards[i].key.clone(),
-                            Reservation { generation: want.generation, devices, bytes: want.bytes, port },
-                        );
+                        let held = Reservation { generation: want.generation, devices, bytes: want.bytes, port };
+                        book.homes.insert(key.clone(), held.clone());
+                        book.held.insert(key, held);
                         DriverCommand::Grant(grant)
                     }
                     Err(denied) => DriverCommand::Deny(want.generation, denied),
@@ -91,38 +98,35 @@ impl Steward {
                 // The driver never waits for the steward, so this cannot deadlock.
                 self.wards[i].tell(command).await;
             }
-            self.promised.send_replace(promised(&book));
+            self.promised.send_replace(promised(&book.held));
         }
     }
 
     /// Takes back what nobody holds any more.
-    fn free(&self, book: &mut BTreeMap<ReplicaKey, Reservation>) {
+    fn free(&self, book: &mut Book) {
         for ward in &self.wards {
             let published = ward.published.borrow();
-            if let Some(r) = book.get(&ward.key) {
+            if let Some(r) = book.held.get(&ward.key) {
                 let newer = published.snapshot.generation > r.generation;
                 if newer || (published.snapshot.generation == r.generation && !published.state.holds_reservation()) {
-                    book.remove(&ward.key);
+                    book.held.remove(&ward.key);
                 }
             }
         }
     }
 
     /// Wakes those that wait, if what they wait for is there now; who waits for something else is woken at a `retry`.
-    async fn unblock(
-        &self,
-        inventory: &Inventory,
-        book: &BTreeMap<ReplicaKey, Reservation>,
-        next_port: u16,
-        retry: bool,
-    ) {
+    async fn unblock(&self, inventory: &Inventory, book: &Book, next_port: u16, retry: bool) {
         for ward in &self.wards {
             let published = ward.published.borrow().clone();
             if !matches!(published.state, State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }) {
                 continue;
             }
             let wake = match &published.blocked {
-                Some(want) => !matches!(self.decide(want, inventory, book, &mut { next_port }), Err(Denied::Wait(_))),
+                Some(want) => {
+                    let answer = self.decide(&ward.key, want, inventory, book, &mut { next_port });
+                    !matches!(answer, Err(Denied::Wait(_)))
+                }
                 None => retry,
             };
             if wake {
@@ -131,11 +135,32 @@ impl Steward {
         }
     }
 
+    /// The devices as this replica may use them. One on which something of another engine may be left admits no newcomer;
+    /// who was there before may come back within what it had.
+    fn devices_for(&self, key: &ReplicaKey, bytes: u64, inventory: &Inventory, book: &Book) -> Vec<DeviceSnapshot> {
+        let fenced: Vec<&String> = self
+            .wards
+            .iter()
+            .filter(|ward| ward.key != *key && matches!(ward.published.borrow().state, State::Fenced { .. }))
+            .filter_map(|ward| book.held.get(&ward.key))
+            .flat_map(|held| &held.devices.uuids)
+            .collect();
+        let home = book.homes.get(key).filter(|home| home.bytes >= bytes);
+        let mut devices = inventory.devices.clone();
+        for device in devices.iter_mut().filter(|d| d.health.admits() && fenced.contains(&&d.uuid)) {
+            if !home.is_some_and(|home| home.devices.uuids.contains(&device.uuid)) {
+                device.health = DeviceHealth::Fenced("something of another engine may be left there".into());
+            }
+        }
+        devices
+    }
+
     fn decide(
         &self,
+        key: &ReplicaKey,
         want: &Want,
         inventory: &Inventory,
-        book: &BTreeMap<ReplicaKey, Reservation>,
+        book: &Book,
         next_port: &mut u16,
     ) -> Result<Grant, Denied> {
         let (generation, bytes) = (want.generation, want.bytes);
@@ -146,16 +171,16 @@ impl Steward {
             let detail = inventory.problem.clone().unwrap_or_else(|| "the node has no GPU".into());
             return Err(Denied::Wait(Wait::Devices { detail }));
         }
-        let promised = promised(book);
-        let devices = place(&want.mask, bytes, &inventory.devices, |u| promised.get(u).copied().unwrap_or(0)).map_err(
-            |r| match r {
+        let promised = promised(&book.held);
+        let usable = self.devices_for(key, bytes, inventory, book);
+        let devices =
+            place(&want.mask, bytes, &usable, |u| promised.get(u).copied().unwrap_or(0)).map_err(|r| match r {
                 Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
                 Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
                 Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
                 Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
-            },
-        )?;
-        let taken: Vec<u16> = book.values().filter_map(|r| r.port).collect();
+            })?;
+        let taken: Vec<u16> = book.held.values().filter_map(|r| r.port).collect();
         let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
         for _ in 0..count {
             let port = *next_port;

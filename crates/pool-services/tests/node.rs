@@ -7,7 +7,9 @@ use pool_domain::failure::Exit;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::{Failure, FailureClass, PoolId};
 use pool_services::ports::{Holder, Listener, Residency};
-use pool_services::{Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot};
+use pool_services::{
+    Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
+};
 use pool_testkit::{FakeNode, gpu, spec};
 use tokio::time::Instant;
 
@@ -181,6 +183,107 @@ async fn a_hang_is_seen_within_45_s() {
     let ended = until(&m, &id, |s| s.last_error().is_some() && !s.live()).await;
     assert!(began.elapsed() <= Duration::from_secs(45), "{:?}", began.elapsed());
     assert_eq!(ended.last_error().unwrap().class, FailureClass::Hang);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_illness_is_told_once_and_one_that_passes_is_no_failure() {
+    let node = FakeNode::default();
+    let (m, mut events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    node.engines.script(|s| s.decodes = false);
+    let suspect = until(&m, &id, |s| state(s) == "suspect").await;
+    assert_eq!((suspect.replicas[0].reason_code, suspect.last_error()), ("hang", None));
+    node.engines.script(|s| s.decodes = true);
+    until(&m, &id, PoolSnapshot::ready).await;
+    node.engines.script(|s| s.decodes = false);
+    until(&m, &id, |s| s.last_error().is_some()).await;
+    let mut told = Vec::new();
+    while let Ok(e) = events.try_recv() {
+        told.push(e.code());
+    }
+    let count = |code| told.iter().filter(|t| **t == code).count();
+    assert_eq!((count("suspected"), count("engine_failed")), (2, 1), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.health_takes = Duration::from_secs(3));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    // Perhaps it works for somebody else, and so long: nobody can tell.
+    node.engines.script(|s| {
+        s.busy = None;
+        s.decodes = false;
+    });
+    tokio::time::sleep(LONG).await;
+    let well = m.pool(&id).await.unwrap();
+    assert!(well.ready() && well.last_error().is_none(), "{well:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn resume_brings_back_what_a_running_drain_has_stopped() {
+    let node = FakeNode::default();
+    let two = PoolSpec { replicas: 2, ..spec("chat") };
+    let (m, _events) = node.manage(vec![two]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, |s| s.replicas.iter().all(|r| r.ready)).await;
+    let (held, guard) = m.allocate_lease(&id).unwrap();
+    let op = m.drain(&id, DrainOptions::default()).await.unwrap();
+    until(&m, &id, |s| s.replicas.iter().any(|r| r.state == "idle")).await;
+    assert!(m.operation(&op.id).await.unwrap().progress.ends_with("1 leases left"));
+    m.resume(&id).await.unwrap();
+    let back = until(&m, &id, |s| s.replicas.iter().all(|r| r.ready)).await;
+    let generation = |stayed| back.replicas.iter().find(|r| (r.id == held.replica) == stayed).unwrap().generation.0;
+    assert_eq!((generation(true), generation(false), guard.valid()), (1, 2, true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_preload_during_a_drain_calls_it_off() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let (_, guard) = m.allocate_lease(&id).unwrap();
+    m.drain(&id, DrainOptions::default()).await.unwrap();
+    until(&m, &id, PoolSnapshot::draining).await;
+    let op = m.preload(&id).await.unwrap();
+    assert_eq!(m.wait_operation(&op.id, LONG).await.unwrap().state, OperationState::Succeeded("ready".into()));
+    assert_eq!((guard.valid(), m.pool(&id).await.unwrap().replicas[0].generation.0), (true, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fenced_device_admits_no_newcomer_but_its_old_guests_may_come_back() {
+    let node = FakeNode::default();
+    node.engines.script(|s| {
+        s.leaves_child = true;
+        s.killable = false;
+    });
+    let on_first =
+        |id: &str, activation| PoolSpec { devices: vec!["0".parse().unwrap()], vram: Some(1), activation, ..spec(id) };
+    let asked = Activation::OnDemand;
+    let pools = vec![on_first("sick", Activation::Preload), on_first("guest", asked), on_first("newcomer", asked)];
+    let (m, _events) = node.manage(pools).await;
+    let [sick, guest, newcomer]: [PoolId; 3] = ["sick", "guest", "newcomer"].map(|id| id.parse().unwrap());
+    until(&m, &sick, PoolSnapshot::ready).await;
+    node.engines.script(|s| {
+        s.leaves_child = false;
+        s.killable = true;
+    });
+    m.preload(&guest).await.unwrap();
+    until(&m, &guest, PoolSnapshot::ready).await;
+    m.stop(&guest).await.unwrap();
+    until(&m, &guest, |s| state(s) == "idle").await;
+    node.engines.crash_all();
+    until(&m, &sick, |s| state(s) == "fenced").await;
+    m.preload(&newcomer).await.unwrap();
+    let waits = until(&m, &newcomer, |s| state(s) == "waiting").await;
+    assert!(waits.replicas[0].reason.contains("may be left"), "{}", waits.replicas[0].reason);
+    m.preload(&guest).await.unwrap();
+    until(&m, &guest, PoolSnapshot::ready).await;
+    assert_eq!(state(&m.pool(&newcomer).await.unwrap()), "waiting");
 }
 
 #[tokio::test(start_paused = true)]

@@ -42,6 +42,10 @@ pub struct Script {
     pub leaves_child: bool,
     /// Whether it can be killed at all.
     pub killable: bool,
+    /// Requests it says it works on; unset = it does not say.
+    pub busy: Option<u16>,
+    /// How long an answer about health takes.
+    pub health_takes: Duration,
     /// Ports that are taken.
     pub taken_ports: Vec<u16>,
 }
@@ -60,6 +64,8 @@ impl Default for Script {
             obeys_term: true,
             leaves_child: false,
             killable: true,
+            busy: Some(0),
+            health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
         }
     }
@@ -242,6 +248,8 @@ impl EngineHost for FakeEngines {
 #[async_trait]
 impl EngineProbe for FakeEngines {
     async fn up(&self, endpoint: &Endpoint) -> Up {
+        let takes = lock(&self.script).health_takes;
+        tokio::time::sleep(takes).await;
         match self.at(endpoint.addr) {
             Some(e) if e.script.serves && e.began.elapsed() >= e.script.load => Up::Serving,
             Some(_) => Up::Loading(None),
@@ -266,6 +274,6 @@ impl EngineProbe for FakeEngines {
         }
     }
     async fn busy(&self, _: &Endpoint) -> Option<u16> {
-        Some(0)
+        lock(&self.script).busy
     }
 }

@@ -52,6 +52,11 @@ pub(crate) fn has_flag(args: &[String], flag: &str) -> bool {
     args.iter().any(|arg| flag_of(arg) == flag)
 }
 
+/// The long flags of `args`. (A short one cannot be told from a negative number.)
+pub(crate) fn flags(args: &[String]) -> impl Iterator<Item = &str> {
+    args.iter().map(|arg| flag_of(arg)).filter(|flag| flag.starts_with("--") && flag.len() > 2)
+}
+
 fn flag_of(arg: &str) -> &str {
     match arg.split_once('=') {
         Some((flag, _)) if flag.starts_with('-') => flag,

@@ -172,6 +172,8 @@ impl TryFrom<NodeView> for NodeSnapshot {
             driver: n.driver,
             devices: n.devices.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
             problem: n.problem,
+            // Only the metrics tell.
+            events_lost: 0,
         })
     }
 }

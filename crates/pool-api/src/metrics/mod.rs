@@ -121,7 +121,7 @@ impl Metrics {
             EventKind::EngineFailed { failure, .. } => {
                 count(&self.exits, &of(key, &[("class", failure.class.code())]));
             }
-            EventKind::RestartPlanned { .. } => count(&self.restarts, &of(key, &[])),
+            EventKind::Restarting => count(&self.restarts, &of(key, &[])),
             EventKind::BreakerOpened { .. } => count(&self.breaker_opens, &of(key, &[])),
             EventKind::DrainEnded { outcome, took } => {
                 let labels = of(key, &[("outcome", outcome)]);
@@ -130,7 +130,9 @@ impl Metrics {
             }
             EventKind::LeaseGranted => count(&self.granted, &of(key, &[])),
             EventKind::LeaseRefused { reason } => count(&self.refused, &of(key, &[("reason", reason)])),
-            EventKind::BreakerHalfOpen
+            EventKind::Suspected { .. }
+            | EventKind::RestartPlanned { .. }
+            | EventKind::BreakerHalfOpen
             | EventKind::BreakerClosed
             | EventKind::DrainStarted { .. }
             | EventKind::Stopped
@@ -204,5 +206,8 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
         d.utilisation.map(|u| (device(d), f64::from(u) / 100.0)).into_iter().collect()
     });
     s.gauge(names::SIMULATED, &[node.simulated], |s| vec![(Vec::new(), flag(*s))]);
+    let lost = Counter::<u64>::default();
+    lost.inc_by(node.events_lost);
+    register(&mut s.0, names::EVENTS_LOST, lost);
     s.0
 }

@@ -35,7 +35,7 @@ metrics! {
     READINESS_TRANSITIONS = "readiness_transitions_total", "counter", &["pool_id", "replica_id", "ready"],
         "Times a replica became ready or stopped being ready";
     STARTS = "engine_starts_total", "counter", REPLICA, "Engine processes launched";
-    RESTARTS = "engine_restarts_total", "counter", REPLICA, "Restarts planned after a failure";
+    RESTARTS = "engine_restarts_total", "counter", REPLICA, "Starts after a failure";
     EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
@@ -54,7 +54,7 @@ metrics! {
     BREAKER_STATE = "breaker_state", "gauge", &["pool_id", "replica_id", "state"],
         "1 for the state a circuit breaker is in, 0 for the others";
     REPLICA_RESTARTS = "replica_restarts", "gauge", REPLICA,
-        "Restarts after a failure as the replica remembers them, also across restarts of the daemon";
+        "Starts after a failure since the daemon started";
     BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
     HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
@@ -66,4 +66,6 @@ metrics! {
     GPU_FOREIGN = "gpu_memory_foreign_bytes", "gauge", DEVICE, "GPU memory held by processes of others";
     GPU_UTILISATION = "gpu_utilisation_ratio", "gauge", DEVICE, "Compute utilisation, 0 to 1";
     SIMULATED = "simulated", "gauge", &[], "1 when the devices exist only in a file";
+    EVENTS_LOST = "events_lost_total", "counter", &[],
+        "Events that came too fast to be told; counters and logs lack them";
 }

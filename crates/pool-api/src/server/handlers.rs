@@ -194,8 +194,7 @@ pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody
 
 /// Give a slot back; releasing what is already released is fine.
 #[utoipa::path(delete, path = "/v1/leases/{id}", tag = "leases", params(("id" = String, Path)), responses(
-    (status = 204, description = "Given back"),
-    (status = 404, description = "LEASE_NOT_FOUND", body = Problem, content_type = "application/problem+json")))]
+    (status = 204, description = "Given back, or not held any more")))]
 pub(super) async fn release(State(s): App, Id(id): Id) -> Result<StatusCode, Problem> {
     s.control.release(&id).await?;
     Ok(StatusCode::NO_CONTENT)

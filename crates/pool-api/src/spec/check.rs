@@ -46,6 +46,8 @@ fn some_time(field: &'static str, text: Option<DurationText>, default: Duration)
     if value.is_zero() { wrong(field, "must be longer than zero") } else { Ok(value) }
 }
 
+/// What the admission word can count.
+const MAX_SLOTS: u16 = 32_767;
 const SECOND: Duration = Duration::from_secs(1);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -72,8 +74,8 @@ impl PoolSpec {
             return wrong("replicas", format!("{replicas} is outside 1 to 64"));
         }
         let slots = self.slots.unwrap_or(4);
-        if slots == 0 {
-            return wrong("slots", "must be at least 1");
+        if !(1..=MAX_SLOTS).contains(&slots) {
+            return wrong("slots", format!("{slots} is outside 1 to {MAX_SLOTS}"));
         }
         if self.context == Some(0) {
             return wrong("context", "must be at least 1: leave it out for the engine's own default");

@@ -94,7 +94,13 @@ pub(crate) fn node() -> NodeSnapshot {
         mig: Some(MigSlice { parent: "GPU-x".into(), profile: "1g.12gb".into(), index: 1 }),
         mig_parent: false,
     };
-    NodeSnapshot { simulated: true, driver: Some("580.1".into()), devices: vec![(device, 35)], problem: None }
+    NodeSnapshot {
+        simulated: true,
+        driver: Some("580.1".into()),
+        devices: vec![(device, 35)],
+        problem: None,
+        events_lost: 0,
+    }
 }
 
 pub(crate) fn operation(verb: &str, state: OperationState) -> Operation {

@@ -85,8 +85,10 @@ pub enum StopStage {
 pub enum Then {
     /// Rest.
     Idle,
-    /// Start again at once.
+    /// Start, because it was asked for.
     Start,
+    /// Start again at once, after a failure.
+    Restart,
     /// Start after a wait.
     Wait(Wait),
     /// Nothing, until a person changes something.
@@ -154,6 +156,8 @@ pub enum State {
         proof: Proof,
         /// Failed checks in a row.
         misses: u32,
+        /// The newest of them.
+        failure: Failure,
     },
     /// Refuses new leases and waits for the running ones.
     Draining {
@@ -167,6 +171,8 @@ pub enum State {
         deadline: Tick,
         /// What happens then.
         on_deadline: OnDeadline,
+        /// The newest failed check, if it was Suspect: so it is again if the drain is given up.
+        suspect: Option<Failure>,
     },
     /// The engine is being ended.
     Stopping {
@@ -177,7 +183,7 @@ pub enum State {
         /// What follows.
         then: Then,
     },
-    /// Something of the engine may be left; its devices admit nothing.
+    /// Something of the engine may be left; its devices admit no other replica.
     Fenced {
         /// Since when.
         since: Tick,
@@ -371,6 +377,11 @@ impl Replica {
         }
     }
 
+    /// Whether anything is held against it.
+    pub(super) fn has_failures(&self) -> bool {
+        self.backoff.failures() > 0 || self.breaker != CircuitBreaker::default()
+    }
+
     /// When [`super::Event::Timer`] is due.
     #[must_use]
     pub fn next_deadline(&self, policy: &super::Policy) -> Option<Tick> {
@@ -385,8 +396,10 @@ impl Replica {
                 StopStage::Term { kill_at } => Some(*kill_at),
                 StopStage::Kill { fence_at } => Some(*fence_at),
             },
-            State::Ready { since, .. } if self.breaker.code() == "half_open" => {
-                Some(*since + policy.breaker.close_after())
+            State::Ready { since, .. } => {
+                let closes = (self.breaker.code() == "half_open").then(|| *since + policy.breaker.close_after());
+                let forgives = self.has_failures().then(|| *since + policy.backoff.reset_after());
+                closes.into_iter().chain(forgives).min()
             }
             _ => None,
         }

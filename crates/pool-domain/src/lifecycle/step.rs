@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use super::{Action, Command, Event, Fact, Launch, OnDeadline, Policy, Replica, State, StopStage, Then, Wait};
+use super::{Action, Command, Event, Fact, Launch, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait};
+use crate::failure::Exit;
 use crate::{Draw, Failure, FailureClass, Tick};
 
 /// Ports tried at once before a conflict waits like a failure.
 const PORT_TRIES: u32 = 3;
+/// Failed checks in a row that make an engine Suspect.
+const SUSPECT_AT: u32 = 2;
 
 /// The fixed surroundings of one step.
 struct Cx<'a> {
@@ -33,7 +36,7 @@ impl Replica {
             Command::Start => self.start(cx),
             Command::Drain { deadline, on_deadline } => self.drain(deadline, on_deadline, cx),
             Command::Resume => match &self.state {
-                State::Draining { .. } => self.undrain(),
+                State::Draining { .. } => self.undrain(cx),
                 _ => Vec::new(),
             },
             Command::ResetBreaker => {
@@ -75,12 +78,16 @@ impl Replica {
                 }
                 Vec::new()
             }
+            // The last wish wins.
+            State::Draining { .. } => self.undrain(cx),
             _ => Vec::new(),
         }
     }
 
     /// Begins a start attempt if the breaker lets it.
     fn attempt(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        // No process exists here: a trial that is still on the book ended without a verdict.
+        self.breaker.inconclusive(cx.now);
         if !self.breaker.admit(cx.now) {
             let until = self.breaker.open_until().unwrap_or(cx.now);
             self.state = State::Waiting { since: cx.now, why: Wait::Breaker { until } };
@@ -91,6 +98,13 @@ impl Replica {
         vec![Action::Stage]
     }
 
+    /// An attempt because of a failure, which counts as a restart if it is made.
+    fn restart(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        let actions = self.attempt(cx);
+        self.restarts += u64::from(matches!(self.state, State::Staging { .. }));
+        actions
+    }
+
     fn drain(&mut self, deadline: Duration, on_deadline: OnDeadline, cx: &Cx<'_>) -> Vec<Action> {
         match &mut self.state {
             State::Idle | State::Failed { .. } => Vec::new(),
@@ -99,33 +113,29 @@ impl Replica {
                 self.state = State::Idle;
                 vec![Action::CancelWork]
             }
-            State::Stopping { then, .. } | State::Fenced { then, .. } => {
+            State::Stopping { then, stage, .. } => {
+                *then = Then::Idle;
+                // A stop under way may only be hurried.
+                if let StopStage::Launching { kill_at } | StopStage::Term { kill_at } = stage {
+                    *kill_at = (*kill_at).min(cx.now + deadline + cx.policy.stop.forced_grace());
+                }
+                self.timer(cx)
+            }
+            State::Fenced { then, .. } => {
                 *then = Then::Idle;
                 Vec::new()
             }
-            State::Starting { .. } | State::Warming { .. } | State::Adopting { .. } | State::Suspect { .. } => {
+            State::Starting { .. } | State::Warming { .. } | State::Adopting { .. } => {
                 self.breaker.inconclusive(cx.now);
-                let mut actions = match self.state {
-                    State::Suspect { .. } => vec![Action::RevokeLeases],
-                    _ => Vec::new(),
-                };
-                actions.extend(self.stop(cx.policy.stop.forced_grace(), Then::Idle, cx));
-                actions
+                self.stop(cx.policy.stop.forced_grace(), Then::Idle, cx)
             }
             State::Ready { since, proof, .. } => {
-                self.state = State::Draining {
-                    since: cx.now,
-                    ready_since: *since,
-                    proof: proof.clone(),
-                    deadline: cx.now + deadline,
-                    on_deadline,
-                };
-                // Whoever counts leases answers with LeasesDone, at once if there are none.
-                let mut actions = vec![Action::CloseAdmission];
-                if deadline.is_zero() {
-                    actions.extend(self.timer(cx));
-                }
-                actions
+                let (ready_since, proof) = (*since, proof.clone());
+                self.begin_drain(ready_since, proof, None, cx.now + deadline, on_deadline, cx)
+            }
+            State::Suspect { ready_since, proof, failure, .. } => {
+                let (ready_since, proof, suspect) = (*ready_since, proof.clone(), Some(failure.clone()));
+                self.begin_drain(ready_since, proof, suspect, cx.now + deadline, on_deadline, cx)
             }
             // A second drain may only shorten the first, or change what happens at its end.
             State::Draining { deadline: at, on_deadline: what, .. } => {
@@ -136,10 +146,53 @@ impl Replica {
         }
     }
 
-    fn undrain(&mut self) -> Vec<Action> {
-        let State::Draining { ready_since, proof, .. } = &self.state else { return Vec::new() };
-        self.state = State::Ready { since: *ready_since, proof: proof.clone(), misses: 0 };
-        vec![Action::OpenAdmission, Action::WatchHealth]
+    fn begin_drain(
+        &mut self,
+        ready_since: Tick,
+        proof: Proof,
+        suspect: Option<Failure>,
+        deadline: Tick,
+        on_deadline: OnDeadline,
+        cx: &Cx<'_>,
+    ) -> Vec<Action> {
+        self.state = State::Draining { since: cx.now, ready_since, proof, deadline, on_deadline, suspect };
+        // Whoever counts leases answers with LeasesDone, at once if there are none.
+        let mut actions = vec![Action::CloseAdmission];
+        actions.extend(self.timer(cx));
+        actions
+    }
+
+    fn undrain(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        let State::Draining { ready_since, proof, suspect, .. } = &self.state else { return Vec::new() };
+        let (ready_since, proof) = (*ready_since, proof.clone());
+        match suspect.clone() {
+            None => {
+                self.credit(cx.now.since(ready_since), cx);
+                self.state = State::Ready { since: ready_since, proof, misses: 0 };
+                vec![Action::OpenAdmission, Action::WatchHealth]
+            }
+            Some(failure) => {
+                self.state = State::Suspect { since: cx.now, ready_since, proof, misses: SUSPECT_AT, failure };
+                vec![Action::WatchHealth]
+            }
+        }
+    }
+
+    /// An engine that was Ready is being ended because somebody wants it so: what it earned until now counts.
+    fn end_drained(&mut self, kill_by: Tick, cx: &Cx<'_>) -> Vec<Action> {
+        let State::Draining { ready_since, .. } = self.state else { return Vec::new() };
+        self.credit(cx.now.since(ready_since), cx);
+        self.breaker.inconclusive(cx.now);
+        self.stop(kill_by.since(cx.now), Then::Idle, cx)
+    }
+
+    /// Time Ready heals: first the breaker's trial, in the end everything that was held against it.
+    fn credit(&mut self, ready_for: Duration, cx: &Cx<'_>) {
+        self.breaker.proved(&cx.policy.breaker, ready_for);
+        if ready_for >= cx.policy.backoff.reset_after() {
+            self.backoff.reset();
+            self.breaker.reset();
+        }
     }
 
     fn fact(&mut self, fact: Fact, cx: &Cx<'_>) -> Vec<Action> {
@@ -218,7 +271,10 @@ impl Replica {
                 _ => Vec::new(),
             },
             Fact::LeasesDone => match self.state {
-                State::Draining { .. } => self.stop(cx.policy.stop.grace, Then::Idle, cx),
+                State::Draining { deadline, .. } => {
+                    let patient = cx.now + cx.policy.stop.grace;
+                    self.end_drained(patient.min(deadline + cx.policy.stop.forced_grace()), cx)
+                }
                 _ => Vec::new(),
             },
             Fact::Adopted(proof) => match (&self.state, proof) {
@@ -233,7 +289,7 @@ impl Replica {
             Fact::NotAdopted(failure) => match self.state {
                 State::Adopting { .. } => {
                     self.last_failure = Some((cx.now, failure));
-                    self.kill(Then::Start, cx)
+                    self.kill(Then::Restart, cx)
                 }
                 _ => Vec::new(),
             },
@@ -256,7 +312,7 @@ impl Replica {
         }
     }
 
-    fn become_ready(&mut self, proof: super::Proof, cx: &Cx<'_>) -> Vec<Action> {
+    fn become_ready(&mut self, proof: Proof, cx: &Cx<'_>) -> Vec<Action> {
         self.breaker.became_ready();
         self.port_conflicts = 0;
         self.state = State::Ready { since: cx.now, proof, misses: 0 };
@@ -268,7 +324,7 @@ impl Replica {
             State::Ready { since, misses, .. } => {
                 *misses = 0;
                 let ready_for = cx.now.since(*since);
-                self.breaker.proved(&cx.policy.breaker, ready_for);
+                self.credit(ready_for, cx);
                 Vec::new()
             }
             State::Suspect { ready_since, proof, .. } => {
@@ -288,7 +344,7 @@ impl Replica {
         if misses >= cx.policy.health.failures {
             return self.end_failed(failure, true, cx);
         }
-        if misses < 2 {
+        if misses < SUSPECT_AT {
             self.state = State::Ready { since: ready_since, proof, misses };
             return Vec::new();
         }
@@ -297,8 +353,7 @@ impl Replica {
             State::Suspect { since, .. } => since,
             _ => cx.now,
         };
-        self.last_failure = Some((cx.now, failure));
-        self.state = State::Suspect { since, ready_since, proof, misses };
+        self.state = State::Suspect { since, ready_since, proof, misses, failure };
         if was_ready { vec![Action::CloseAdmission] } else { Vec::new() }
     }
 
@@ -307,15 +362,18 @@ impl Replica {
             State::Starting { .. } | State::Warming { .. } | State::Ready { .. } | State::Suspect { .. } => {
                 self.end_failed(failure, true, cx)
             }
-            State::Draining { .. } => {
+            State::Draining { ready_since, .. } => {
+                let ready_for = cx.now.since(*ready_since);
                 self.last_failure = Some((cx.now, failure));
+                self.credit(ready_for, cx);
+                self.breaker.inconclusive(cx.now);
                 let mut actions = vec![Action::RevokeLeases];
                 actions.extend(self.kill(Then::Idle, cx));
                 actions
             }
             State::Adopting { .. } => {
                 self.last_failure = Some((cx.now, failure));
-                self.kill(Then::Start, cx)
+                self.kill(Then::Restart, cx)
             }
             // What the main process left behind gets no grace of its own.
             State::Stopping { stage: StopStage::Term { .. }, then, .. } => {
@@ -362,23 +420,22 @@ impl Replica {
             self.breaker.inconclusive(cx.now);
         }
         if port_conflict && self.port_conflicts <= PORT_TRIES {
-            return Then::Start;
+            return Then::Restart;
         }
         self.pause(policy.multiplier, cx)
     }
 
-    fn crashed(&mut self, failure: Failure, ready_for: Duration, cx: &Cx<'_>) -> Then {
-        let policy = failure.class.policy();
-        self.last_failure = Some((cx.now, failure.clone()));
-        self.breaker.proved(&cx.policy.breaker, ready_for);
-        if policy.permanent {
-            self.breaker.inconclusive(cx.now);
-            return Then::Fail(failure);
+    fn crashed(&mut self, mut failure: Failure, ready_for: Duration, cx: &Cx<'_>) -> Then {
+        // It did start with this file, these arguments and this port: whatever its log says now, often in the words of
+        // its clients, is no reason never to try again.
+        if failure.class.policy().permanent || failure.class == FailureClass::PortConflict {
+            failure.class = FailureClass::Crash(Exit::Unknown);
         }
+        let policy = failure.class.policy();
+        self.last_failure = Some((cx.now, failure));
+        self.credit(ready_for, cx);
         if ready_for >= cx.policy.backoff.reset_after() {
-            self.backoff.reset();
-            self.breaker.reset();
-            return Then::Start;
+            return Then::Restart;
         }
         self.breaker.early_crash(&cx.policy.breaker, cx.now);
         self.pause(policy.multiplier, cx)
@@ -417,10 +474,8 @@ impl Replica {
         match then {
             Then::Idle => self.state = State::Idle,
             Then::Fail(failure) => self.state = State::Failed { since: cx.now, failure },
-            Then::Start => {
-                self.restarts += u64::from(self.last_failure.is_some());
-                actions.extend(self.attempt(cx));
-            }
+            Then::Start => actions.extend(self.attempt(cx)),
+            Then::Restart => actions.extend(self.restart(cx)),
             Then::Wait(why) => {
                 self.state = State::Waiting { since: cx.now, why };
                 actions.extend(self.timer(cx));
@@ -433,8 +488,7 @@ impl Replica {
         let now = cx.now;
         match &self.state {
             State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. } if now >= *until => {
-                self.restarts += 1;
-                self.attempt(cx)
+                self.restart(cx)
             }
             State::Starting { stall_at, max_at, .. } | State::Warming { stall_at, max_at, .. }
                 if now >= *stall_at.min(max_at) =>
@@ -448,10 +502,10 @@ impl Replica {
                 self.end_failed(failure, true, cx)
             }
             State::Draining { deadline, on_deadline, .. } if now >= *deadline => match on_deadline {
-                OnDeadline::Abort => self.undrain(),
+                OnDeadline::Abort => self.undrain(cx),
                 OnDeadline::Force => {
                     let mut actions = vec![Action::RevokeLeases];
-                    actions.extend(self.stop(cx.policy.stop.forced_grace(), Then::Idle, cx));
+                    actions.extend(self.end_drained(now + cx.policy.stop.forced_grace(), cx));
                     actions
                 }
             },
@@ -467,7 +521,7 @@ impl Replica {
             }
             State::Ready { since, .. } => {
                 let ready_for = now.since(*since);
-                self.breaker.proved(&cx.policy.breaker, ready_for);
+                self.credit(ready_for, cx);
                 Vec::new()
             }
             _ => Vec::new(),

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::failure::Exit;
-use crate::{Draw, Failure, FailureClass, Generation, Tick};
+use crate::{CircuitBreaker, Draw, Failure, FailureClass, Generation, Tick};
 
 fn proof() -> Proof {
     Proof { residency: "simulated", model: "m".into(), slots: 4, first_unit_ms: 1 }
@@ -113,6 +113,7 @@ fn check_sequence(ops: Vec<(Op, u64)>) -> Result<(), TestCaseError> {
         {
             shadow.proved = Some(*g);
         }
+        let is_timer = matches!(event, Event::Timer);
         let event_is_gone =
             matches!(event, Event::Engine(_, Fact::Gone)) || matches!(event, Event::Command(Command::Unfence));
         let actions = r.step(event, now, Draw::new((i % 100) as f64 / 100.0), &policy);
@@ -148,6 +149,14 @@ fn check_sequence(ops: Vec<(Op, u64)>) -> Result<(), TestCaseError> {
         {
             let nothing_launched = matches!(before.state, State::Stopping { stage: StopStage::Launching { .. }, .. });
             prop_assert!(event_is_gone || nothing_launched);
+        }
+        // A timer that is due is never left as it was: its driver would spin.
+        if is_timer && let Some(due) = r.next_deadline(&policy) {
+            prop_assert!(due > now, "{} is due at {due:?}, and it is {now:?} already", r.state.code());
+        }
+        if r.restarts > before.restarts {
+            prop_assert_eq!(r.restarts, before.restarts + 1);
+            prop_assert!(r.generation > before.generation, "a restart that is no start");
         }
         shadow.process = has_process(&r.state) || matches!(r.state, State::Stopping { .. } | State::Fenced { .. });
         prop_assert!(r.generation >= before.generation);
@@ -295,4 +304,132 @@ fn drain_waits_forces_aborts_and_resumes() {
     let _ = r.step(Event::Command(abort), Tick(5_000), Draw::new(0.0), &p);
     assert_eq!(r.step(Event::Timer, Tick(6_000), Draw::new(0.0), &p)[0], Action::OpenAdmission);
     assert!(r.state.ready());
+}
+
+fn command_at(r: &mut Replica, ms: u64, command: Command) -> Vec<Action> {
+    r.step(Event::Command(command), Tick(ms), Draw::new(1.0), &Policy::default())
+}
+
+fn fact_at(r: &mut Replica, ms: u64, fact: Fact) -> Vec<Action> {
+    r.step(Event::Engine(r.generation, fact), Tick(ms), Draw::new(1.0), &Policy::default())
+}
+
+fn timer_at(r: &mut Replica, ms: u64) -> Vec<Action> {
+    r.step(Event::Timer, Tick(ms), Draw::new(1.0), &Policy::default())
+}
+
+/// From Idle, Waiting or Staging to Ready.
+fn bring_up(r: &mut Replica, ms: u64) {
+    if !matches!(r.state, State::Staging { .. }) {
+        command_at(r, ms, Command::Start);
+        timer_at(r, ms);
+    }
+    drive(r, Tick(ms), [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Serving, Fact::Proved(proof())]);
+    assert!(r.state.ready(), "{:?}", r.state);
+}
+
+const STOP: Command = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
+
+fn crash_once(r: &mut Replica, ms: u64) {
+    fact_at(r, ms, Fact::Exited(Failure::crash(Exit::Code(1))));
+    fact_at(r, ms, Fact::Gone);
+}
+
+#[test]
+fn a_trial_that_a_person_ends_is_inconclusive() {
+    let mut r = Replica::new(Generation(0));
+    let mut now = 0;
+    while r.breaker.code() != "open" {
+        bring_up(&mut r, now);
+        crash_once(&mut r, now);
+        now = r.next_deadline(&Policy::default()).unwrap().0;
+    }
+    bring_up(&mut r, now);
+    assert_eq!(r.breaker.code(), "half_open");
+    command_at(&mut r, now + 1, STOP);
+    fact_at(&mut r, now + 1, Fact::Gone);
+    assert_eq!(r.state, State::Idle);
+    assert_eq!(command_at(&mut r, now + 2, Command::Start), [Action::Stage], "the trial may be made again at once");
+    assert_eq!(r.breaker.code(), "half_open");
+}
+
+#[test]
+fn a_start_during_a_drain_calls_it_off() {
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    let drain = Command::Drain { deadline: Duration::from_secs(60), on_deadline: OnDeadline::Force };
+    command_at(&mut r, 1, drain);
+    assert_eq!(command_at(&mut r, 2, Command::Start), [Action::OpenAdmission, Action::WatchHealth]);
+    assert!(r.state.ready());
+}
+
+#[test]
+fn a_drain_is_over_by_its_deadline_and_two_seconds_however_it_ends() {
+    let drain = |secs| Command::Drain { deadline: Duration::from_secs(secs), on_deadline: OnDeadline::Force };
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    command_at(&mut r, 0, drain(2));
+    fact_at(&mut r, 10, Fact::LeasesDone);
+    assert_eq!(r.next_deadline(&Policy::default()), Some(Tick(3_800)));
+    // A longer one ends with the engine's own grace, unless somebody is in a hurry.
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    command_at(&mut r, 0, drain(600));
+    fact_at(&mut r, 10, Fact::LeasesDone);
+    assert_eq!(r.next_deadline(&Policy::default()), Some(Tick(30_010)));
+    command_at(&mut r, 1_000, STOP);
+    assert_eq!(r.next_deadline(&Policy::default()), Some(Tick(2_800)));
+    assert_eq!(timer_at(&mut r, 2_800), [Action::Kill]);
+}
+
+#[test]
+fn a_suspect_engine_keeps_its_leases_until_the_deadline_and_stays_suspect_if_the_drain_is_given_up() {
+    let missed = || Fact::Missed(Failure::new(FailureClass::Hang, "x"));
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    drive(&mut r, Tick(1), [missed(), missed()]);
+    assert_eq!(r.state.code(), "suspect");
+    assert_eq!(r.last_failure, None, "nothing has failed yet");
+    let drain = Command::Drain { deadline: Duration::from_secs(60), on_deadline: OnDeadline::Force };
+    assert_eq!(command_at(&mut r, 2, drain), [Action::CloseAdmission]);
+    assert_eq!(command_at(&mut r, 3, Command::Resume), [Action::WatchHealth]);
+    assert_eq!(r.state.code(), "suspect");
+    assert_eq!(fact_at(&mut r, 4, Fact::Healthy), [Action::OpenAdmission]);
+}
+
+#[test]
+fn a_long_good_run_is_not_forgotten_when_a_person_ends_it() {
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    crash_once(&mut r, 0);
+    bring_up(&mut r, 1_000);
+    assert_eq!(r.backoff.failures(), 1);
+    // Also without an end: at ten minutes Ready nothing is held against it any more.
+    assert_eq!(r.next_deadline(&Policy::default()), Some(Tick(601_000)));
+    command_at(&mut r, 602_000, STOP);
+    fact_at(&mut r, 602_000, Fact::Gone);
+    assert_eq!((r.backoff.failures(), r.breaker), (0, CircuitBreaker::default()));
+}
+
+#[test]
+fn what_the_log_says_after_ready_is_never_permanent() {
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    fact_at(&mut r, 1, Fact::Exited(Failure::new(FailureClass::Config, "signal 9: error: invalid argument")));
+    fact_at(&mut r, 1, Fact::Gone);
+    assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { .. }, .. }), "{:?}", r.state);
+    assert_eq!(r.last_failure.unwrap().1.class.code(), "crash");
+}
+
+#[test]
+fn only_starts_after_a_failure_are_restarts() {
+    let mut r = Replica::new(Generation(0));
+    bring_up(&mut r, 0);
+    crash_once(&mut r, 0);
+    bring_up(&mut r, 1_000);
+    assert_eq!(r.restarts, 1);
+    command_at(&mut r, 2_000, STOP);
+    command_at(&mut r, 2_000, Command::Start);
+    fact_at(&mut r, 2_000, Fact::Gone);
+    assert_eq!((r.state.code(), r.restarts), ("staging", 1));
 }

@@ -43,11 +43,20 @@ fn states() -> Vec<State> {
     for misses in [0, 1] {
         all.push(State::Ready { since: at, proof: proof(), misses });
     }
-    all.push(State::Suspect { since: at, ready_since: at, proof: proof(), misses: 2 });
+    all.push(State::Suspect { since: at, ready_since: at, proof: proof(), misses: 2, failure: config() });
     for on_deadline in [OnDeadline::Force, OnDeadline::Abort] {
-        all.push(State::Draining { since: at, ready_since: at, proof: proof(), deadline: at, on_deadline });
+        all.push(State::Draining {
+            since: at,
+            ready_since: at,
+            proof: proof(),
+            deadline: at,
+            on_deadline,
+            suspect: None,
+        });
     }
-    for then in [Then::Idle, Then::Start, Then::Wait(Wait::Backoff { until: far() }), Then::Fail(config())] {
+    for then in
+        [Then::Idle, Then::Start, Then::Restart, Then::Wait(Wait::Backoff { until: far() }), Then::Fail(config())]
+    {
         for stage in
             [StopStage::Launching { kill_at: at }, StopStage::Term { kill_at: at }, StopStage::Kill { fence_at: at }]
         {

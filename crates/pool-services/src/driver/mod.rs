@@ -5,6 +5,7 @@ mod tell;
 mod work;
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use pool_domain::lifecycle::{Action, Command, Event, Fact, Policy, Replica, State, Wait};
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -150,7 +151,9 @@ pub(crate) struct Driver {
     attempt: Attempt,
     work: CancellationToken,
     scribe: Vec<Scribe>,
-    last_check: Option<pool_domain::Tick>,
+    /// Wall times of what is shown to people.
+    last_check: Option<SystemTime>,
+    failed_at: Option<SystemTime>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
 }
@@ -216,6 +219,7 @@ impl Driver {
             work: CancellationToken::new(),
             scribe: Vec::new(),
             last_check: None,
+            failed_at: None,
             attempt_began: now,
             verbs: 0,
         }
@@ -312,7 +316,7 @@ impl Driver {
                 Fact::Launched
             }
             Report::Checked(fact) => {
-                self.last_check = Some(self.clock.now());
+                self.last_check = Some(self.clock.wall());
                 fact
             }
         };
@@ -323,6 +327,9 @@ impl Driver {
         let before = tell::Before::of(&self.replica);
         let now = self.clock.now();
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
+        if before.fails_anew(&self.replica) {
+            self.failed_at = Some(self.clock.wall());
+        }
         self.tell(&before, now);
         for action in actions {
             self.act(action);
@@ -381,6 +388,11 @@ impl Driver {
                 tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "handoff file not written");
             }
         }
+    }
+
+    /// Its main process, if it is ours.
+    fn process(&self) -> Option<u32> {
+        self.attempt.engine.as_ref().and_then(|e| e.pid())
     }
 
     fn handoff(&self) -> Option<Handoff> {

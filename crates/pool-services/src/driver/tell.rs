@@ -1,5 +1,7 @@
 //! What a driver tells others: its picture and its events.
 
+use std::time::SystemTime;
+
 use pool_domain::lifecycle::{Replica, State, Then, Wait};
 use pool_domain::{Failure, Tick};
 
@@ -12,11 +14,24 @@ pub(super) struct Before {
     state: State,
     breaker: &'static str,
     failure: Option<(Tick, Failure)>,
+    restarts: u64,
 }
 
 impl Before {
     pub(super) fn of(r: &Replica) -> Self {
-        Self { state: r.state.clone(), breaker: r.breaker.code(), failure: r.last_failure.clone() }
+        Self {
+            state: r.state.clone(),
+            breaker: r.breaker.code(),
+            failure: r.last_failure.clone(),
+            restarts: r.restarts,
+        }
+    }
+}
+
+impl Before {
+    /// Whether there is a failure that was not there before.
+    pub(super) fn fails_anew(&self, r: &Replica) -> bool {
+        r.last_failure.is_some() && r.last_failure != self.failure
     }
 }
 
@@ -28,27 +43,36 @@ impl Driver {
     pub(super) fn tell(&self, before: &Before, now: Tick) {
         let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
         let nth = r.backoff.failures().max(1);
-        if let Some((at, failure)) = &r.last_failure
-            && before.failure.as_ref() != Some(&(*at, failure.clone()))
-            && *at == now
+        if let Some((_, failure)) = &r.last_failure
+            && before.fails_anew(r)
         {
             self.emit(EventKind::EngineFailed { failure: failure.clone(), nth });
         }
+        if r.restarts > before.restarts {
+            self.emit(EventKind::Restarting);
+        }
         if from != to {
             self.emit(EventKind::StateChanged { from, to });
-        } else if matches!((&before.state, &r.state), (State::Starting { launch: a, .. }, State::Starting { launch: b, .. }) if a != b)
+        } else if self.process().is_some()
+            && matches!((&before.state, &r.state), (State::Starting { launch: a, .. }, State::Starting { launch: b, .. }) if a != b)
         {
             self.emit(EventKind::Started);
         }
         match (&before.state, &r.state) {
-            (State::Draining { since, on_deadline, .. }, State::Ready { .. }) => {
-                let outcome =
-                    if *on_deadline == pool_domain::lifecycle::OnDeadline::Abort { "aborted" } else { "resumed" };
+            (State::Draining { since, deadline, .. }, State::Ready { .. } | State::Suspect { .. }) => {
+                let outcome = if now >= *deadline { "aborted" } else { "resumed" };
                 self.emit(EventKind::DrainEnded { outcome, took: now.since(*since) });
             }
             (State::Draining { since, deadline, .. }, State::Stopping { .. }) => {
-                let outcome = if now >= *deadline && self.admission.in_use() > 0 { "forced" } else { "drained" };
+                let outcome = match (before.fails_anew(r), now >= *deadline && self.admission.in_use() > 0) {
+                    (true, _) => "crashed",
+                    (false, true) => "forced",
+                    (false, false) => "drained",
+                };
                 self.emit(EventKind::DrainEnded { outcome, took: now.since(*since) });
+            }
+            (State::Ready { .. }, State::Suspect { failure, .. }) => {
+                self.emit(EventKind::Suspected { failure: failure.clone() });
             }
             (State::Warming { .. }, State::Ready { .. }) => {
                 self.emit(EventKind::BecameReady { took: now.since(self.attempt_began) });
@@ -102,7 +126,8 @@ impl Driver {
         let r = &self.replica;
         let (reason_code, reason) = reason(&r.state, r.last_failure.as_ref());
         let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
-        let live = r.state.live();
+        // Who runs an external engine alone knows of its process: it lives once it answers.
+        let live = r.state.live() && (self.process().is_some() || !matches!(r.state, State::Starting { .. }));
         ReplicaSnapshot {
             id: self.key.replica,
             generation: r.generation,
@@ -113,7 +138,7 @@ impl Driver {
             ready: r.state.ready(),
             draining: matches!(r.state, State::Draining { .. }),
             endpoint: prepared.filter(|_| live).map(|p| p.endpoint.url()),
-            pid: self.attempt.engine.as_ref().filter(|_| live).and_then(|e| e.pid()),
+            pid: self.process().filter(|_| live),
             device_mask: grant.map(|g| g.devices.to_cuda_visible_devices()).unwrap_or_default(),
             engine_version: prepared.map(|p| p.engine_version.clone()).unwrap_or_default(),
             slots_total: r.state.proof().map_or(0, |p| u32::from(p.slots)),
@@ -125,13 +150,13 @@ impl Driver {
             next_start_in_ms: None,
             proof: r.state.proof().map_or("", |p| p.residency),
             first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
-            last_error: r.last_failure.as_ref().map(|(at, f)| LastError {
+            last_error: r.last_failure.as_ref().map(|(_, f)| LastError {
                 class: f.class.clone(),
                 detail: f.detail.clone(),
-                at: self.clock.wall_of(*at),
+                at: self.failed_at.unwrap_or(SystemTime::UNIX_EPOCH),
             }),
             consecutive_failures: r.state.misses(),
-            last_check_at: self.last_check.map(|t| self.clock.wall_of(t)),
+            last_check_at: self.last_check,
             vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes),
         }
     }
@@ -155,7 +180,7 @@ fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, Strin
         }
         State::Waiting { why, .. } => (why.code(), why.to_string()),
         State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
-        State::Suspect { .. } => failed(),
+        State::Suspect { failure, .. } => (failure.class.code(), failure.detail.clone()),
         State::Stopping { then, .. } => match then {
             Then::Idle => ("stop", "stopping because it was asked to".into()),
             _ => failed(),

@@ -1,19 +1,24 @@
 //! The work of an attempt, each piece in a task of its own that reports with its generation.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Fact, Proof, Wait};
-use pool_domain::{Failure, FailureClass};
+use pool_domain::{Failure, FailureClass, Generation};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Attempt, Driver, Grant, Report, Want};
-use crate::ports::{Endpoint, Listener, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
+use crate::ports::{Endpoint, Listener, PROBE_TIMEOUT, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
 
 /// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
 /// costs the engine a request while it loads, and readiness must be seen within 100 ms.
 const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(50);
+
+/// The longest for an engine that somebody else starts, whenever that may be.
+const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
 
 /// Bytes a model needs on a device when nobody said: its file plus a margin of 5 %, at least 512 MiB
 /// (the margin of the memory planner). KV cache is not estimated yet.
@@ -147,26 +152,23 @@ impl Driver {
         let probe = Arc::clone(&self.ports.probe);
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
-            let began = Instant::now();
-            let (mut seen, mut told) = ((None, None), None::<Instant>);
-            loop {
-                let up = probe.up(&endpoint).await;
-                let loading = match &up {
-                    // Something answers; whether it is the right thing, the proof decides.
-                    Up::Serving | Up::Wrong(_) => return Report::Fact(Fact::Serving),
-                    Up::Loading(progress) => *progress,
-                    Up::Refused | Up::Failed(_) => None,
-                };
-                // Reading a process tree costs milliseconds, so this looks at it once a second.
-                if told.is_none_or(|t| t.elapsed() >= Duration::from_secs(1)) {
-                    told = Some(Instant::now());
-                    let now_seen = (look(&engine, |e| e.progress()).await, loading);
-                    if now_seen != seen {
-                        seen = now_seen;
-                        let _ = tx.send((generation, Report::Fact(Fact::Progress))).await;
+            let (began, loading) = (Instant::now(), AtomicU32::new(0));
+            let answers = async {
+                loop {
+                    // Who does not answer in time is asked again; its progress counts meanwhile.
+                    match tokio::time::timeout(PROBE_TIMEOUT, probe.up(&endpoint)).await {
+                        // Something answers; whether it is the right thing, the proof decides.
+                        Ok(Up::Serving | Up::Wrong(_)) => return Report::Fact(Fact::Serving),
+                        Ok(Up::Loading(Some(share))) => loading.store(share.to_bits(), Ordering::Relaxed),
+                        Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
                     }
+                    let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
+                    tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), longest)).await;
                 }
-                tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), *LOOK.end())).await;
+            };
+            tokio::select! {
+                report = answers => report,
+                () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             }
         });
     }
@@ -176,8 +178,14 @@ impl Driver {
         let ports = self.ports.clone();
         let devices = self.attempt.grant.as_ref().map(|g| g.devices.uuids.clone()).unwrap_or_default();
         let (slots, external) = (self.spec.slots, engine.pid().is_none());
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
-            match prove(&ports, &engine, &endpoint, &devices, external).await {
+            let loading = AtomicU32::new(0);
+            let proved = tokio::select! {
+                proved = prove(&ports, &engine, &endpoint, &devices, external) => proved,
+                () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
+            };
+            match proved {
                 Ok(mut proof) => {
                     proof.slots = if proof.slots == 0 { slots } else { proof.slots };
                     Report::Fact(Fact::Proved(proof))
@@ -209,7 +217,8 @@ impl Driver {
                             }
                         }
                         // Only an idle engine is asked to decode: busy is not dead.
-                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await.unwrap_or(0) == 0;
+                        // Who does not say is taken for busy.
+                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await == Some(0);
                         if idle { probe.work(&endpoint).await } else { Ok(()) }
                     };
                     let fact = match tokio::time::timeout(policy.timeout, check).await {
@@ -230,6 +239,24 @@ impl Driver {
                 () = watch => {}
             }
         });
+    }
+}
+
+/// Tells, until nobody listens any more, whenever the engine got somewhere. A process tree is read once a second, since
+/// that costs milliseconds.
+async fn tell_progress(
+    engine: &Arc<dyn RunningEngine>,
+    loading: &AtomicU32,
+    tx: &mpsc::Sender<(Generation, Report)>,
+    generation: Generation,
+) {
+    let mut seen = None;
+    loop {
+        let now = (look(engine, |e| e.progress()).await, loading.load(Ordering::Relaxed));
+        if seen.replace(now) != Some(now) && tx.send((generation, Report::Fact(Fact::Progress))).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 
