@@ -260,3 +260,10 @@ fn a_model_file_is_its_own_root() {
     assert_eq!(config.pools[0].id.as_str(), "My-Model-");
     assert_eq!(config.pools[0].activation, Activation::Preload);
 }
+
+#[test]
+fn old_paths_still_lead_there() {
+    let registry = pool_managerd::registry::Registry::default();
+    assert_eq!(registry.get_active_leases("nobody"), 0);
+    assert!(!pool_managerd::health::HealthStatus::default().ready);
+}
