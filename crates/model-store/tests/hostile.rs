@@ -72,7 +72,7 @@ fn tensors_that_cannot_be_are_refused() {
     assert!(of(&[u64::MAX], F32, 0).contains("larger than any file"));
     assert!(of(&[1 << 63, 0], F32, 0).contains("larger than any file"));
     assert!(of(&[32], F32, i64::MAX as u64 & !31).contains("larger than any file"));
-    assert!(of(&[32], F32, u64::MAX & !31).contains("larger than any file"));
+    assert!(of(&[32], F32, !31).contains("larger than any file"));
     assert!(of(&[1 << 40], F32, 0).contains("cut short"));
     assert!(of(&[32], F32, 1 << 40).contains("cut short"));
     assert!(of(&[32], F32, 8).contains("odd place"));
