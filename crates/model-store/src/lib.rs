@@ -20,7 +20,7 @@ use pool_domain::{Failure, FailureClass, ModelRef};
 use pool_services::ports::{ModelStore, ResolvedModel};
 use rustix::fs::OFlags;
 
-pub use self::profile::{ProfileError, profile, profile_gguf};
+pub use self::profile::{ProfileError, profile, profile_gguf, profile_safetensors};
 
 /// GGUF versions the engines read.
 const GGUF_VERSIONS: [u32; 2] = [2, 3];

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use pool_domain::ModelProfile;
 use rustix::fs::OFlags;
+use sha2::{Digest, Sha256};
 
 use crate::{file_problem, gguf, regular, safetensors};
 
@@ -123,6 +124,14 @@ pub fn profile_gguf(reader: impl Read + Seek) -> Result<ModelProfile, ProfileErr
     gguf::single(reader)
 }
 
+/// The same for one safetensors file in memory and its `config.json`.
+///
+/// # Errors
+/// What is wrong with them.
+pub fn profile_safetensors(config: &[u8], file: &[u8]) -> Result<ModelProfile, ProfileError> {
+    safetensors::single(config, file)
+}
+
 /// Opens a regular file; its length comes with it.
 pub(crate) fn open(path: &Path) -> Result<(File, u64), ProfileError> {
     let told = |e: &std::io::Error| ProfileError::Unreadable(file_problem(e));
@@ -147,6 +156,14 @@ pub(crate) fn small_file(path: &Path, what: &'static str, limit: u64) -> Result<
     // The file may grow while it is read.
     BufReader::new(file).take(limit).read_to_end(&mut bytes).map_err(|e| ProfileError::Unreadable(file_problem(&e)))?;
     Ok(bytes)
+}
+
+/// A digest as it is written: `sha256:` and hexadecimal digits.
+pub(crate) fn digest_text(digest: Sha256) -> String {
+    digest.finalize().iter().fold("sha256:".to_owned(), |mut text, byte| {
+        text.extend([byte >> 4, byte & 15].into_iter().filter_map(|half| char::from_digit(u32::from(half), 16)));
+        text
+    })
 }
 
 /// Text from a file as it may stand in a message: no control characters, not long.

@@ -1,5 +1,8 @@
 //! Which devices an engine may see.
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -40,6 +43,32 @@ pub enum MaskError {
     /// Nothing was given.
     #[error("the device mask is empty: write \"auto\", \"all\", indices (\"0,1\" or \"0-3\") or UUIDs")]
     Empty,
+    /// `auto` or `all` beside other entries.
+    #[error("`{entry}` stands alone or not at all: leave it out, or leave out the rest")]
+    NotAlone {
+        /// The entry.
+        entry: String,
+    },
+    /// An index below 0.
+    #[error("`{entry}` is negative: indices start at 0")]
+    Negative {
+        /// The entry.
+        entry: String,
+    },
+    /// The beginning of a UUID. CUDA takes it; here it could come to name another device when one is added.
+    #[error("`{entry}` is cut short: write the full UUID, such as {form}")]
+    Prefix {
+        /// The entry.
+        entry: String,
+        /// What a full one looks like.
+        form: &'static str,
+    },
+    /// More devices than any node has.
+    #[error("the device mask goes on after `{entry}`: at most {MAX_DEVICES} devices")]
+    TooMany {
+        /// The first entry that is too many.
+        entry: String,
+    },
     /// An entry of no known form.
     #[error(
         "`{entry}` names no device: write an index from 0, a range like 0-3, a full GPU-… or MIG-… UUID, 0:1, or a PCI bus id"
@@ -53,6 +82,14 @@ pub enum MaskError {
     Duplicate {
         /// The entry.
         entry: String,
+    },
+    /// The same device written in two ways.
+    #[error("`{entry}` is the same device as `{first}`: name each device once")]
+    SameDevice {
+        /// The later entry.
+        entry: String,
+        /// The earlier one.
+        first: String,
     },
     /// Whole GPUs and slices together.
     #[error("`{entry}` mixes MIG slices with whole GPUs: an engine gets either one slice or whole GPUs")]
@@ -74,6 +111,14 @@ pub enum MaskError {
         /// What there is.
         present: String,
     },
+    /// The engine takes ordinals only, and which ordinal CUDA gives is not certain.
+    #[error("{why}, so `{uuid}` has no certain ordinal: use an engine that takes UUIDs")]
+    NoOrdinal {
+        /// The device.
+        uuid: String,
+        /// What makes it uncertain.
+        why: &'static str,
+    },
     /// A GPU that is split into slices cannot be used whole.
     #[error("`{entry}` is split into MIG slices: name one of its slices")]
     MigParent {
@@ -82,7 +127,13 @@ pub enum MaskError {
     },
 }
 
+/// Most devices of a mask.
+pub const MAX_DEVICES: usize = 256;
+
 const MAX_RANGE: u32 = 255;
+
+const GPU_FORM: &str = "GPU-01234567-89ab-cdef-0123-456789abcdef";
+const MIG_FORM: &str = "MIG-01234567-89ab-cdef-0123-456789abcdef";
 
 fn is_uuid(s: &str) -> bool {
     let groups: Vec<&str> = s.split('-').collect();
@@ -122,7 +173,8 @@ fn entry_refs(entry: &str) -> Option<Vec<DeviceRef>> {
     if let Some(u) = entry.strip_prefix("MIG-GPU-") {
         let mut parts = u.split('/');
         let (uuid, gi, ci) = (parts.next()?, parts.next()?, parts.next()?);
-        let ok = is_uuid(uuid) && index(gi).is_some() && index(ci).is_some() && parts.next().is_none();
+        let (gi, ci) = (index(gi)?, index(ci)?);
+        let ok = is_uuid(uuid) && parts.next().is_none();
         return ok.then(|| vec![DeviceRef::Mig(format!("MIG-GPU-{}/{gi}/{ci}", uuid.to_ascii_lowercase()))]);
     }
     if let Some(u) = entry.strip_prefix("MIG-") {
@@ -134,8 +186,27 @@ fn entry_refs(entry: &str) -> Option<Vec<DeviceRef>> {
     pci(entry).map(|p| vec![DeviceRef::PciBusId(p)])
 }
 
+/// Why an entry of no known form is none.
+fn unknown(entry: &str) -> MaskError {
+    let text = || entry.chars().take(80).collect::<String>();
+    let number = |s: &str| s.starts_with(|c: char| c.is_ascii_digit());
+    let short = |start: &str| {
+        let rest = entry.strip_prefix(start)?;
+        (rest.len() < 36 && rest.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')).then_some(())
+    };
+    match entry {
+        "auto" | "all" => MaskError::NotAlone { entry: text() },
+        _ if entry.strip_prefix('-').is_some_and(number) => MaskError::Negative { entry: text() },
+        _ if short("GPU-").is_some() => MaskError::Prefix { entry: text(), form: GPU_FORM },
+        _ if short("MIG-GPU-").is_some() || short("MIG-").is_some() => {
+            MaskError::Prefix { entry: text(), form: MIG_FORM }
+        }
+        _ => MaskError::Malformed { entry: text() },
+    }
+}
+
 impl DeviceMask {
-    /// Reads a mask.
+    /// Reads a mask: `auto`, `all`, or a list of indices, ranges, full UUIDs, `parent:slice` and PCI bus ids.
     ///
     /// # Errors
     /// When it is empty, malformed, names a device twice, or mixes slices and GPUs.
@@ -148,7 +219,10 @@ impl DeviceMask {
         }
         let mut list: Vec<DeviceRef> = Vec::new();
         for entry in text.split(',').map(str::trim) {
-            let refs = entry_refs(entry).ok_or_else(|| MaskError::Malformed { entry: entry.to_owned() })?;
+            let refs = entry_refs(entry).ok_or_else(|| unknown(entry))?;
+            if list.len() + refs.len() > MAX_DEVICES {
+                return Err(MaskError::TooMany { entry: entry.to_owned() });
+            }
             for r in refs {
                 if list.contains(&r) {
                     return Err(MaskError::Duplicate { entry: entry.to_owned() });
@@ -165,36 +239,50 @@ impl DeviceMask {
         Ok(Self::List(list))
     }
 
-    /// Resolves the mask to full UUIDs, the stable form.
+    /// Resolves the mask to full UUIDs, the stable form. `auto` gives every device there is to choose from.
     ///
     /// # Errors
-    /// When an entry is not on this node, names the same device as another, or is a GPU split into slices.
+    /// When an entry is not on this node, names the same device as another, or is a GPU split into slices, and when
+    /// `all` would be more than one slice, or slices and GPUs.
     pub fn validate_against_discovered(&self, devices: &[DeviceSnapshot]) -> Result<ResolvedMask, MaskError> {
         let usable = || devices.iter().filter(|d| !d.mig_parent);
         let list = match self {
-            Self::Auto | Self::All => return Ok(ResolvedMask { uuids: usable().map(|d| d.uuid.clone()).collect() }),
+            Self::Auto => return Ok(ResolvedMask { uuids: usable().map(|d| d.uuid.clone()).collect() }),
+            Self::All => {
+                let (entry, slices) = ("all".to_owned(), usable().filter(|d| d.mig.is_some()).count());
+                return match (slices, usable().count() - slices) {
+                    (0, _) | (1, 0) => Ok(ResolvedMask { uuids: usable().map(|d| d.uuid.clone()).collect() }),
+                    (_, 0) => Err(MaskError::SecondMig { entry }),
+                    _ => Err(MaskError::Mixed { entry }),
+                };
+            }
             Self::List(list) => list,
         };
         let mut uuids: Vec<String> = Vec::with_capacity(list.len());
         for r in list {
             let entry = r.to_string();
-            let found = devices.iter().find(|d| r.names(d)).ok_or_else(|| MaskError::Absent {
-                entry: entry.clone(),
-                present: match devices.len() {
-                    0 => "no device".to_owned(),
-                    _ => devices.iter().map(|d| format!("{} ({})", d.index, d.uuid)).collect::<Vec<_>>().join(", "),
-                },
-            })?;
+            let Some(found) = devices.iter().find(|d| r.names(d)) else {
+                return Err(MaskError::Absent { entry, present: present(devices) });
+            };
             if found.mig_parent {
                 return Err(MaskError::MigParent { entry });
             }
-            if uuids.contains(&found.uuid) {
-                return Err(MaskError::Duplicate { entry });
+            if let Some(first) = uuids.iter().position(|u| *u == found.uuid) {
+                return Err(MaskError::SameDevice { entry, first: list[first].to_string() });
             }
             uuids.push(found.uuid.clone());
         }
         Ok(ResolvedMask { uuids })
     }
+}
+
+/// What can be named, for an error.
+fn present(devices: &[DeviceSnapshot]) -> String {
+    let one = |d: &DeviceSnapshot| match &d.mig {
+        Some(slice) => format!("{}:{} ({})", d.index, slice.index, d.uuid),
+        None => format!("{} ({})", d.index, d.uuid),
+    };
+    if devices.is_empty() { "no device".to_owned() } else { devices.iter().map(one).collect::<Vec<_>>().join(", ") }
 }
 
 impl DeviceRef {
@@ -207,9 +295,7 @@ impl DeviceRef {
             Self::Index(i) => d.mig.is_none() && d.index == *i,
             Self::Gpu(u) | Self::Mig(u) => d.uuid.eq_ignore_ascii_case(u),
             Self::MigIndex(g, i) => d.mig.as_ref().is_some_and(|m| d.index == *g && m.index == *i),
-            Self::PciBusId(p) => {
-                d.mig.is_none() && d.pci_bus_id.as_deref().and_then(pci).is_some_and(|have| have == *p)
-            }
+            Self::PciBusId(p) => d.mig.is_none() && bus(d).is_some_and(|have| have == *p),
         }
     }
 }
@@ -254,102 +340,67 @@ pub struct ResolvedMask {
 }
 
 impl ResolvedMask {
-    /// The value for `CUDA_VISIBLE_DEVICES`: full UUIDs, never a prefix, so that CUDA has nothing to cut. Use it with
-    /// `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
+    /// The value for `CUDA_VISIBLE_DEVICES`: full UUIDs, never a prefix, so that CUDA has nothing to cut. Empty hides
+    /// every device. Use it with `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
     #[must_use]
     pub fn to_cuda_visible_devices(&self) -> String {
         self.uuids.join(",")
     }
+
+    /// The devices as CUDA counts them with `CUDA_DEVICE_ORDER=PCI_BUS_ID`, for engines that read
+    /// `CUDA_VISIBLE_DEVICES` as integers. `devices` is the whole node.
+    ///
+    /// # Errors
+    /// For a device that is not there, and for slices. On a node with any GPU in MIG mode there are none at all: how
+    /// CUDA counts whole GPUs beside it is not documented, and a wrong ordinal is another device.
+    pub fn to_ordinals(&self, devices: &[DeviceSnapshot]) -> Result<Vec<u32>, MaskError> {
+        let mut whole: Vec<&DeviceSnapshot> = devices.iter().filter(|d| d.mig.is_none()).collect();
+        if whole.iter().all(|d| bus(d).is_some()) {
+            whole.sort_by_key(|d| bus(d));
+        } else {
+            whole.sort_by_key(|d| d.index); // which is the place in PCI order too
+        }
+        let ordinal = |uuid: &String| {
+            let no = |why| MaskError::NoOrdinal { uuid: uuid.clone(), why };
+            match devices.iter().find(|d| d.uuid == *uuid) {
+                None => return Err(MaskError::Absent { entry: uuid.clone(), present: present(devices) }),
+                Some(d) if d.mig.is_some() => return Err(no("CUDA numbers no MIG slices")),
+                Some(_) if devices.iter().any(|d| d.mig.is_some() || d.mig_parent) => {
+                    return Err(no("a GPU of this node is in MIG mode"));
+                }
+                Some(_) => {}
+            }
+            let at = whole.iter().position(|d| d.uuid == *uuid).and_then(|at| u32::try_from(at).ok());
+            at.ok_or_else(|| no("it is not counted"))
+        };
+        self.uuids.iter().map(ordinal).collect()
+    }
+
+    /// The environment that shows an engine exactly these devices in this order, whatever was inherited: without the
+    /// first pair ordinals would be in order of speed.
+    #[must_use]
+    pub fn cuda_environment(&self) -> [(&'static str, String); 2] {
+        cuda_environment(self.to_cuda_visible_devices())
+    }
+
+    /// The same for an engine that takes ordinals only.
+    ///
+    /// # Errors
+    /// As [`ResolvedMask::to_ordinals`].
+    pub fn cuda_environment_of_ordinals(
+        &self,
+        devices: &[DeviceSnapshot],
+    ) -> Result<[(&'static str, String); 2], MaskError> {
+        let ordinals = self.to_ordinals(devices)?;
+        Ok(cuda_environment(ordinals.iter().map(u32::to_string).collect::<Vec<_>>().join(",")))
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+fn cuda_environment(visible: String) -> [(&'static str, String); 2] {
+    [("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned()), ("CUDA_VISIBLE_DEVICES", visible)]
+}
 
-    use super::*;
-    use crate::device::{DeviceHealth, MigSlice};
-
-    fn gpu(index: u32) -> DeviceSnapshot {
-        DeviceSnapshot {
-            uuid: format!("GPU-51000000-0000-4000-8000-00000000000{index}"),
-            index,
-            name: "test".into(),
-            pci_bus_id: Some(
-                format!("0000000{index}:01:00.0")
-                    .replacen(&format!("0000000{index}"), "00000000", 1)
-                    .replace(":01:", &format!(":0{}:", index + 1)),
-            ),
-            compute_capability: None,
-            numa_node: None,
-            vram_total: 1,
-            vram_free: 1,
-            vram_used: 0,
-            vram_reserved: 0,
-            vram_foreign: 0,
-            utilisation: None,
-            health: DeviceHealth::Ok,
-            mig: None,
-            mig_parent: false,
-        }
-    }
-
-    #[test]
-    fn wrong_masks_say_which_entry_and_what_would_be_right() {
-        for (text, part) in [
-            ("", "empty"),
-            ("0,0", "`0` stands twice"),
-            ("-1", "`-1` names no device"),
-            ("GPU-nope", "`GPU-nope` names no device"),
-            ("0,,1", "`` names no device"),
-            ("3-1", "`3-1`"),
-            ("0-9999", "`0-9999`"),
-            ("0,0-2", "`0-2` stands twice"),
-            ("GPU-51000000", "`GPU-51000000`"),
-            ("0:0,1", "mixes"),
-            ("0:0,0:1", "second MIG"),
-            ("none", "`none`"),
-            ("0x1", "`0x1`"),
-        ] {
-            let e = DeviceMask::parse(text).unwrap_err().to_string();
-            assert!(e.contains(part), "{text}: {e}");
-        }
-    }
-
-    #[test]
-    fn resolves_every_way_of_writing() {
-        let slice = DeviceSnapshot {
-            uuid: "MIG-51000000-0000-4000-8000-0000000000aa".into(),
-            mig: Some(MigSlice { parent: gpu(2).uuid, profile: "1g.12gb".into(), index: 1 }),
-            ..gpu(2)
-        };
-        let devices = [gpu(0), gpu(1), DeviceSnapshot { mig_parent: true, ..gpu(2) }, slice.clone()];
-        let resolve = |t: &str| DeviceMask::parse(t).unwrap().validate_against_discovered(&devices).map(|m| m.uuids);
-        assert_eq!(resolve("1,0"), Ok(vec![gpu(1).uuid, gpu(0).uuid]));
-        assert_eq!(resolve("0-1"), Ok(vec![gpu(0).uuid, gpu(1).uuid]));
-        assert_eq!(resolve("0000:02:00.0"), Ok(vec![gpu(1).uuid]));
-        assert_eq!(resolve("02:00.0"), Ok(vec![gpu(1).uuid]));
-        assert_eq!(resolve(&gpu(0).uuid.to_uppercase()), Ok(vec![gpu(0).uuid]));
-        assert_eq!(resolve("2:1"), Ok(vec![slice.uuid.clone()]));
-        assert!(matches!(resolve("7"), Err(MaskError::Absent { .. })));
-        assert!(matches!(resolve("2"), Err(MaskError::MigParent { .. })));
-        assert!(matches!(resolve(&format!("0,{}", gpu(0).uuid)), Err(MaskError::Duplicate { .. })));
-    }
-
-    proptest! {
-        #[test]
-        fn round_trips_and_never_panics(text in "[-0-9a-fA-FGPUMIg:.,/ ]{0,80}") {
-            if let Ok(m) = DeviceMask::parse(&text) {
-                prop_assert_eq!(DeviceMask::parse(&m.to_string()), Ok(m));
-            }
-        }
-
-        #[test]
-        fn a_resolved_mask_is_never_cut(n in 1usize..4, pick in prop::collection::vec(0u32..4, 1..4)) {
-            let devices: Vec<_> = (0..n as u32).map(gpu).collect();
-            let text = pick.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-            if let Ok(r) = DeviceMask::parse(&text).and_then(|m| m.validate_against_discovered(&devices)) {
-                prop_assert_eq!(r.to_cuda_visible_devices().split(',').count(), pick.len());
-            }
-        }
-    }
+/// The bus id in one way of writing, which also sorts as the bus does.
+fn bus(device: &DeviceSnapshot) -> Option<String> {
+    device.pci_bus_id.as_deref().and_then(pci)
 }

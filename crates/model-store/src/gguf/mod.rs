@@ -14,12 +14,12 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use pool_domain::ModelProfile;
-use sha2::{Digest, Sha256};
+use sha2::Sha256;
 
 use self::header::{Keys, Value};
 use self::source::Source;
 use self::tensors::Tensors;
-use crate::profile::{open, shown};
+use crate::profile::{digest_text, open, shown};
 use crate::{ProfileError, file_problem};
 
 /// A file, and the other parts if it is one of several.
@@ -81,13 +81,7 @@ impl Parts {
     }
 
     fn profile(self, keys: &Keys) -> Result<ModelProfile, ProfileError> {
-        let digest = self.digest.finalize().iter().fold("sha256:".to_owned(), |mut text, byte| {
-            for half in [byte >> 4, byte & 15] {
-                text.extend(char::from_digit(u32::from(half), 16));
-            }
-            text
-        });
-        model::profile(keys, &self.tensors, digest)
+        model::profile(keys, &self.tensors, digest_text(self.digest))
     }
 }
 
