@@ -17,6 +17,7 @@ pub mod id;
 pub mod lifecycle;
 pub mod mask;
 pub mod model;
+pub mod plan;
 pub mod rank;
 pub mod reserve;
 pub mod split;

@@ -1,0 +1,422 @@
+//! From what an engine needs and what the node has to what would be started where; and, where nothing can be, to what
+//! would help.
+
+use std::cmp::Reverse;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::device::DeviceSnapshot;
+use crate::estimate::{Correction, DeviceEstimate, KvType, LlamaCppSettings, MemoryEstimate, Overheads, llama_cpp};
+use crate::mask::{DeviceMask, ResolvedMask};
+use crate::model::ModelProfile;
+use crate::reserve::{Refusal, available, gib, place_each, usable};
+use crate::split::{SplitDevice, SplitInput, SplitPlan, SplitRatios, largest_context};
+
+/// Context an engine gets when nobody says: the largest that fits, at most this.
+pub const DEFAULT_CONTEXT: u64 = 8192;
+/// Contexts are tried in steps of this many tokens, to which llama.cpp pads.
+const CONTEXT_STEP: u64 = 256;
+
+/// How an engine's memory is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineMemory {
+    /// By llama.cpp's formulas.
+    LlamaCpp(LlamaCppSettings),
+    /// It takes none unless it is told to, like the stub.
+    Nothing,
+    /// Not: the pool has to say.
+    Unknown,
+}
+
+/// Whether an engine is spread over its devices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Split {
+    /// By nobody but the engine itself.
+    #[default]
+    Off,
+    /// As evenly as whole layers allow.
+    Auto,
+    /// By ratios, as written.
+    Ratios(String),
+}
+
+/// What a start needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Demand {
+    /// The model, where its header could be read.
+    pub profile: Option<Arc<ModelProfile>>,
+    /// How the engine's memory is known.
+    pub memory: EngineMemory,
+    /// Bytes on each device as somebody said; it wins over every estimate.
+    pub vram: Option<u64>,
+    /// How it is spread.
+    pub split: Split,
+    /// What the same engine took before.
+    pub learnt: Option<Correction>,
+}
+
+/// One device of a fit. Sizes are bytes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// The device.
+    pub uuid: String,
+    /// Its index.
+    pub index: u32,
+    /// Its layers; all of them, where the engine alone knows.
+    pub layers: Range<usize>,
+    /// Whether it has the output layer.
+    pub output: bool,
+    /// What is expected there; zeros where nothing is estimated.
+    pub estimate: DeviceEstimate,
+    /// What is promised there.
+    pub promised: u64,
+    /// What could be promised before.
+    pub room: u64,
+}
+
+impl Row {
+    /// What can still be promised after.
+    #[must_use]
+    pub fn free_after(&self) -> u64 {
+        self.room.saturating_sub(self.promised)
+    }
+}
+
+/// A start that fits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fit {
+    /// The devices, in order.
+    pub devices: ResolvedMask,
+    /// Each of them.
+    pub rows: Vec<Row>,
+    /// llama.cpp's `--tensor-split`, where the planner decides.
+    pub tensor_split: Option<String>,
+    /// Context in tokens over all slots, where the planner knows or decides.
+    pub context: Option<u64>,
+    /// The host's memory.
+    pub host: DeviceEstimate,
+    /// Whether a learnt figure stood in for the estimate.
+    pub learnt: bool,
+}
+
+impl Fit {
+    /// Bytes to promise on each device, in order.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u64> {
+        self.rows.iter().map(|r| r.promised).collect()
+    }
+}
+
+/// Finds devices for a start.
+///
+/// # Errors
+/// Says whether waiting may help.
+pub fn fit(
+    demand: &Demand,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    let EngineMemory::LlamaCpp(settings) = &demand.memory else { return as_told(demand, mask, devices, promised) };
+    let Some(profile) = &demand.profile else { return as_told(demand, mask, devices, promised) };
+    if settings.context != 0 {
+        return fit_context(demand, profile, settings, mask, devices, promised);
+    }
+    let with =
+        |context| fit_context(demand, profile, &LlamaCppSettings { context, ..*settings }, mask, devices, promised);
+    let most = DEFAULT_CONTEXT.min(profile.context_length.max(CONTEXT_STEP));
+    with(most).or_else(|refusal| {
+        let context = largest_context(|c| with(c).is_ok(), most, CONTEXT_STEP).ok_or(refusal)?;
+        with(context)
+    })
+}
+
+/// Without an estimate: what somebody said, on each device.
+fn as_told(
+    demand: &Demand,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    if demand.split != Split::Off {
+        return Err(Refusal::NeverFits("`tensor_split` needs an engine and a model whose layers are known".into()));
+    }
+    let bytes = match (demand.vram, demand.memory) {
+        (Some(bytes), _) => bytes,
+        (None, EngineMemory::Nothing) => 0,
+        (None, _) => {
+            return Err(Refusal::NeverFits("the memory of this model on this engine is not known: set `vram`".into()));
+        }
+    };
+    let placed = place_each(mask, &[bytes], devices, promised)?;
+    let rows = rows_of(&placed, devices, promised, |_| (0..0, false, DeviceEstimate::default(), bytes));
+    Ok(Fit { devices: placed, rows, tensor_split: None, context: None, host: DeviceEstimate::default(), learnt: false })
+}
+
+fn fit_context(
+    demand: &Demand,
+    profile: &ModelProfile,
+    settings: &LlamaCppSettings,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    let alone = || on_one(demand, profile, settings, mask, devices, promised);
+    match &demand.split {
+        Split::Off => alone(),
+        Split::Ratios(_) => over(demand, profile, settings, mask, devices, promised),
+        Split::Auto if *mask != DeviceMask::Auto => over(demand, profile, settings, mask, devices, promised),
+        // As few devices as possible: one, then those with the most room.
+        Split::Auto => alone().or_else(|refusal| {
+            let mut roomy: Vec<&DeviceSnapshot> = devices.iter().filter(|d| !d.mig_parent && d.mig.is_none()).collect();
+            roomy.sort_by_key(|d| (Reverse(available(d, promised(&d.uuid))), d.index));
+            for count in 2..=roomy.len().min(crate::split::MAX_DEVICES) {
+                let mut some: Vec<&DeviceSnapshot> = roomy[..count].to_vec();
+                some.sort_by_key(|d| d.index);
+                let list = some.iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>().join(",");
+                let Ok(mask) = DeviceMask::parse(&list) else { continue };
+                if let Ok(fit) = over(demand, profile, settings, &mask, devices, promised) {
+                    return Ok(fit);
+                }
+            }
+            Err(refusal)
+        }),
+    }
+}
+
+fn unknown(error: &impl fmt::Display) -> Refusal {
+    Refusal::NeverFits(error.to_string())
+}
+
+/// Everything on each device of the mask, since the engine may put it there.
+fn on_one(
+    demand: &Demand,
+    profile: &ModelProfile,
+    settings: &LlamaCppSettings,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    let whole = llama_cpp::estimate_single(profile, settings, Overheads::default());
+    let (estimate, host) = match (whole, demand.vram) {
+        (Ok(e), _) => (e.devices.first().copied().unwrap_or_default(), e.host),
+        (Err(_), Some(_)) => Default::default(),
+        (Err(e), None) => return Err(unknown(&e)),
+    };
+    let learnt = demand.learnt.filter(|_| demand.vram.is_none()).map(|l| l.apply(&estimate));
+    let bytes = demand.vram.or(learnt).unwrap_or_else(|| estimate.total());
+    let placed = place_each(mask, &[bytes], devices, promised)?;
+    let layers = profile.layers.len();
+    let rows = rows_of(&placed, devices, promised, |_| (0..layers, true, estimate, bytes));
+    let context = Some(settings.context);
+    Ok(Fit { devices: placed, rows, tensor_split: None, context, host, learnt: learnt.is_some() })
+}
+
+/// Spread over all devices of the mask.
+fn over(
+    demand: &Demand,
+    profile: &ModelProfile,
+    settings: &LlamaCppSettings,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    let resolved = mask.validate_against_discovered(devices).map_err(Refusal::Mask)?;
+    let chosen: Vec<&DeviceSnapshot> =
+        resolved.uuids.iter().filter_map(|u| devices.iter().find(|d| d.uuid == *u)).collect();
+    let whole = llama_cpp::estimate_single(profile, settings, Overheads::default()).map_err(|e| unknown(&e))?;
+    let one = whole.devices.first().copied().unwrap_or_default();
+    // What a device takes whatever its share; the part that grows with the share is small beside it.
+    let fixed = one.compute + one.runtime + Overheads::default().margin_min;
+    let layers = llama_cpp::layer_loads(profile, settings).map_err(|e| unknown(&e))?;
+    let output = llama_cpp::output_load(profile);
+    let planned = |room: &dyn Fn(&DeviceSnapshot) -> u64| -> Result<Fit, Refusal> {
+        let offers: Vec<SplitDevice> =
+            chosen.iter().map(|d| SplitDevice { uuid: d.uuid.clone(), usable: room(d), fixed }).collect();
+        let input = SplitInput { layers: &layers, kv: &[], output, devices: &offers };
+        let plan = match &demand.split {
+            Split::Ratios(text) => {
+                let ratios = SplitRatios::parse(text, offers.len()).map_err(|e| unknown(&e))?;
+                SplitPlan::from_ratios(&input, &ratios)
+            }
+            Split::Off | Split::Auto => SplitPlan::compute(&input),
+        }
+        .map_err(|e| unknown(&e))?;
+        let estimate = estimate_of(profile, settings, &plan)?;
+        let share = |at: usize| plan.shares().get(at).map(|s| (s.layers.clone(), s.output)).unwrap_or_default();
+        let rows = rows_of(&resolved, devices, promised, |at| {
+            let expected = estimate.devices.get(at).copied().unwrap_or_default();
+            let (layers, output) = share(at);
+            (layers, output, expected, demand.vram.unwrap_or_else(|| expected.total()))
+        });
+        let tensor_split = Some(plan.tensor_split());
+        let context = Some(settings.context);
+        Ok(Fit { devices: resolved.clone(), rows, tensor_split, context, host: estimate.host, learnt: false })
+    };
+    // The split depends on what is free now; what is hopeless on an empty node is hopeless.
+    let now = planned(&|d| available(d, promised(&d.uuid)))?;
+    match place_each(mask_of(&resolved).as_ref().unwrap_or(mask), &now.bytes(), devices, promised) {
+        Ok(_) => Ok(now),
+        Err(refusal @ (Refusal::Mask(_) | Refusal::Devices(_))) => Err(refusal),
+        Err(refusal) => {
+            let empty = planned(&|d| usable(d))?;
+            let ever = chosen.iter().zip(empty.bytes()).all(|(d, bytes)| usable(d) >= bytes);
+            Err(match (ever, refusal) {
+                (true, Refusal::NeverFits(why) | Refusal::Vram(why)) => Refusal::Vram(why),
+                (false, Refusal::NeverFits(why) | Refusal::Vram(why)) => Refusal::NeverFits(why),
+                (_, other) => other,
+            })
+        }
+    }
+}
+
+fn mask_of(resolved: &ResolvedMask) -> Option<DeviceMask> {
+    DeviceMask::parse(&resolved.uuids.join(",")).ok()
+}
+
+fn estimate_of(
+    profile: &ModelProfile,
+    settings: &LlamaCppSettings,
+    plan: &SplitPlan,
+) -> Result<MemoryEstimate, Refusal> {
+    let at = |layer: usize| plan.shares().iter().position(|s| s.layers.contains(&layer)).unwrap_or(0);
+    let assignment: Vec<usize> = (0..profile.layers.len()).map(at).collect();
+    let output = plan.shares().iter().position(|s| s.output).unwrap_or(0);
+    llama_cpp::estimate(profile, settings, &assignment, output, Overheads::default()).map_err(|e| unknown(&e))
+}
+
+fn rows_of(
+    placed: &ResolvedMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+    row: impl Fn(usize) -> (Range<usize>, bool, DeviceEstimate, u64),
+) -> Vec<Row> {
+    let known = placed.uuids.iter().enumerate().filter_map(|(i, u)| Some((i, devices.iter().find(|d| d.uuid == *u)?)));
+    known
+        .map(|(i, d)| {
+            let (layers, output, estimate, bytes) = row(i);
+            let room = available(d, promised(&d.uuid));
+            Row { uuid: d.uuid.clone(), index: d.index, layers, output, estimate, promised: bytes, room }
+        })
+        .collect()
+}
+
+/// What would change the answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Remedy {
+    /// This context fits, or this much larger one would.
+    Context {
+        /// Tokens over all slots.
+        tokens: u64,
+    },
+    /// Smaller numbers in the KV cache.
+    KvType {
+        /// For keys and values.
+        kv: KvType,
+        /// Tokens over all slots that fit then.
+        tokens: u64,
+    },
+    /// Whole layers on several devices.
+    Split {
+        /// How many.
+        devices: usize,
+        /// Tokens over all slots that fit then.
+        tokens: u64,
+    },
+    /// Nothing but room: other engines or programs hold it.
+    Free {
+        /// Bytes that would have to come free.
+        bytes: u64,
+        /// On the device with this index.
+        index: u32,
+    },
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Context { tokens } => write!(f, "context = {tokens} fits"),
+            Self::KvType { kv, tokens } => {
+                write!(f, "kv_type = [\"{kv}\", \"{kv}\"] (flash attention on) fits with context = {tokens}")
+            }
+            Self::Split { devices, tokens } => {
+                write!(f, "tensor_split = \"auto\" over {devices} devices fits with context = {tokens}")
+            }
+            Self::Free { bytes, index } => write!(f, "{} more free memory on GPU {index} would do", gib(*bytes)),
+        }
+    }
+}
+
+/// What else would fit. With a start that fits: how far the context could grow.
+#[must_use]
+pub fn remedies(
+    demand: &Demand,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Vec<Remedy> {
+    let (EngineMemory::LlamaCpp(settings), Some(profile), None) = (&demand.memory, &demand.profile, demand.vram) else {
+        return Vec::new();
+    };
+    let wanted = if settings.context == 0 { DEFAULT_CONTEXT.min(profile.context_length) } else { settings.context };
+    let trained = profile.context_length.max(wanted);
+    let tokens = |settings: LlamaCppSettings, split: &Split, mask: &DeviceMask, most: u64| {
+        let fits = |context| {
+            let memory = EngineMemory::LlamaCpp(LlamaCppSettings { context, ..settings });
+            // What was learnt belongs to the settings that were asked for.
+            let demand = Demand { memory, split: split.clone(), learnt: None, ..demand.clone() };
+            fit(&demand, mask, devices, promised).is_ok()
+        };
+        largest_context(fits, most, CONTEXT_STEP)
+    };
+    let as_is = fit(demand, mask, devices, promised);
+    if as_is.is_ok() {
+        let most = tokens(*settings, &demand.split, mask, trained).filter(|t| *t > wanted);
+        return most.map(|tokens| Remedy::Context { tokens }).into_iter().collect();
+    }
+    let mut found = Vec::new();
+    found.extend(tokens(*settings, &demand.split, mask, wanted).map(|tokens| Remedy::Context { tokens }));
+    for kv in [KvType::Q8_0, KvType::Q4_0] {
+        if kv.bytes_per_32() < settings.kv_type_k.bytes_per_32() {
+            let smaller = LlamaCppSettings { kv_type_k: kv, kv_type_v: kv, ..*settings };
+            found.extend(tokens(smaller, &demand.split, mask, wanted).map(|tokens| Remedy::KvType { kv, tokens }));
+        }
+    }
+    let whole = devices.iter().filter(|d| !d.mig_parent && d.mig.is_none()).count();
+    if demand.split == Split::Off && whole > 1 {
+        let all = if *mask == DeviceMask::Auto { DeviceMask::All } else { mask.clone() };
+        let several = all.validate_against_discovered(devices).map_or(0, |m| m.uuids.len());
+        if several > 1 {
+            let tokens = tokens(*settings, &Split::Auto, &all, wanted);
+            found.extend(tokens.map(|tokens| Remedy::Split { devices: several, tokens }));
+        }
+    }
+    if let Err(Refusal::Vram(_)) = as_is {
+        found.extend(missing(demand, mask, devices, promised));
+    }
+    found
+}
+
+/// How much is missing on the device that lacks least, when only others' memory stands in the way.
+fn missing(
+    demand: &Demand,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Option<Remedy> {
+    let empty: Vec<DeviceSnapshot> = devices
+        .iter()
+        .map(|d| DeviceSnapshot { vram_used: 0, vram_foreign: 0, vram_free: usable(d), ..d.clone() })
+        .collect();
+    let fit = fit(demand, mask, &empty, &|_| 0).ok()?;
+    let lack = |row: &Row| {
+        let device = devices.iter().find(|d| d.uuid == row.uuid)?;
+        let bytes = row.promised.checked_sub(available(device, promised(&row.uuid)))?;
+        (bytes > 0).then_some(Remedy::Free { bytes, index: row.index })
+    };
+    fit.rows.iter().find_map(lack)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,146 @@
+use super::*;
+use crate::device::test_gpu;
+use crate::model::{KvShape, LayerProfile, ModelFormat};
+
+const GIB: u64 = 1 << 30;
+
+fn gpu(index: u32, gib: u64) -> DeviceSnapshot {
+    DeviceSnapshot { vram_total: gib * GIB, vram_free: gib * GIB, ..test_gpu(index) }
+}
+
+/// The shape of Llama-3.1-8B, with `scale` times its layers' bytes.
+fn llama(scale: u64) -> Arc<ModelProfile> {
+    let kv = KvShape { heads_kv: 8, key_length: 128, value_length: 128, window: None };
+    let layer = LayerProfile {
+        bytes: scale * 130 * (1 << 20),
+        heads: 32,
+        kv: Some(kv),
+        feed_forward_length: 14_336,
+        ..LayerProfile::default()
+    };
+    Arc::new(ModelProfile {
+        format: ModelFormat::Gguf,
+        architecture: "llama".into(),
+        layers: vec![layer; 32],
+        input_bytes: 300 << 20,
+        output_bytes: 400 << 20,
+        other_bytes: 0,
+        tied_embeddings: false,
+        embedding_bytes: 300 << 20,
+        embedding_length: 4096,
+        context_length: 131_072,
+        vocabulary: 128_256,
+        experts: 0,
+        experts_used: 0,
+        quantisation: "Q4_K_M".into(),
+        tensor_bytes: 4900 << 20,
+        header_digest: "sha256:x".into(),
+    })
+}
+
+fn demand(scale: u64, context: u64) -> Demand {
+    Demand {
+        profile: Some(llama(scale)),
+        memory: EngineMemory::LlamaCpp(LlamaCppSettings { context, ..LlamaCppSettings::default() }),
+        vram: None,
+        split: Split::Off,
+        learnt: None,
+    }
+}
+
+fn none(_: &str) -> u64 {
+    0
+}
+
+#[test]
+fn a_model_that_fits_gets_the_roomiest_device_and_its_estimate() {
+    let devices = [gpu(0, 12), gpu(1, 24)];
+    let fit = fit(&demand(1, 8192), &DeviceMask::Auto, &devices, &none).unwrap();
+    assert_eq!(fit.devices.uuids, [devices[1].uuid.clone()]);
+    let row = &fit.rows[0];
+    assert_eq!((row.estimate.kv, row.estimate.weights), (GIB, (32 * 130 + 400) << 20));
+    assert_eq!(fit.bytes(), [row.estimate.total()]);
+    assert_eq!((fit.context, row.free_after()), (Some(8192), 24 * GIB - row.promised));
+}
+
+#[test]
+fn nobodys_context_is_the_largest_that_fits_up_to_the_default() {
+    let context = |gib| fit(&demand(1, 0), &DeviceMask::Auto, &[gpu(0, gib)], &none).map(|f| f.context.unwrap());
+    assert_eq!(context(24), Ok(DEFAULT_CONTEXT));
+    let tight = context(6).unwrap();
+    assert!((256..8192).contains(&tight) && tight.is_multiple_of(CONTEXT_STEP), "{tight}");
+    assert!(matches!(context(4), Err(Refusal::NeverFits(_))));
+}
+
+#[test]
+fn what_somebody_said_wins_and_what_nobody_knows_has_to_be_said() {
+    let devices = [gpu(0, 24)];
+    let said = Demand { vram: Some(3 * GIB), ..demand(1, 8192) };
+    assert_eq!(fit(&said, &DeviceMask::Auto, &devices, &none).unwrap().bytes(), [3 * GIB]);
+    let unknown = Demand { memory: EngineMemory::Unknown, ..demand(1, 8192) };
+    let Err(Refusal::NeverFits(why)) = fit(&unknown, &DeviceMask::Auto, &devices, &none) else { panic!() };
+    assert!(why.ends_with("set `vram`"), "{why}");
+    let stub = Demand { memory: EngineMemory::Nothing, profile: None, ..demand(1, 0) };
+    assert_eq!(fit(&stub, &DeviceMask::Auto, &devices, &none).unwrap().bytes(), [0]);
+    let learnt = Demand { learnt: Some(Correction::new(6 * GIB)), ..demand(1, 8192) };
+    let fit = fit(&learnt, &DeviceMask::Auto, &devices, &none).unwrap();
+    assert_eq!((fit.bytes(), fit.learnt), (vec![6 * GIB + crate::estimate::learnt::LEARNT_MARGIN], true));
+}
+
+#[test]
+fn a_split_takes_as_few_devices_as_do_and_promises_each_its_share() {
+    let devices = [gpu(0, 12), gpu(1, 24), gpu(2, 12)];
+    let auto = |scale| Demand { split: Split::Auto, ..demand(scale, 8192) };
+    let one = fit(&auto(1), &DeviceMask::Auto, &devices, &none).unwrap();
+    assert_eq!((one.rows.len(), one.tensor_split), (1, None));
+    let two = fit(&auto(6), &DeviceMask::Auto, &devices, &none).unwrap();
+    assert_eq!(two.rows.iter().map(|r| r.index).collect::<Vec<_>>(), [0, 1]);
+    assert!(two.tensor_split.is_some());
+    assert_eq!(two.rows.iter().map(|r| r.layers.len()).sum::<usize>(), 32);
+    assert!(two.rows.iter().all(|r| r.promised <= r.room && r.promised == r.estimate.total()));
+    assert!(two.rows[1].output && !two.rows[0].output);
+    // Room that others hold now may come back; room that there is not, never.
+    let crowded = |u: &str| if u == devices[1].uuid { 20 * GIB } else { 0 };
+    assert!(matches!(fit(&auto(6), &DeviceMask::All, &devices[..2], &crowded), Err(Refusal::Vram(_))));
+    assert!(matches!(fit(&auto(20), &DeviceMask::All, &devices, &none), Err(Refusal::NeverFits(_))));
+}
+
+#[test]
+fn ratios_are_followed_and_malformed_ones_named() {
+    let devices = [gpu(0, 24), gpu(1, 24)];
+    let with = |text: &str| Demand { split: Split::Ratios(text.into()), ..demand(1, 8192) };
+    let three_to_one = fit(&with("3,1"), &DeviceMask::All, &devices, &none).unwrap();
+    assert_eq!(three_to_one.rows.iter().map(|r| r.layers.len()).collect::<Vec<_>>(), [25, 7]);
+    for (text, word) in [("3,-1", "`-1`"), ("nan", "nan"), ("0,0", "0"), ("1,1,1", "too many"), ("", "empty")] {
+        let Err(Refusal::NeverFits(why)) = fit(&with(text), &DeviceMask::All, &devices, &none) else {
+            panic!("{text}")
+        };
+        assert!(why.contains(word), "{text}: {why}");
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_answered_with_what_would() {
+    let devices = [gpu(0, 12), gpu(1, 12)];
+    let long = demand(1, 131_072);
+    assert!(fit(&long, &DeviceMask::Auto, &devices, &none).is_err());
+    let told = remedies(&long, &DeviceMask::Auto, &devices, &none);
+    let says = |text: &str| told.iter().any(|r| r.to_string().contains(text));
+    assert!(says("context = ") && says("q4_0") && says("over 2 devices"), "{told:?}");
+    for remedy in &told {
+        let Remedy::Context { tokens } = remedy else { continue };
+        assert!(fit(&demand(1, *tokens), &DeviceMask::Auto, &devices, &none).is_ok());
+        assert!(fit(&demand(1, tokens + 256), &DeviceMask::Auto, &devices, &none).is_err());
+    }
+    // Too large by far: more devices are what helps.
+    let big = remedies(&demand(4, 8192), &DeviceMask::Auto, &devices, &none);
+    assert!(matches!(big[..], [Remedy::Split { devices: 2, .. }]), "{big:?}");
+    // Only others' memory stands in the way.
+    let busy = |_: &str| 8 * GIB;
+    let wait = remedies(&demand(1, 8192), &DeviceMask::Auto, &devices, &busy);
+    assert!(wait.iter().any(|r| matches!(r, Remedy::Free { .. })), "{wait:?}");
+    // What fits is told how far it could go.
+    assert!(
+        matches!(remedies(&demand(1, 8192), &DeviceMask::Auto, &devices, &none)[..], [Remedy::Context { tokens }] if tokens > 8192)
+    );
+}
