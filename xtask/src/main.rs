@@ -7,6 +7,8 @@ mod codegen;
 mod deny;
 mod engine;
 mod error;
+mod estimates;
+mod gguf;
 mod metadata;
 mod process;
 mod tests_run;
@@ -59,6 +61,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Compare memory estimates with what the real engine says, in docs/estimates.md (needs `engine --from-source`).
+    Estimates {
+        /// Change nothing; fail when the document is stale or a goal is missed.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run all tests, with a real engine at hand.
     Test {
         /// Passed to `cargo nextest run`.
@@ -81,6 +89,7 @@ fn run(command: Command) -> Result<()> {
         Command::Tidy => tidy::run(),
         Command::Trace { list_file } => trace::run(list_file.as_deref()),
         Command::Codegen { check } => codegen::run(check),
+        Command::Estimates { check } => estimates::run(check),
         Command::Test { args } => tests_run::run(&args),
         Command::Deny => deny::run(),
         Command::Ci => ci::run(),

@@ -10,7 +10,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-const ALIGN: u64 = 32;
+use crate::gguf::{self, ALIGN, FLOAT32, INT32, Kind, Metadata};
+
 const WORDS: &str = "the of and to in is was he for it with as his on be at by had not are but from or have an they \
 which one you were all her she there would their we him been has when who will no more if out so up said what its about \
 than into them can only other time new some could these two may first then do any like my now over such our man me even \
@@ -67,18 +68,17 @@ enum Fill {
 }
 
 struct Tensor {
-    name: String,
-    dims: Vec<u64>,
+    info: gguf::Tensor,
     fill: Fill,
 }
 
 impl Tensor {
     fn new(name: impl Into<String>, dims: &[u64], fill: Fill) -> Self {
-        Self { name: name.into(), dims: dims.to_vec(), fill }
+        Self { info: gguf::Tensor { name: name.into(), dims: dims.to_vec(), kind: Kind::F32 }, fill }
     }
 
     fn elements(&self) -> u64 {
-        self.dims.iter().product()
+        self.info.elements()
     }
 }
 
@@ -98,21 +98,8 @@ fn write_to(out: &mut impl Write, options: &Options) -> io::Result<()> {
     let tensors = tensors(options, vocabulary.len(), feed_forward);
     let metadata = metadata(options, &vocabulary, feed_forward);
 
-    let mut header = b"GGUF".to_vec();
-    header.extend(3_u32.to_le_bytes());
-    header.extend((tensors.len() as u64).to_le_bytes());
-    header.extend(metadata.count.to_le_bytes());
-    header.extend(&metadata.bytes);
-    let mut offset = 0_u64;
-    for tensor in &tensors {
-        push_str(&mut header, &tensor.name);
-        header.extend((tensor.dims.len() as u32).to_le_bytes());
-        tensor.dims.iter().for_each(|dim| header.extend(dim.to_le_bytes()));
-        header.extend(0_u32.to_le_bytes()); // F32
-        header.extend(offset.to_le_bytes());
-        offset += (tensor.elements() * 4).next_multiple_of(ALIGN);
-    }
-    header.resize((header.len() as u64).next_multiple_of(ALIGN) as usize, 0);
+    let table: Vec<_> = tensors.iter().map(|t| t.info.clone()).collect();
+    let (header, _) = gguf::header(&metadata, &table);
     out.write_all(&header)?;
 
     let mut noise = Noise::new(options.seed);
@@ -121,8 +108,8 @@ fn write_to(out: &mut impl Write, options: &Options) -> io::Result<()> {
             Fill::Ones => (0..tensor.elements()).try_for_each(|_| out.write_all(&1_f32.to_le_bytes()))?,
             Fill::Gauss(deviation) => noise.write(out, tensor.elements(), deviation)?,
             Fill::Head => {
-                let width = tensor.dims[0];
-                for token in 0..tensor.dims[1] {
+                let width = tensor.info.dims[0];
+                for token in 0..tensor.info.dims[1] {
                     if vocabulary.is_word(token) {
                         noise.write(out, width, 0.5)?;
                     } else {
@@ -195,69 +182,6 @@ fn metadata(options: &Options, vocabulary: &Vocabulary, feed_forward: u64) -> Me
     meta.bool("tokenizer.ggml.add_space_prefix", true);
     meta.string("tokenizer.chat_template", TEMPLATE);
     meta
-}
-
-const UINT32: u32 = 4;
-const INT32: u32 = 5;
-const FLOAT32: u32 = 6;
-const BOOL: u32 = 7;
-const STRING: u32 = 8;
-const ARRAY: u32 = 9;
-
-/// The key-value section, as it grows.
-#[derive(Default)]
-struct Metadata {
-    count: u64,
-    bytes: Vec<u8>,
-}
-
-impl Metadata {
-    fn key(&mut self, key: &str, kind: u32) {
-        self.count += 1;
-        push_str(&mut self.bytes, key);
-        self.bytes.extend(kind.to_le_bytes());
-    }
-
-    fn u32(&mut self, key: &str, value: u32) {
-        self.key(key, UINT32);
-        self.bytes.extend(value.to_le_bytes());
-    }
-
-    fn f32(&mut self, key: &str, value: f32) {
-        self.key(key, FLOAT32);
-        self.bytes.extend(value.to_le_bytes());
-    }
-
-    fn bool(&mut self, key: &str, value: bool) {
-        self.key(key, BOOL);
-        self.bytes.push(u8::from(value));
-    }
-
-    fn string(&mut self, key: &str, value: &str) {
-        self.key(key, STRING);
-        push_str(&mut self.bytes, value);
-    }
-
-    fn strings(&mut self, key: &str, values: &[String]) {
-        self.array_head(key, STRING, values.len());
-        values.iter().for_each(|value| push_str(&mut self.bytes, value));
-    }
-
-    fn array(&mut self, key: &str, kind: u32, values: impl ExactSizeIterator<Item = [u8; 4]>) {
-        self.array_head(key, kind, values.len());
-        values.for_each(|value| self.bytes.extend(value));
-    }
-
-    fn array_head(&mut self, key: &str, kind: u32, len: usize) {
-        self.key(key, ARRAY);
-        self.bytes.extend(kind.to_le_bytes());
-        self.bytes.extend((len as u64).to_le_bytes());
-    }
-}
-
-fn push_str(bytes: &mut Vec<u8>, text: &str) {
-    bytes.extend((text.len() as u64).to_le_bytes());
-    bytes.extend(text.as_bytes());
 }
 
 /// The tokens: three special ones, the bytes, the words, the lone space.

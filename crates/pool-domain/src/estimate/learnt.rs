@@ -1,6 +1,6 @@
 //! What an engine really took, learnt after Ready and used at the next start of the same model with the same settings.
 
-use super::DeviceEstimate;
+use super::{DeviceEstimate, MemoryEstimate};
 
 /// What a learnt figure belongs to. Both texts are made by whoever starts the engine.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,5 +47,17 @@ impl Correction {
     pub fn apply(self, estimate: &DeviceEstimate) -> u64 {
         let floor = estimate.weights.saturating_add(estimate.kv);
         self.taken.max(floor).saturating_add(LEARNT_MARGIN)
+    }
+}
+
+impl MemoryEstimate {
+    /// What to promise on each device: what was learnt there, else the estimate's total.
+    #[must_use]
+    pub fn promises(&self, learnt: &[Option<Correction>]) -> Vec<u64> {
+        let known = learnt.iter().copied().chain(std::iter::repeat(None));
+        let promise = |(device, learnt): (&DeviceEstimate, Option<Correction>)| {
+            learnt.map_or(device.total(), |correction| correction.apply(device))
+        };
+        self.devices.iter().zip(known).map(promise).collect()
     }
 }

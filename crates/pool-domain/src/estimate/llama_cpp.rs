@@ -81,23 +81,10 @@ impl Default for LlamaCppSettings {
     }
 }
 
-/// Architectures for which llama.cpp keeps more than keys, values and states: indexer caches of sparse attention,
-/// compressed caches, encoders (`llama_model::create_memory`). The header alone does not say how much.
-const NOT_ESTIMATED: &[&str] = &[
-    "deepseek32",
-    "deepseek4",
-    "glm-dsa",
-    "glm5-next",
-    "minimax-m3",
-    "dots3note",
-    "qwen4exp",
-    "t5",
-    "t5encoder",
-    "dflash",
-    "eagle3",
-    "gemma4-assistant",
-    "clip",
-];
+/// Architectures for which llama.cpp keeps what no header tells: compressed caches, a second model's cache, an encoder's
+/// results (`llama_model::create_memory`).
+const NOT_ESTIMATED: &[&str] =
+    &["clip", "deepseek4", "dflash", "eagle3", "gemma4-assistant", "qwen4exp", "t5", "t5encoder"];
 
 /// Architectures without a cache: encoders and diffusion models (`llama_model::create_memory`).
 const WITHOUT_CACHE: &[&str] = &[
@@ -119,7 +106,29 @@ const WITHOUT_CACHE: &[&str] = &[
 ];
 
 /// Architectures that `cargo xtask estimates` compares with the real engine.
-const COMPARED: &[&str] = &["llama"];
+const COMPARED: &[&str] = &[
+    "deci",
+    "deepseek2",
+    "falcon-h1",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt-oss",
+    "granitehybrid",
+    "jamba",
+    "lfm2",
+    "llama",
+    "mamba",
+    "mamba2",
+    "nemotron_h",
+    "openelm",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3moe",
+    "qwen3next",
+    "rwkv7",
+];
 
 /// The context as the engine lays it out.
 ///
@@ -185,6 +194,8 @@ pub(super) struct Plan<'a> {
     has_cache: bool,
     /// Widest value of all layers: without flash attention every layer's V is padded to it.
     widest_value: u64,
+    /// No layer keeps a state: then one cache has an entry for every layer, even for one without heads.
+    attention_only: bool,
 }
 
 impl<'a> Plan<'a> {
@@ -210,24 +221,32 @@ impl<'a> Plan<'a> {
         }
         let has_cache = !WITHOUT_CACHE.contains(&architecture);
         let widest_value = profile.layers.iter().map(value_width).max().unwrap_or(0);
-        Ok(Self { profile, settings, context: ContextLayout::new(profile, settings), has_cache, widest_value })
+        let attention_only = profile.layers.iter().all(|l| l.recurrent_bytes == 0);
+        let context = ContextLayout::new(profile, settings);
+        Ok(Self { profile, settings, context, has_cache, widest_value, attention_only })
     }
 
     /// Bytes of one layer's keys and values, and of its recurrent state.
     ///
     /// Source: `llama_kv_cache`: cells × streams of a key row and a value row; with MLA only the key; without flash
-    /// attention a value row is as wide as the widest of all layers. `llama_memory_recurrent`: one state a sequence.
+    /// attention a value row is as wide as the widest of all layers, also in a layer without heads.
+    /// `llama_memory_recurrent`: one state a sequence.
     pub(super) fn kv(&self, layer: &LayerProfile) -> u64 {
         let recurrent = layer.recurrent_bytes.saturating_mul(self.context.slots);
-        let Some(shape) = layer.kv.filter(|_| self.has_cache) else { return recurrent };
-        let cells = self.context.cells_of(shape.window, self.settings).saturating_mul(self.context.streams);
-        let key = u64::from(shape.heads_kv).saturating_mul(u64::from(shape.key_length));
-        let value = match value_width(layer) {
-            0 => 0,
-            width if self.settings.flash_attention.runs() => width,
-            _ => self.widest_value,
+        if !self.has_cache {
+            return recurrent;
+        }
+        let flash = self.settings.flash_attention.runs();
+        // What shares another layer's keys has heads of its own; what the engine does not read has no bytes.
+        let padding = !flash && self.attention_only && layer.heads == 0 && layer.bytes > 0;
+        let (key, value, window) = match layer.kv {
+            Some(shape) => (width(shape.heads_kv, shape.key_length), value_width(layer), shape.window),
+            None if padding => (0, self.widest_value, None),
+            None => return recurrent,
         };
+        let value = if flash || value == 0 { value } else { self.widest_value };
         let row = self.settings.kv_type_k.bytes(key).saturating_add(self.settings.kv_type_v.bytes(value));
+        let cells = self.context.cells_of(window, self.settings).saturating_mul(self.context.streams);
         cells.saturating_mul(row).saturating_add(recurrent)
     }
 
@@ -242,7 +261,11 @@ impl<'a> Plan<'a> {
 }
 
 fn value_width(layer: &LayerProfile) -> u64 {
-    layer.kv.map_or(0, |s| u64::from(s.heads_kv).saturating_mul(u64::from(s.value_length)))
+    layer.kv.map_or(0, |s| width(s.heads_kv, s.value_length))
+}
+
+fn width(heads: u32, length: u32) -> u64 {
+    u64::from(heads).saturating_mul(u64::from(length))
 }
 
 /// The layout of the context that these settings give.

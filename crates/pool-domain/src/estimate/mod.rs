@@ -8,6 +8,8 @@
 mod compute;
 pub mod learnt;
 pub mod llama_cpp;
+#[cfg(test)]
+mod tests;
 pub mod vllm;
 
 use std::fmt;

@@ -3,6 +3,9 @@
 use super::{EstimateError, KvType};
 use crate::model::ModelProfile;
 
+/// Tokens of a block of the cache; only whole blocks are used.
+const BLOCK: u64 = 16;
+
 /// The settings that decide about memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VllmSettings {
@@ -66,8 +69,12 @@ pub fn budget(
     let activation = width.saturating_mul(settings.batched_tokens).saturating_mul(2) / shares;
     let taken = profile.tensor_bytes.div_ceil(shares).saturating_add(activation);
     let kv = bytes.saturating_sub(taken);
-    let (keys, values) = profile.kv_numbers_per_token();
-    let per_token = settings.kv_type.bytes(keys.saturating_add(values)).div_ceil(shares);
-    let kv_tokens = kv.checked_div(per_token).unwrap_or(0);
+    let per_token = profile.layers.iter().filter_map(|l| l.kv).fold(0u64, |sum, shape| {
+        // Heads are shared out; fewer heads than devices are kept by each, as is the one of MLA.
+        let heads = u64::from(shape.heads_kv).div_ceil(shares);
+        let length = u64::from(shape.key_length).saturating_add(u64::from(shape.value_length));
+        sum.saturating_add(settings.kv_type.bytes(heads.saturating_mul(length)))
+    });
+    let kv_tokens = kv.checked_div(per_token).unwrap_or(0) / BLOCK * BLOCK;
     Ok(VllmBudget { bytes, starts: free >= bytes, missing: bytes.saturating_sub(free), kv, kv_tokens })
 }
