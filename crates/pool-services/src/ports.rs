@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{DeviceSnapshot, Failure, Generation, ModelRef, PoolId, ReplicaKey, ResolvedMask};
+use pool_domain::estimate::{Correction, CorrectionKey};
+use pool_domain::plan::EngineMemory;
+use pool_domain::{DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -73,6 +75,8 @@ pub struct ResolvedModel {
 pub trait ModelStore: fmt::Debug + Send + Sync {
     /// Makes a model present and verified.
     async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure>;
+    /// What its header says about memory; `None` where no formula is known for what it is.
+    async fn profile(&self, model: &ResolvedModel) -> Result<Option<ModelProfile>, Failure>;
 }
 
 /// Everything an engine is prepared from.
@@ -86,6 +90,10 @@ pub struct PrepareRequest {
     pub devices: ResolvedMask,
     /// Where it will listen.
     pub listen: SocketAddr,
+    /// How it is spread over its devices, as the engine takes it, where the planner decided.
+    pub tensor_split: Option<String>,
+    /// Context in tokens over all slots, where the planner decided or was told.
+    pub context: Option<u64>,
 }
 
 /// How to reach an engine and what to expect there.
@@ -133,6 +141,8 @@ pub trait EngineProvisioner: fmt::Debug + Send + Sync {
     async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure>;
     /// Whether the engine of a spec is run by somebody else, and where.
     fn external(&self, spec: &PoolSpec) -> Option<SocketAddr>;
+    /// How the memory of the spec's engine is known.
+    fn memory(&self, spec: &PoolSpec) -> EngineMemory;
     /// Plans the launch. Never spawns an engine.
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure>;
 }
@@ -241,7 +251,7 @@ pub struct Handoff {
     pub device_mask: String,
     /// Slots.
     pub slots: u16,
-    /// Bytes reserved on each device.
+    /// Bytes reserved on its devices together.
     pub vram: u64,
 }
 
@@ -271,6 +281,10 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError>;
     /// Takes that back.
     async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError>;
+    /// What such an engine of the pool took before.
+    async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction>;
+    /// Remembers what it took.
+    async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError>;
 }
 
 /// How long one question to an engine may take.

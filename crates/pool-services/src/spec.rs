@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use pool_domain::estimate::KvType;
 use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::plan::Split;
 use pool_domain::{DeviceMask, EngineName, ModelRef, PoolId};
 
 /// What an engine is for; it decides what "prove" means.
@@ -58,10 +60,15 @@ pub struct PoolSpec {
     pub replicas: u16,
     /// When they start.
     pub activation: Activation,
-    /// Context in tokens over all slots; unset = the engine's own default.
+    /// Context in tokens over all slots; unset = the largest that fits, at most 8192, where the engine's memory is known,
+    /// else the engine's own default.
     pub context: Option<u32>,
     /// Concurrent requests per engine.
     pub slots: u16,
+    /// Types of the K and V caches.
+    pub kv_type: (KvType, KvType),
+    /// How it is spread over its devices.
+    pub tensor_split: Split,
     /// Bytes per device; unset = estimated.
     pub vram: Option<u64>,
     /// Other names for the model.

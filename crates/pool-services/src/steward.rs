@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{State, Wait};
-use pool_domain::reserve::{Refusal, place};
+use pool_domain::plan::fit;
+use pool_domain::reserve::Refusal;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -23,8 +24,15 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 struct Reservation {
     generation: Generation,
     devices: ResolvedMask,
-    bytes: u64,
+    /// On each of them.
+    bytes: Vec<u64>,
     port: Option<u16>,
+}
+
+impl Reservation {
+    fn on(&self, uuid: &str) -> Option<u64> {
+        self.devices.uuids.iter().position(|u| u == uuid).and_then(|at| self.bytes.get(at).copied())
+    }
 }
 
 /// One replica as the steward sees it.
@@ -88,7 +96,8 @@ impl Steward {
                 let command = match answer {
                     Ok(grant) => {
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
-                        let held = Reservation { generation: want.generation, devices, bytes: want.bytes, port };
+                        let held =
+                            Reservation { generation: want.generation, devices, bytes: grant.bytes.clone(), port };
                         book.homes.insert(key.clone(), held.clone());
                         book.held.insert(key, held);
                         DriverCommand::Grant(grant)
@@ -137,7 +146,13 @@ impl Steward {
 
     /// The devices as this replica may use them. One on which something of another engine may be left admits no newcomer;
     /// who was there before may come back within what it had.
-    fn devices_for(&self, key: &ReplicaKey, bytes: u64, inventory: &Inventory, book: &Book) -> Vec<DeviceSnapshot> {
+    fn devices_for(
+        &self,
+        key: &ReplicaKey,
+        inventory: &Inventory,
+        book: &Book,
+        promised: &Promised,
+    ) -> Vec<DeviceSnapshot> {
         let fenced: Vec<&String> = self
             .wards
             .iter()
@@ -145,11 +160,18 @@ impl Steward {
             .filter_map(|ward| book.held.get(&ward.key))
             .flat_map(|held| &held.devices.uuids)
             .collect();
-        let home = book.homes.get(key).filter(|home| home.bytes >= bytes);
+        let home = book.homes.get(key);
         let mut devices = inventory.devices.clone();
         for device in devices.iter_mut().filter(|d| d.health.admits() && fenced.contains(&&d.uuid)) {
-            if !home.is_some_and(|home| home.devices.uuids.contains(&device.uuid)) {
-                device.health = DeviceHealth::Fenced("something of another engine may be left there".into());
+            match home.and_then(|home| home.on(&device.uuid)) {
+                Some(had) => {
+                    let ours = promised.get(&device.uuid).copied().unwrap_or(0).saturating_add(had);
+                    let rest = device.vram_total.saturating_sub(device.vram_reserved).saturating_sub(ours);
+                    device.vram_foreign = device.vram_foreign.max(rest);
+                }
+                None => {
+                    device.health = DeviceHealth::Fenced("something of another engine may be left there".into());
+                }
             }
         }
         devices
@@ -163,23 +185,33 @@ impl Steward {
         book: &Book,
         next_port: &mut u16,
     ) -> Result<Grant, Denied> {
-        let (generation, bytes) = (want.generation, want.bytes);
+        let generation = want.generation;
         if want.external {
-            return Ok(Grant { generation, devices: ResolvedMask::default(), listen: None, bytes: 0 });
+            let devices = ResolvedMask::default();
+            return Ok(Grant {
+                generation,
+                devices,
+                listen: None,
+                bytes: Vec::new(),
+                tensor_split: None,
+                context: None,
+            });
         }
         if inventory.devices.is_empty() {
             let detail = inventory.problem.clone().unwrap_or_else(|| "the node has no GPU".into());
             return Err(Denied::Wait(Wait::Devices { detail }));
         }
         let promised = promised(&book.held);
-        let usable = self.devices_for(key, bytes, inventory, book);
-        let devices =
-            place(&want.mask, bytes, &usable, |u| promised.get(u).copied().unwrap_or(0)).map_err(|r| match r {
-                Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
-                Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
-                Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
-                Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
-            })?;
+        let usable = self.devices_for(key, inventory, book, &promised);
+        let fit =
+            fit(&want.demand, &want.mask, &usable, &|u| promised.get(u).copied().unwrap_or(0)).map_err(
+                |r| match r {
+                    Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
+                    Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
+                    Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
+                    Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
+                },
+            )?;
         let taken: Vec<u16> = book.held.values().filter_map(|r| r.port).collect();
         let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
         for _ in 0..count {
@@ -187,7 +219,14 @@ impl Steward {
             *next_port = if port >= *self.ports.end() { *self.ports.start() } else { port + 1 };
             let addr = SocketAddr::new(self.listen, port);
             if !taken.contains(&port) && self.host.port_free(addr) {
-                return Ok(Grant { generation, devices, listen: Some(addr), bytes });
+                return Ok(Grant {
+                    generation,
+                    bytes: fit.bytes(),
+                    devices: fit.devices,
+                    listen: Some(addr),
+                    tensor_split: fit.tensor_split,
+                    context: fit.context,
+                });
             }
         }
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
@@ -198,8 +237,8 @@ impl Steward {
 fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {
     let mut sum = Promised::new();
     for r in book.values() {
-        for u in &r.devices.uuids {
-            *sum.entry(u.clone()).or_default() += r.bytes;
+        for (uuid, bytes) in r.devices.uuids.iter().zip(&r.bytes) {
+            *sum.entry(uuid.clone()).or_default() += bytes;
         }
     }
     sum

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
+use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, Identity, Listener, PrepareRequest, PreparedEngine,
@@ -42,6 +43,8 @@ pub struct Script {
     pub leaves_child: bool,
     /// Whether it can be killed at all.
     pub killable: bool,
+    /// How its memory is known.
+    pub memory: EngineMemory,
     /// Requests it says it works on; unset = it does not say.
     pub busy: Option<u16>,
     /// How long an answer about health takes.
@@ -64,6 +67,7 @@ impl Default for Script {
             obeys_term: true,
             leaves_child: false,
             killable: true,
+            memory: EngineMemory::Nothing,
             busy: Some(0),
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
@@ -196,6 +200,9 @@ impl EngineProvisioner for FakeEngines {
     }
     fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
         None
+    }
+    fn memory(&self, _: &PoolSpec) -> EngineMemory {
+        lock(&self.script).memory
     }
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
         Ok(PreparedEngine {

@@ -5,8 +5,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Policy};
-use pool_domain::{DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelRef, PoolId, ReplicaKey};
+use pool_domain::plan::Split;
+use pool_domain::{
+    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey,
+};
 use pool_services::ports::{
     GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
 };
@@ -53,6 +57,8 @@ pub fn spec(id: &str) -> PoolSpec {
         activation: Activation::Preload,
         context: None,
         slots: 4,
+        kv_type: Default::default(),
+        tensor_split: Split::Off,
         vram: Some(1 << 30),
         aliases: Vec::new(),
         policy: Policy::default(),
@@ -101,9 +107,15 @@ impl GpuProbe for FakeGpus {
 #[derive(Debug, Default)]
 pub struct FakeModels {
     failure: Mutex<Option<Failure>>,
+    profile: Mutex<Option<ModelProfile>>,
 }
 
 impl FakeModels {
+    /// What every model's header says from now on.
+    pub fn set_profile(&self, profile: ModelProfile) {
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
+    }
+
     /// Every later request fails with this, or succeeds again.
     pub fn fail(&self, failure: Option<Failure>) {
         *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = failure;
@@ -118,6 +130,9 @@ impl ModelStore for FakeModels {
             None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
         }
     }
+    async fn profile(&self, _: &ResolvedModel) -> Result<Option<ModelProfile>, Failure> {
+        Ok(self.profile.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -125,6 +140,7 @@ struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
+    learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     broken: bool,
 }
 
@@ -191,5 +207,12 @@ impl StateLedger for FakeLedger {
         self.write(|f| {
             f.handoffs.remove(key);
         })
+    }
+    async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction> {
+        self.facts().learnt.get(&(pool.clone(), key.clone())).copied()
+    }
+    async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
+        self.facts().learnt.insert((pool.clone(), key.clone()), correction);
+        Ok(())
     }
 }

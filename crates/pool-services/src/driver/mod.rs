@@ -7,7 +7,8 @@ mod work;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use pool_domain::lifecycle::{Action, Command, Event, Fact, Policy, Replica, State, Wait};
+use pool_domain::lifecycle::{Action, Command, Event, Fact, Policy, Proof, Replica, State, Wait};
+use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -44,7 +45,7 @@ pub(crate) struct Ports {
 pub(crate) struct Want {
     pub(crate) generation: Generation,
     pub(crate) mask: DeviceMask,
-    pub(crate) bytes: u64,
+    pub(crate) demand: Arc<Demand>,
     /// An engine run by somebody else needs neither devices nor a port.
     pub(crate) external: bool,
 }
@@ -55,7 +56,10 @@ pub(crate) struct Grant {
     pub(crate) generation: Generation,
     pub(crate) devices: ResolvedMask,
     pub(crate) listen: Option<std::net::SocketAddr>,
-    pub(crate) bytes: u64,
+    /// Bytes on each device, in order.
+    pub(crate) bytes: Vec<u64>,
+    pub(crate) tensor_split: Option<String>,
+    pub(crate) context: Option<u64>,
 }
 
 /// Commands from above.
@@ -93,7 +97,9 @@ pub(crate) struct Published {
 #[derive(Debug)]
 pub(crate) enum Report {
     Fact(Fact),
-    Staged(ResolvedModel),
+    Staged(ResolvedModel, Arc<Demand>),
+    /// With the bytes it holds on its one device, if that is known.
+    Proved(Proof, Option<u64>),
     Preflighted,
     Prepared(PreparedEngine),
     Launched(Arc<dyn RunningEngine>),
@@ -104,6 +110,7 @@ pub(crate) enum Report {
 #[derive(Debug, Default)]
 struct Attempt {
     model: Option<ResolvedModel>,
+    demand: Option<Arc<Demand>>,
     want: Option<Want>,
     blocked: Option<Want>,
     grant: Option<Grant>,
@@ -296,13 +303,18 @@ impl Driver {
         }
         let fact = match report {
             Report::Fact(fact) => fact,
-            Report::Staged(model) => {
+            Report::Staged(model, demand) => {
                 self.attempt.model = Some(model);
+                self.attempt.demand = Some(demand);
                 Fact::Staged
+            }
+            Report::Proved(proof, taken) => {
+                self.learn(taken);
+                Fact::Proved(proof)
             }
             Report::Preflighted => {
                 if matches!(self.replica.state, State::Preparing { .. }) {
-                    self.attempt.want = Some(self.want());
+                    self.attempt.want = self.want();
                 }
                 return;
             }
@@ -407,7 +419,7 @@ impl Driver {
             model: proof.model.clone(),
             device_mask: grant.devices.to_cuda_visible_devices(),
             slots: proof.slots,
-            vram: grant.bytes,
+            vram: grant.bytes.iter().sum(),
         })
     }
 }

@@ -157,7 +157,7 @@ impl Driver {
             }),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,
-            vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes),
+            vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes.iter().sum()),
         }
     }
 }

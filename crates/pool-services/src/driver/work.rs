@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
+use pool_domain::plan::{Demand, EngineMemory, Split};
 use pool_domain::{Failure, FailureClass, Generation};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -12,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Attempt, Driver, Grant, Report, Want};
 use crate::ports::{Endpoint, Listener, PROBE_TIMEOUT, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
+use crate::spec::PoolSpec;
 
 /// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
 /// costs the engine a request while it loads, and readiness must be seen within 100 ms.
@@ -19,16 +22,6 @@ const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Dura
 
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
-
-/// Bytes a model needs on a device when nobody said: its file plus a margin of 5 %, at least 512 MiB
-/// (the margin of the memory planner). KV cache is not estimated yet.
-fn estimate(model: &ResolvedModel) -> u64 {
-    const MARGIN: u64 = 512 << 20;
-    match &model.local_path {
-        Some(_) => model.bytes + MARGIN.max(model.bytes / 20),
-        None => 0,
-    }
-}
 
 impl Driver {
     pub(super) fn send(&self, report: Report) {
@@ -56,10 +49,15 @@ impl Driver {
         self.work = CancellationToken::new();
         self.attempt = Attempt::default();
         self.attempt_began = self.clock.now();
-        let (models, reference) = (Arc::clone(&self.ports.models), self.spec.model.clone());
+        let (ports, spec) = (self.ports.clone(), Arc::clone(&self.spec));
         self.run_work(async move {
-            match models.ensure_present(&reference).await {
-                Ok(model) => Report::Staged(model),
+            let staged = async {
+                let model = ports.models.ensure_present(&spec.model).await?;
+                let demand = demand(&ports, &spec, &model).await?;
+                Ok((model, demand))
+            };
+            match staged.await {
+                Ok((model, demand)) => Report::Staged(model, Arc::new(demand)),
                 Err(failure) => Report::Fact(Fact::Unstartable(failure)),
             }
         });
@@ -75,19 +73,39 @@ impl Driver {
         });
     }
 
-    pub(super) fn want(&self) -> Want {
-        Want {
+    pub(super) fn want(&self) -> Option<Want> {
+        Some(Want {
             generation: self.replica.generation,
             mask: self.spec.mask_of(self.key.replica.0).clone(),
-            bytes: self.spec.vram.unwrap_or_else(|| self.attempt.model.as_ref().map_or(0, estimate)),
+            demand: Arc::clone(self.attempt.demand.as_ref()?),
             external: self.ports.provisioner.external(&self.spec).is_some(),
-        }
+        })
+    }
+
+    /// Remembers what an engine took whose memory was estimated, for its next start.
+    pub(super) fn learn(&self, taken: Option<u64>) {
+        let (Some(taken), Some(demand)) = (taken, &self.attempt.demand) else { return };
+        let Some(key) = correction_key(&self.spec, demand) else { return };
+        let (ledger, pool) = (Arc::clone(&self.ports.ledger), self.key.pool.clone());
+        let correction = demand.learnt.map_or(Correction::new(taken), |before| before.and(taken));
+        tokio::spawn(async move {
+            if let Err(e) = ledger.learn(&pool, &key, correction).await {
+                tracing::warn!(pool_id = %pool, error = %e, "what the engine took is not remembered");
+            }
+        });
     }
 
     pub(super) fn prepare(&mut self, grant: &Grant) {
         let Some(model) = self.attempt.model.clone() else { return };
         let Some(listen) = grant.listen.or_else(|| self.ports.provisioner.external(&self.spec)) else { return };
-        let request = PrepareRequest { spec: (*self.spec).clone(), model, devices: grant.devices.clone(), listen };
+        let request = PrepareRequest {
+            spec: (*self.spec).clone(),
+            model,
+            devices: grant.devices.clone(),
+            listen,
+            tensor_split: grant.tensor_split.clone(),
+            context: grant.context,
+        };
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
         let (key, generation) = (self.key.clone(), self.replica.generation);
         self.run_work(async move {
@@ -186,9 +204,9 @@ impl Driver {
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
             match proved {
-                Ok(mut proof) => {
+                Ok((mut proof, taken)) => {
                     proof.slots = if proof.slots == 0 { slots } else { proof.slots };
-                    Report::Fact(Fact::Proved(proof))
+                    Report::Proved(proof, taken)
                 }
                 Err(failure) => Report::Fact(Fact::Unproved(failure)),
             }
@@ -242,6 +260,35 @@ impl Driver {
     }
 }
 
+/// What a start of this model needs. A header that cannot be read is no obstacle where somebody said what it needs.
+async fn demand(ports: &super::Ports, spec: &PoolSpec, model: &ResolvedModel) -> Result<Demand, Failure> {
+    let memory = ports.provisioner.memory(spec);
+    let profile = match memory {
+        EngineMemory::LlamaCpp(_) => match ports.models.profile(model).await {
+            Ok(profile) => profile.map(Arc::new),
+            Err(_) if spec.vram.is_some() && spec.tensor_split == Split::Off => None,
+            Err(failure) => return Err(failure),
+        },
+        EngineMemory::Nothing | EngineMemory::Unknown => None,
+    };
+    let mut demand = Demand { profile, memory, vram: spec.vram, split: spec.tensor_split.clone(), learnt: None };
+    if let Some(key) = correction_key(spec, &demand) {
+        demand.learnt = ports.ledger.learnt(&spec.id, &key).await;
+    }
+    Ok(demand)
+}
+
+/// What a learnt figure belongs to; nothing is learnt where nothing is estimated, or of a split.
+fn correction_key(spec: &PoolSpec, demand: &Demand) -> Option<CorrectionKey> {
+    let (EngineMemory::LlamaCpp(settings), Split::Off, None) = (&demand.memory, &demand.split, demand.vram) else {
+        return None;
+    };
+    let model = demand.profile.as_ref().map(|p| p.header_digest.clone()).filter(|d| !d.is_empty())?;
+    // Without a context of its own the planner chooses one, by what is free.
+    (settings.context != 0)
+        .then(|| CorrectionKey { model, settings: format!("{} {settings:?} {:?}", spec.engine, spec.args) })
+}
+
 /// Tells, until nobody listens any more, whenever the engine got somewhere. A process tree is read once a second, since
 /// that costs milliseconds.
 async fn tell_progress(
@@ -276,7 +323,7 @@ async fn prove(
     endpoint: &Endpoint,
     devices: &[String],
     external: bool,
-) -> Result<Proof, Failure> {
+) -> Result<(Proof, Option<u64>), Failure> {
     let addr = endpoint.addr;
     // These only look; nobody is asked to work before it is known who listens.
     let (listener, up, identity) =
@@ -298,15 +345,15 @@ async fn prove(
     let began = Instant::now();
     ports.probe.work(endpoint).await?;
     let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-    let residency = if external { "served" } else { residency(ports, engine, devices).await? };
-    Ok(Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms })
+    let (residency, taken) = if external { ("served", None) } else { residency(ports, engine, devices).await? };
+    Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, taken))
 }
 
 async fn residency(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
     devices: &[String],
-) -> Result<&'static str, Failure> {
+) -> Result<(&'static str, Option<u64>), Failure> {
     let (holders, code) = match ports.gpu.residency().await {
         Residency::Provable(h) => (h, "vram"),
         Residency::Simulated(h) => (h, "simulated"),
@@ -324,5 +371,6 @@ async fn residency(
     if code == "vram" && devices.iter().any(|d| !ours.iter().any(|h| h.uuid == *d)) {
         return Err(Failure::new(FailureClass::CpuFallback, "it holds no memory on a GPU it was given"));
     }
-    Ok(code)
+    let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
+    Ok((code, (devices.len() == 1 && taken > 0).then_some(taken)))
 }
