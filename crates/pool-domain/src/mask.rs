@@ -50,7 +50,7 @@ pub enum MaskError {
         entry: String,
     },
     /// An index below 0.
-    #[error("`{entry}` is negative: indices start at 0")]
+    #[error("`{entry}` names no device: indices start at 0, a negative one is none")]
     Negative {
         /// The entry.
         entry: String,

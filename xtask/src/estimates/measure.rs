@@ -51,6 +51,39 @@ pub(super) struct Row {
     pub(super) cases: Vec<Case>,
     /// With hardly any vocabulary, without and with flash attention.
     pub(super) bare: Vec<Case>,
+    /// Other settings; only some shapes have them.
+    pub(super) options: Vec<Variant>,
+}
+
+/// One other setting and both answers; none is a refusal.
+pub(super) struct Variant {
+    pub(super) name: &'static str,
+    pub(super) theirs: Option<Sizes>,
+    pub(super) ours: Option<Sizes>,
+}
+
+/// Shapes that other settings are tried on.
+pub(super) const VARIED: [&str; 5] =
+    ["Llama-3.1-8B", "Gemma-3-4B", "gpt-oss-20B", "DeepSeek-V2-Lite", "Granite-4-H-tiny"];
+
+/// Other settings, by what the engine's command line says; 32k and one slot where it does not say otherwise.
+#[rustfmt::skip]
+fn variants() -> [(&'static str, LlamaCppSettings); 11] {
+    let base = settings(CONTEXTS[1], KvType::F16, 1, true);
+    let types = |kv_type_k, kv_type_v| LlamaCppSettings { kv_type_k, kv_type_v, ..base };
+    [
+        ("-c 0 -np 2", LlamaCppSettings { context: 0, slots: 2, ..base }),
+        ("-c 300", LlamaCppSettings { context: 300, ..base }),
+        ("-c 10000 -np 3", LlamaCppSettings { context: 10_000, slots: 3, ..base }),
+        ("-np 16", LlamaCppSettings { slots: 16, ..base }),
+        ("-np 4 --swa-full", LlamaCppSettings { slots: 4, swa_full: true, ..base }),
+        ("-ub 128", LlamaCppSettings { ubatch: 128, ..base }),
+        ("-ub 2048", LlamaCppSettings { ubatch: 2048, ..base }),
+        ("-b 256", LlamaCppSettings { batch: 256, ..base }),
+        ("-ctk q8_0 -ctv q4_0", types(KvType::Q8_0, KvType::Q4_0)),
+        ("-ctk iq4_nl -ctv q5_1", types(KvType::Iq4Nl, KvType::Q5_1)),
+        ("-ctk f32 -ctv bf16", types(KvType::F32, KvType::Bf16)),
+    ]
 }
 
 /// Runs every case of a shape.
@@ -72,7 +105,15 @@ pub(super) fn shape(shape: &Shape, file: &Path, bare_file: &Path) -> Result<Row>
         .into_iter()
         .map(|(context, flash)| case(&bare, bare_file, context, KvType::F16, 1, flash))
         .collect::<Result<_>>()?;
-    Ok(Row { name: shape.name, kind: shape.kind, bytes: profile.tensor_bytes, ollama: shape.ollama, cases, bare })
+    let mut options = Vec::new();
+    for (name, settings) in variants() {
+        if VARIED.contains(&shape.name) {
+            let theirs = ask(file, &settings).ok();
+            options.push(Variant { name, theirs, ours: answer(&profile, &settings).ok() });
+        }
+    }
+    let bytes = profile.tensor_bytes;
+    Ok(Row { name: shape.name, kind: shape.kind, bytes, ollama: shape.ollama, cases, bare, options })
 }
 
 fn read(file: &Path) -> Result<ModelProfile> {
@@ -84,16 +125,30 @@ pub(super) fn near(theirs: u64, ours: u64, mib: u64, percent: u64) -> bool {
     theirs.abs_diff(ours) <= mib.max(theirs * percent / 100)
 }
 
+/// Which goals are missed. Both sides are whole MiB, cut off, so 1 MiB is no difference.
+fn missed(t: Sizes, o: Sizes) -> Vec<&'static str> {
+    let goals = [
+        ("weights", near(t.model, o.model, 1, 1)),
+        ("context", near(t.context, o.context, 1, 1)),
+        ("total", near(t.total(), o.total(), 100, 3)),
+    ];
+    goals.into_iter().filter(|(_, met)| !met).map(|(name, _)| name).collect()
+}
+
 impl Case {
-    /// Which goals are missed. Both sides are whole MiB, cut off, so 1 MiB is no difference.
+    /// Which goals are missed.
     pub(super) fn misses(&self) -> Vec<&'static str> {
-        let (t, o) = (self.theirs, self.ours);
-        let goals = [
-            ("weights", near(t.model, o.model, 1, 1)),
-            ("context", near(t.context, o.context, 1, 1)),
-            ("total", near(t.total(), o.total(), 100, 3)),
-        ];
-        goals.into_iter().filter(|(_, met)| !met).map(|(name, _)| name).collect()
+        missed(self.theirs, self.ours)
+    }
+}
+
+impl Variant {
+    /// Whether the goals are met, or both refuse.
+    pub(super) fn met(&self) -> bool {
+        match (self.theirs, self.ours) {
+            (Some(theirs), Some(ours)) => missed(theirs, ours).is_empty(),
+            (theirs, ours) => theirs == ours,
+        }
     }
 }
 
@@ -109,18 +164,39 @@ impl fmt::Display for Case {
 pub(super) fn misses(rows: &[Row]) -> Vec<String> {
     let of = |row: &Row| -> Vec<String> {
         let cases = row.cases.iter().chain(&row.bare);
-        cases.filter(|c| !c.misses().is_empty()).map(|c| format!("{} {c}: {:?}", row.name, c.misses())).collect()
+        let missed = cases.filter(|c| !c.misses().is_empty()).map(|c| format!("{} {c}: {:?}", row.name, c.misses()));
+        let varied = row
+            .options
+            .iter()
+            .filter(|v| !v.met())
+            .map(|v| format!("{} {}: engine {:?}, estimate {:?}", row.name, v.name, v.theirs, v.ours));
+        missed.chain(varied).collect()
     };
     rows.iter().flat_map(of).collect()
+}
+
+fn settings(context: u64, kv: KvType, slots: u32, flash: bool) -> LlamaCppSettings {
+    LlamaCppSettings {
+        context,
+        slots,
+        kv_type_k: kv,
+        kv_type_v: kv,
+        flash_attention: if flash { FlashAttention::On } else { FlashAttention::Off },
+        // A build without a GPU, asked by a tool that wants logits for whole batches.
+        gpu_layers: Some(0),
+        outputs: Outputs::Batch,
+        ..LlamaCppSettings::default()
+    }
 }
 
 fn case(profile: &ModelProfile, file: &Path, context: u64, kv: KvType, slots: u32, flash: bool) -> Result<Case> {
     let ours =
         estimate(profile, context, kv, slots, flash).map_err(|e| Error::Check(format!("{}: {e}", file.display())))?;
-    Ok(Case { context, kv, slots, flash, theirs: ask(file, context, kv, slots, flash)?, ours })
+    let theirs = ask(file, &settings(context, kv, slots, flash))?;
+    Ok(Case { context, kv, slots, flash, theirs, ours })
 }
 
-/// Our answer, for a build without a GPU.
+/// Our answer.
 pub(super) fn estimate(
     profile: &ModelProfile,
     context: u64,
@@ -128,25 +204,24 @@ pub(super) fn estimate(
     slots: u32,
     flash: bool,
 ) -> std::result::Result<Sizes, EstimateError> {
-    let settings = LlamaCppSettings {
-        context,
-        slots,
-        kv_type_k: kv,
-        kv_type_v: kv,
-        flash_attention: if flash { FlashAttention::On } else { FlashAttention::Off },
-        gpu_layers: Some(0),
-        outputs: Outputs::Batch,
-        ..LlamaCppSettings::default()
-    };
-    let host = estimate_single(profile, &settings, Overheads::NONE)?.host;
+    answer(profile, &settings(context, kv, slots, flash))
+}
+
+fn answer(profile: &ModelProfile, settings: &LlamaCppSettings) -> std::result::Result<Sizes, EstimateError> {
+    let host = estimate_single(profile, settings, Overheads::NONE)?.host;
     Ok(Sizes { model: host.weights / MIB, context: host.kv / MIB, compute: host.compute / MIB })
 }
 
 /// What `llama-fit-params` prints for the host, where a CPU build puts everything.
-fn ask(file: &Path, context: u64, kv: KvType, slots: u32, flash: bool) -> Result<Sizes> {
+fn ask(file: &Path, s: &LlamaCppSettings) -> Result<Sizes> {
     let mut command = Command::new(process::root().join("target/engine/source/bin/llama-fit-params"));
-    command.arg("-m").arg(file).args(["-c", &context.to_string(), "-np", &slots.to_string()]);
-    command.args(["-ctk", kv.name(), "-ctv", kv.name(), "-fa", if flash { "on" } else { "off" }]);
+    command.arg("-m").arg(file).args(["-c", &s.context.to_string(), "-np", &s.slots.to_string()]);
+    command.args(["-b", &s.batch.to_string(), "-ub", &s.ubatch.to_string()]);
+    command.args(["-ctk", s.kv_type_k.name(), "-ctv", s.kv_type_v.name()]);
+    command.args(["-fa", if s.flash_attention.runs() { "on" } else { "off" }]);
+    if s.swa_full {
+        command.arg("--swa-full");
+    }
     command.args(["--no-repack", "--fit-print", "on"]);
     let output = command.stdin(Stdio::null()).output().map_err(|source| Error::Start {
         command: "llama-fit-params (build it with `cargo xtask engine --from-source`)".to_owned(),

@@ -55,7 +55,7 @@ fn write(dir: &Path, shape: &Shape) -> Result<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use pool_domain::estimate::KvType;
+    use pool_domain::estimate::{KvType, LlamaCppSettings, Overheads, estimate_single};
 
     use super::*;
 
@@ -68,6 +68,8 @@ mod tests {
             let profile = model_store::profile(&write(dir.path(), &shape).unwrap()).unwrap();
             let tensors: u64 = shape.tensors.iter().map(gguf::Tensor::bytes).sum();
             assert_eq!((profile.weights(), profile.tensor_bytes), (tensors, tensors), "{}", shape.name);
+            let made = estimate_single(&profile, &LlamaCppSettings::default(), Overheads::NONE).unwrap();
+            assert!(made.compared, "{} belongs among the compared architectures", shape.name);
             let title = format!("### {} (", shape.name);
             let section = document.split(&title).nth(1).unwrap().split("\n### ").next().unwrap();
             let mut cells = 0;

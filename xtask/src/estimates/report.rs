@@ -28,13 +28,15 @@ Sizes are MiB; the engine prints whole ones, cut off, so both sides are compared
 /// Contexts, types and slots of every shape, the worst of each.
 pub(super) fn document(rows: &[Row]) -> String {
     let mut out = HEAD.to_owned();
-    let cases: usize = rows.iter().map(|r| r.cases.len() + r.bare.len()).sum();
+    let cases: usize = rows.iter().map(|r| r.cases.len() + r.bare.len() + r.options.len()).sum();
     let missed: usize =
         rows.iter().flat_map(|r| r.cases.iter().chain(&r.bare)).filter(|c| !c.misses().is_empty()).count();
+    let missed = missed + rows.iter().flat_map(|r| &r.options).filter(|v| !v.met()).count();
     line(&mut out, &format!("\n{} shapes, {cases} cases, {missed} of them miss a goal.\n", rows.len()));
     summary(&mut out, rows);
     peers(&mut out, rows);
     bare(&mut out, rows);
+    options(&mut out, rows);
     line(&mut out, "\n## Every case\n");
     line(
         &mut out,
@@ -136,6 +138,26 @@ fn bare(out: &mut String, rows: &[Row]) {
         let cells: Vec<String> =
             row.bare.iter().map(|c| format!("{} / {}", c.theirs.compute, c.ours.compute)).collect();
         line(out, &format!("| {} | {} |", row.name, cells.join(" | ")));
+    }
+}
+
+fn options(out: &mut String, rows: &[Row]) {
+    let rows: Vec<&Row> = rows.iter().filter(|r| !r.options.is_empty()).collect();
+    let Some(first) = rows.first() else { return };
+    line(out, "\n## Other settings\n");
+    line(out, "32k, one slot, f16, flash attention on, but for what is named. Context + compute: engine / estimate.\n");
+    let names: Vec<&str> = rows.iter().map(|r| r.name).collect();
+    line(out, &format!("| settings | {} |\n|---|{}", names.join(" | "), "--:|".repeat(names.len())));
+    let shown = |sizes: Option<Sizes>| match sizes {
+        Some(sizes) => format!("{} + {}", sizes.context, sizes.compute),
+        None => "refused".to_owned(),
+    };
+    for (i, variant) in first.options.iter().enumerate() {
+        let cell = |row: &&Row| {
+            row.options.get(i).map_or_else(String::new, |v| format!("{} / {}", shown(v.theirs), shown(v.ours)))
+        };
+        let cells: Vec<String> = rows.iter().map(cell).collect();
+        line(out, &format!("| `{}` | {} |", variant.name, cells.join(" | ")));
     }
 }
 

@@ -89,7 +89,7 @@ impl<'a> Graph<'a> {
         };
         // Without flash attention values are stored transposed, each number at a place of its own, told as an i64
         // (`llama_kv_cache::build_input_v_idxs`).
-        let places = |cache: &KvShape| match plan.settings.flash_attention.runs() {
+        let places = |cache: &KvShape| match plan.flash {
             true => 0,
             false => widest(cache.window).saturating_mul(tokens).saturating_mul(8),
         };
@@ -171,7 +171,7 @@ impl<'a> Graph<'a> {
         let heads = u64::from(layer.heads);
         let queries = self.rows(heads.saturating_mul(u64::from(shape.key_length)));
         let mla = shape.value_length == 0;
-        if self.plan.settings.flash_attention.runs() {
+        if self.plan.flash {
             // With MLA queries are also kept apart, compressed, and as results.
             return if mla { queries.saturating_mul(7) / 2 } else { queries };
         }
@@ -200,7 +200,7 @@ fn caches(profile: &ModelProfile) -> Vec<KvShape> {
 /// (`build_attn_inp_kq_mask`).
 fn mask(plan: &Plan<'_>, window: Option<u64>) -> u64 {
     let context = &plan.context;
-    let number = if plan.settings.flash_attention.runs() { 2 } else { 4 };
+    let number = if plan.flash { 2 } else { 4 };
     context.cells_of(window, plan.settings).saturating_mul(context.tokens).saturating_mul(number)
 }
 

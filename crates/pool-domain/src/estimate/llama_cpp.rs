@@ -81,6 +81,9 @@ impl Default for LlamaCppSettings {
     }
 }
 
+/// Sequences at once (`LLAMA_MAX_SEQ`).
+const MAX_SLOTS: u32 = 256;
+
 /// Architectures for which llama.cpp keeps what no header tells: compressed caches, a second model's cache, an encoder's
 /// results (`llama_model::create_memory`).
 const NOT_ESTIMATED: &[&str] =
@@ -191,6 +194,8 @@ pub(super) struct Plan<'a> {
     pub(super) profile: &'a ModelProfile,
     pub(super) settings: &'a LlamaCppSettings,
     pub(super) context: ContextLayout,
+    /// Whether attention runs fused.
+    pub(super) flash: bool,
     has_cache: bool,
     /// Widest value of all layers: without flash attention every layer's V is padded to it.
     widest_value: u64,
@@ -213,17 +218,14 @@ impl<'a> Plan<'a> {
         if settings.context == 0 && profile.context_length == 0 {
             return Err(EstimateError::Shape("for which context it was trained, and none is set"));
         }
-        if settings.slots == 0 {
-            return Err(EstimateError::Setting("an engine needs at least one slot"));
-        }
-        if settings.kv_type_v.is_quantized() && !settings.flash_attention.runs() {
-            return Err(EstimateError::Setting("a quantised V cache needs flash attention"));
-        }
+        // The engine turns it off for this architecture, whatever is asked for (`llama_init_from_model`).
+        let flash = settings.flash_attention.runs() && architecture != "grok";
+        check(profile, settings, flash)?;
         let has_cache = !WITHOUT_CACHE.contains(&architecture);
         let widest_value = profile.layers.iter().map(value_width).max().unwrap_or(0);
         let attention_only = profile.layers.iter().all(|l| l.recurrent_bytes == 0);
         let context = ContextLayout::new(profile, settings);
-        Ok(Self { profile, settings, context, has_cache, widest_value, attention_only })
+        Ok(Self { profile, settings, context, flash, has_cache, widest_value, attention_only })
     }
 
     /// Bytes of one layer's keys and values, and of its recurrent state.
@@ -236,7 +238,7 @@ impl<'a> Plan<'a> {
         if !self.has_cache {
             return recurrent;
         }
-        let flash = self.settings.flash_attention.runs();
+        let flash = self.flash;
         // What shares another layer's keys has heads of its own; what the engine does not read has no bytes.
         let padding = !flash && self.attention_only && layer.heads == 0 && layer.bytes > 0;
         let (key, value, window) = match layer.kv {
@@ -258,6 +260,29 @@ impl<'a> Plan<'a> {
         let wanted = self.settings.gpu_layers.map_or(all, |n| usize::try_from(n).unwrap_or(usize::MAX));
         all.saturating_sub(wanted)
     }
+}
+
+/// Settings that the engine refuses for this model (`llama_init_from_model`).
+fn check(profile: &ModelProfile, settings: &LlamaCppSettings, flash: bool) -> Result<(), EstimateError> {
+    let (k, v) = (settings.kv_type_k, settings.kv_type_v);
+    if settings.slots == 0 {
+        return Err(EstimateError::Setting("an engine needs at least one slot"));
+    }
+    if settings.slots > MAX_SLOTS {
+        return Err(EstimateError::Setting("an engine has at most 256 slots"));
+    }
+    if v.is_quantized() && !flash {
+        return Err(EstimateError::Setting("a quantised V cache needs flash attention"));
+    }
+    let mut caches = profile.layers.iter().filter_map(|l| l.kv);
+    if k != v && caches.clone().any(|kv| kv.value_length == 0) {
+        return Err(EstimateError::Setting("a model with MLA needs the same type for K and V"));
+    }
+    let odd = |kind: KvType, length: u32| flash && kind.is_quantized() && !length.is_multiple_of(32);
+    if caches.any(|kv| odd(k, kv.key_length) || odd(v, kv.value_length)) {
+        return Err(EstimateError::Setting("a quantised KV cache needs heads of a multiple of 32 numbers"));
+    }
+    Ok(())
 }
 
 fn value_width(layer: &LayerProfile) -> u64 {

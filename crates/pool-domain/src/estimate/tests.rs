@@ -153,6 +153,26 @@ fn a_server_needs_logits_for_its_slots_only() {
     assert_eq!(estimate_single(&smol, &batch, Overheads::NONE).unwrap().host.compute / MIB, 103);
 }
 
+/// llama-server with the shape of Gemma-3-4B, `-c 32768 -np 4 -kvu -fa on --no-repack -lv 5`: "KV buffer size = 640.00
+/// MiB" and "522.00 MiB", "compute buffer size = 121.53 MiB". With Llama-3.1-8B's: 4096 and 156.02 MiB.
+#[test]
+fn one_cache_for_all_slots() {
+    let mut layers = vec![attention(8, 4, 256, 10_240); 34];
+    let bounded = layers.iter_mut().enumerate().filter(|(i, _)| i % 6 < 5);
+    bounded.filter_map(|(_, l)| l.kv.as_mut()).for_each(|kv| kv.window = Some(1024));
+    let settings = LlamaCppSettings {
+        context: 32_768,
+        slots: 4,
+        kv_unified: true,
+        gpu_layers: Some(0),
+        ..LlamaCppSettings::default()
+    };
+    for (profile, kv, compute) in [(model("gemma3", 2560, 262_144, layers), 1162, 121), (llama_3_8b(), 4096, 156)] {
+        let host = estimate_single(&profile, &settings, Overheads::NONE).unwrap().host;
+        assert_eq!((host.kv, host.compute / MIB), (kv * MIB, compute), "{}", profile.architecture);
+    }
+}
+
 /// Published: Llama-3.1-8B, Qwen2.5-7B and Llama-3-70B keep so many bytes a token in f16.
 #[test]
 fn bytes_per_token() {
@@ -237,6 +257,13 @@ fn what_cannot_be_estimated_says_so() {
     assert!(error(&llama_3_8b(), &LlamaCppSettings { slots: 0, ..settings }).contains("slot"));
     let quantised = LlamaCppSettings { kv_type_v: KvType::Q8_0, flash_attention: FlashAttention::Off, ..settings };
     assert!(error(&llama_3_8b(), &quantised).contains("flash attention"));
+    assert!(error(&llama_3_8b(), &LlamaCppSettings { slots: 257, ..settings }).contains("256"));
+    let mixed = LlamaCppSettings { kv_type_k: KvType::Q8_0, ..settings };
+    assert!(error(&deepseek_v2_lite(), &mixed).contains("MLA"));
+    let odd = model("llama", 1600, 1000, vec![attention(20, 20, 80, 6400); 2]);
+    assert!(error(&odd, &mixed).contains("multiple of 32"));
+    let grok = ModelProfile { architecture: "grok".into(), ..llama_3_8b() };
+    assert!(error(&grok, &LlamaCppSettings { kv_type_v: KvType::Q8_0, ..settings }).contains("flash attention"));
     let short = estimate(&llama_3_8b(), &settings, &[0; 3], 0, Overheads::default());
     assert_eq!(short, Err(EstimateError::Assignment { layers: 3, expected: 32 }));
     assert!(estimate(&llama_3_8b(), &settings, &[0; 32], usize::MAX, Overheads::default()).is_err());
@@ -307,7 +334,7 @@ prop_compose! {
 
 prop_compose! {
     fn any_settings()(
-        context in any_u64(), slots in any::<u32>(), k in 0..9_usize, v in 0..9_usize, flash in 0..3_usize,
+        context in any_u64(), slots in prop_oneof![0..300_u32, any::<u32>()], k in 0..9_usize, v in 0..9_usize, flash in 0..3_usize,
         batch in any::<u32>(), ubatch in any::<u32>(), flags in any::<[bool; 4]>(),
         gpu_layers in prop::option::of(0..7_u32),
     ) -> LlamaCppSettings {
@@ -346,7 +373,8 @@ proptest! {
         let profile = [llama_3_8b, gemma_2_9b, qwen3_30b_a3b, deepseek_v2_lite, jamba_52b, mamba_2_8b][which]();
         let of = |context, slots| {
             let settings = LlamaCppSettings {
-                context, slots, gpu_layers: None, kv_offload: true, flash_attention: FlashAttention::On, ..settings
+                context, slots, gpu_layers: None, kv_offload: true, flash_attention: FlashAttention::On,
+                kv_type_v: settings.kv_type_k, ..settings
             };
             estimate_single(&profile, &settings, Overheads::default()).map(|e| e.devices[0])
         };

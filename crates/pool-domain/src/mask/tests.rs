@@ -21,8 +21,8 @@ fn wrong_masks_say_which_entry_and_what_would_be_right() {
     for (text, part) in [
         ("", "empty"),
         ("0,0", "`0` stands twice"),
-        ("-1", "`-1` is negative"),
-        ("0,-2", "`-2` is negative"),
+        ("-1", "`-1` names no device: indices start at 0"),
+        ("0,-2", "`-2` names no device: indices start at 0"),
         ("GPU-nope", "`GPU-nope` names no device"),
         ("gpu0", "`gpu0` names no device"),
         ("MIG-GPU-51000000-0000-4000-8000-000000000002/3", "names no device"),
