@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use pool_domain::plan::EngineMemory;
 use pool_domain::{EngineName, Failure};
 use pool_services::PoolSpec;
 use pool_services::ports::{Endpoint, EngineProvisioner, PrepareRequest, PreparedEngine};
@@ -86,6 +87,14 @@ impl EngineProvisioner for Provisioner {
         match self.engine(spec) {
             Ok((_, Some(Mode::External { addr }))) => Some(*addr),
             _ => None,
+        }
+    }
+
+    fn memory(&self, spec: &PoolSpec) -> EngineMemory {
+        match self.engine(spec) {
+            Ok((_, Some(Mode::External { .. })) | (Kind::Stub, _)) => EngineMemory::Nothing,
+            Ok((Kind::LlamaCpp, _)) => EngineMemory::LlamaCpp(kinds::llama_cpp::settings(spec)),
+            Err(_) => EngineMemory::Unknown,
         }
     }
 

@@ -16,7 +16,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pool_domain::{Failure, FailureClass, ModelRef};
+use pool_domain::{Failure, FailureClass, ModelProfile, ModelRef};
 use pool_services::ports::{ModelStore, ResolvedModel};
 use rustix::fs::OFlags;
 
@@ -108,6 +108,18 @@ impl ModelStore for LocalModels {
         tokio::task::spawn_blocking(move || this.resolve(&model))
             .await
             .map_err(|_| Failure::new(FailureClass::Artifact, "the check of the model did not finish"))?
+    }
+
+    async fn profile(&self, model: &ResolvedModel) -> Result<Option<ModelProfile>, Failure> {
+        let Some(path) = model.local_path.clone() else { return Ok(None) };
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let wrong = |why: String| Failure::new(FailureClass::Artifact, format!("model file `{name}` {why}"));
+        match tokio::task::spawn_blocking(move || profile(&path)).await {
+            Ok(Ok(profile)) => Ok(Some(profile)),
+            Ok(Err(ProfileError::Architecture(_) | ProfileError::UnknownFormat)) => Ok(None),
+            Ok(Err(error)) => Err(wrong(error.to_string())),
+            Err(_) => Err(wrong("could not be read".into())),
+        }
     }
 }
 

@@ -248,7 +248,9 @@ fn over(
         let rows = rows_of(&resolved, devices, promised, |at| {
             let expected = estimate.devices.get(at).copied().unwrap_or_default();
             let (layers, output) = share(at);
-            (layers, output, expected, demand.vram.unwrap_or_else(|| expected.total()))
+            // The engine opens a context also where it puts no layer.
+            let least = Overheads::default().runtime;
+            (layers, output, expected, demand.vram.unwrap_or_else(|| expected.total().max(least)))
         });
         let tensor_split = Some(plan.tensor_split());
         let context = Some(settings.context);

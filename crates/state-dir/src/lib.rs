@@ -22,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::{Generation, PoolId, ReplicaKey};
 use pool_services::ports::{Handoff, LedgerError, StateLedger};
 use thiserror::Error;
@@ -174,6 +175,19 @@ impl StateLedger for StateDir {
         self.work(move |paths| files::remove(&paths.handoff, &name))
             .await
             .map_err(|source| LedgerError { what: "the removal of a handoff", source })
+    }
+
+    async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction> {
+        self.read(pool).await.learnt(key)
+    }
+
+    async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
+        let key = key.clone();
+        self.update("what an engine took", pool, move |r| {
+            r.learn(key, correction);
+            Ok(())
+        })
+        .await
     }
 }
 

@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
+use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::{Generation, PoolId, ReplicaId};
 use pool_services::ports::Handoff;
 use serde::{Deserialize, Serialize};
@@ -16,12 +17,31 @@ use tracing::warn;
 use crate::files;
 
 const VERSION: u32 = 1;
+/// Figures remembered for a pool; each belongs to another model or other settings.
+const LEARNT_MAX: usize = 32;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct PoolRecord {
     version: u32,
     pub(crate) hold: bool,
     replicas: BTreeMap<u16, ReplicaRecord>,
+    /// What engines took, newest last.
+    #[serde(default)]
+    learnt: Vec<LearntRecord>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct LearntRecord {
+    model: String,
+    settings: String,
+    taken: u64,
+    samples: u32,
+}
+
+impl LearntRecord {
+    fn is(&self, key: &CorrectionKey) -> bool {
+        self.model == key.model && self.settings == key.settings
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +56,7 @@ struct Versioned {
 
 impl Default for PoolRecord {
     fn default() -> Self {
-        Self { version: VERSION, hold: false, replicas: BTreeMap::new() }
+        Self { version: VERSION, hold: false, replicas: BTreeMap::new(), learnt: Vec::new() }
     }
 }
 
@@ -54,6 +74,19 @@ impl PoolRecord {
         }
         self.replicas.insert(replica.0, ReplicaRecord { generation: generation.0 });
         Ok(())
+    }
+
+    pub(crate) fn learnt(&self, key: &CorrectionKey) -> Option<Correction> {
+        let found = self.learnt.iter().find(|l| l.is(key))?;
+        Some(Correction { taken: found.taken, samples: found.samples })
+    }
+
+    pub(crate) fn learn(&mut self, key: CorrectionKey, correction: Correction) {
+        self.learnt.retain(|l| !l.is(&key));
+        let CorrectionKey { model, settings } = key;
+        self.learnt.push(LearntRecord { model, settings, taken: correction.taken, samples: correction.samples });
+        let superfluous = self.learnt.len().saturating_sub(LEARNT_MAX);
+        self.learnt.drain(..superfluous);
     }
 
     /// Takes over every generation that is higher in `other`.

@@ -1,8 +1,9 @@
 //! `llama-server`.
 
 use pool_domain::Failure;
-use pool_services::Workload;
+use pool_domain::estimate::{FlashAttention, KvType, LlamaCppSettings, Outputs};
 use pool_services::ports::PrepareRequest;
+use pool_services::{PoolSpec, Workload};
 
 use crate::discover::Program;
 use crate::kinds::utf8;
@@ -24,6 +25,17 @@ pub(crate) const OWNED: &[&str] = &[
     "-hf",
     "-hfr",
     "--models-dir",
+    // Keys of a pool: `context`, `slots`, `kv_type`, `tensor_split`.
+    "--ctx-size",
+    "-c",
+    "--parallel",
+    "-np",
+    "--cache-type-k",
+    "-ctk",
+    "--cache-type-v",
+    "-ctv",
+    "--tensor-split",
+    "-ts",
 ];
 
 /// Everything, on any model.
@@ -46,11 +58,23 @@ pub(crate) fn args(request: &PrepareRequest, program: &Program) -> Result<Vec<St
         "--parallel".into(),
         spec.slots.to_string(),
     ];
-    if let Some(context) = spec.context {
+    if let Some(context) = request.context.or(spec.context.map(u64::from)) {
         args.extend(["--ctx-size".into(), context.to_string()]);
     }
     if !request.devices.uuids.is_empty() {
         args.extend(["-ngl".into(), ALL_LAYERS.into()]);
+    }
+    if let Some(split) = &request.tensor_split {
+        args.extend(["--tensor-split".into(), split.clone()]);
+    }
+    for (flag, kv) in [("--cache-type-k", spec.kv_type.0), ("--cache-type-v", spec.kv_type.1)] {
+        if kv != KvType::default() {
+            args.extend([flag.into(), kv.to_string()]);
+        }
+    }
+    if program.knows("--fit") {
+        // The plan is ours: newer versions would shrink the context by themselves.
+        args.extend(["--fit".into(), "off".into()]);
     }
     match spec.workload {
         Workload::Generate => {}
@@ -62,4 +86,47 @@ pub(crate) fn args(request: &PrepareRequest, program: &Program) -> Result<Vec<St
     args.extend(optional.map(str::to_owned));
     args.extend(spec.args.iter().cloned());
     Ok(args)
+}
+
+/// What decides about memory: the keys of the pool, and the flags that have no key.
+pub(crate) fn settings(spec: &PoolSpec) -> LlamaCppSettings {
+    let default = LlamaCppSettings::default();
+    let (mut flash_attention, mut batch, mut ubatch, mut gpu_layers) =
+        (default.flash_attention, default.batch, default.ubatch, default.gpu_layers);
+    let (mut swa_full, mut kv_unified, mut kv_offload) = (false, false, true);
+    let mut args = spec.args.iter().map(String::as_str);
+    while let Some(arg) = args.next() {
+        let (flag, given) = arg.split_once('=').map_or((arg, None), |(flag, value)| (flag, Some(value)));
+        let mut number = |old: u32| given.or_else(|| args.next()).and_then(|n| n.parse().ok()).unwrap_or(old);
+        match flag {
+            "--batch-size" | "-b" => batch = number(batch),
+            "--ubatch-size" | "-ub" => ubatch = number(ubatch),
+            "--n-gpu-layers" | "--gpu-layers" | "-ngl" => gpu_layers = Some(number(u32::MAX)),
+            "--swa-full" => swa_full = true,
+            "--kv-unified" | "-kvu" => kv_unified = true,
+            "--no-kv-offload" | "-nkvo" => kv_offload = false,
+            "--flash-attn" | "-fa" => {
+                flash_attention = match given.or_else(|| args.next()) {
+                    Some("off" | "0" | "false" | "disabled") => FlashAttention::Off,
+                    Some("auto" | "-1") => FlashAttention::Auto,
+                    _ => FlashAttention::On,
+                }
+            }
+            _ => {}
+        }
+    }
+    LlamaCppSettings {
+        context: spec.context.map_or(0, u64::from),
+        slots: u32::from(spec.slots),
+        kv_type_k: spec.kv_type.0,
+        kv_type_v: spec.kv_type.1,
+        flash_attention,
+        batch,
+        ubatch,
+        kv_unified,
+        gpu_layers,
+        swa_full,
+        kv_offload,
+        outputs: if spec.workload == Workload::Generate { Outputs::Slots } else { Outputs::Batch },
+    }
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
+use pool_domain::estimate::KvType;
 use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
+use pool_domain::plan::Split;
+use pool_domain::split::{MAX_DEVICES, SplitRatios};
 use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceMask, EngineName, ModelRef};
 use pool_services::{Activation, Workload};
 use thiserror::Error;
@@ -115,6 +118,8 @@ impl PoolSpec {
             },
             context: self.context,
             slots,
+            kv_type: kv_types(self.kv_type.as_ref())?,
+            tensor_split: split(self.tensor_split)?,
             vram: self.vram.and_then(VramText::into_value),
             aliases: self.aliases,
             policy,
@@ -124,8 +129,6 @@ impl PoolSpec {
     }
 
     fn refuse_unsupported(&self) -> Result<(), SpecError> {
-        unsupported("tensor_split", !matches!(self.tensor_split, None | Some(SplitText::Off)))?;
-        unsupported("kv_type", self.kv_type.as_ref().is_some_and(|k| k.iter().any(|t| t != "f16")))?;
         if let Some(h) = &self.health {
             unsupported("health.busy_stall", h.busy_stall.is_some())?;
             unsupported("health.canary", h.canary.is_some())?;
@@ -142,6 +145,23 @@ impl PoolSpec {
             unsupported("isolation.nofile", i.nofile.is_some())?;
         }
         Ok(())
+    }
+}
+
+fn kv_types(given: Option<&[String; 2]>) -> Result<(KvType, KvType), SpecError> {
+    let parse = |text: &String| text.parse::<KvType>().or_else(|e| wrong("kv_type", e.to_string()));
+    given.map_or(Ok(Default::default()), |[k, v]| Ok((parse(k)?, parse(v)?)))
+}
+
+/// How many entries there may be is known only with the devices.
+fn split(given: Option<SplitText>) -> Result<Split, SpecError> {
+    match given {
+        None | Some(SplitText::Off) => Ok(Split::Off),
+        Some(SplitText::Auto) => Ok(Split::Auto),
+        Some(SplitText::Ratios(text)) => match SplitRatios::parse(&text, MAX_DEVICES) {
+            Ok(_) => Ok(Split::Ratios(text)),
+            Err(e) => wrong("tensor_split", e.to_string()),
+        },
     }
 }
 

@@ -181,19 +181,20 @@ pub struct PoolSpec {
     /// Never evicted for another pool. Read and kept; nothing is evicted yet, so every pool is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
-    /// Context in tokens over all slots; default the engine's own.
+    /// Context in tokens over all slots; default the largest that fits, at most 8192.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<u32>,
     /// Concurrent requests per engine; default 4.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u16>,
-    /// Types of the K and V caches; only `["f16", "f16"]` is supported yet.
+    /// Types of the K and V caches: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl; default `["f16", "f16"]`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_type: Option<[String; 2]>,
     /// Bytes per device; default `"auto"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vram: Option<VramText>,
-    /// How weights are split; only `"off"` is supported yet.
+    /// How layers are spread over the devices: `"off"`, `"auto"` (as evenly as whole layers allow, on as few devices as
+    /// do) or ratios such as `"3,1"`; default `"off"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tensor_split: Option<SplitText>,
     /// Other names for the model.

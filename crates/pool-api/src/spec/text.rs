@@ -218,8 +218,8 @@ pub enum SplitText {
     Off,
     /// By free memory.
     Auto,
-    /// By these ratios.
-    Ratios(Vec<f64>),
+    /// By these ratios, as written.
+    Ratios(String),
 }
 
 impl<'de> Deserialize<'de> for SplitText {
@@ -228,21 +228,22 @@ impl<'de> Deserialize<'de> for SplitText {
         impl<'de> Visitor<'de> for V {
             type Value = SplitText;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("\"off\", \"auto\" or a list of ratios such as [3, 1]")
+                f.write_str("\"off\", \"auto\", or ratios such as \"3,1\" or [3, 1]")
             }
             fn visit_str<E: de::Error>(self, text: &str) -> Result<SplitText, E> {
-                match text {
-                    "off" => Ok(SplitText::Off),
-                    "auto" => Ok(SplitText::Auto),
-                    _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
-                }
+                Ok(match text {
+                    "off" => SplitText::Off,
+                    "auto" => SplitText::Auto,
+                    // Whether they are ratios is looked at when the pool is checked, with all that belongs to it.
+                    ratios => SplitText::Ratios(ratios.to_owned()),
+                })
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<SplitText, A::Error> {
-                let mut ratios = Vec::new();
-                while let Some(ratio) = seq.next_element()? {
-                    ratios.push(ratio);
+                let mut ratios: Vec<String> = Vec::new();
+                while let Some(ratio) = seq.next_element::<f64>()? {
+                    ratios.push(ratio.to_string());
                 }
-                Ok(SplitText::Ratios(ratios))
+                Ok(SplitText::Ratios(ratios.join(",")))
             }
         }
         d.deserialize_any(V)
@@ -254,7 +255,7 @@ impl Serialize for SplitText {
         match self {
             Self::Off => s.serialize_str("off"),
             Self::Auto => s.serialize_str("auto"),
-            Self::Ratios(r) => r.serialize(s),
+            Self::Ratios(r) => s.serialize_str(r),
         }
     }
 }
@@ -264,6 +265,8 @@ impl JsonSchema for SplitText {
         "SplitText".into()
     }
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "anyOf": [{ "enum": ["off", "auto"] }, { "type": "array", "items": { "type": "number" } }] })
+        json_schema!({ "anyOf": [
+            { "enum": ["off", "auto"] }, { "type": "string" }, { "type": "array", "items": { "type": "number" } }
+        ] })
     }
 }
