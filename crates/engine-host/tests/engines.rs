@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine_host::{EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, Provisioner, ShimCommand, StubCommand};
+use pool_domain::estimate::KvType;
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::{OnDeadline, Policy};
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey, ResolvedMask};
@@ -51,6 +52,8 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         replicas: 1,
         activation: Activation::OnDemand,
         context: Some(4096),
+        kv_type: Default::default(),
+        tensor_split: Default::default(),
         slots: 3,
         vram: None,
         aliases: Vec::new(),
@@ -86,7 +89,14 @@ impl Bench {
 
     async fn prepare(&self, spec: PoolSpec) -> PreparedEngine {
         let model = ResolvedModel { id: "tiny".into(), local_path: None, bytes: 0 };
-        let request = PrepareRequest { spec, model, devices: ResolvedMask::default(), listen: free_port() };
+        let request = PrepareRequest {
+            spec,
+            model,
+            devices: ResolvedMask::default(),
+            listen: free_port(),
+            tensor_split: None,
+            context: None,
+        };
         Self::provisioner(Vec::new()).prepare(&request).await.unwrap()
     }
 
@@ -334,15 +344,21 @@ async fn llama_cpp_gets_only_flags_it_knows() {
     drop(file);
     let provisioner = declared("llama.cpp", Mode::Binary { path });
     let request = PrepareRequest {
-        spec: PoolSpec { version: "b4567".into(), ..spec("llama.cpp", &["--flash-attn", "on"]) },
+        spec: PoolSpec {
+            version: "b4567".into(),
+            kv_type: (KvType::Q8_0, KvType::Q8_0),
+            ..spec("llama.cpp", &["--flash-attn", "on"])
+        },
         model: ResolvedModel { id: "tiny".into(), local_path: Some("/models/tiny.gguf".into()), bytes: 1 },
         devices: ResolvedMask { uuids: vec!["GPU-a".into()] },
         listen: "127.0.0.1:4242".parse().unwrap(),
+        tensor_split: Some("3,1".into()),
+        context: Some(2048),
     };
     let engine = provisioner.prepare(&request).await.unwrap();
     assert_eq!(engine.engine_version, "4567 (abcdef)");
-    let expected = "--model /models/tiny.gguf --alias tiny --host 127.0.0.1 --port 4242 --parallel 3 --ctx-size 4096 \
-                    -ngl 999 --metrics --no-ui --flash-attn on";
+    let expected = "--model /models/tiny.gguf --alias tiny --host 127.0.0.1 --port 4242 --parallel 3 --ctx-size 2048 \
+                    -ngl 999 --tensor-split 3,1 --cache-type-k q8_0 --cache-type-v q8_0 --metrics --no-ui --flash-attn on";
     assert_eq!(engine.args.join(" "), expected);
     assert!(engine.env.contains(&("CUDA_VISIBLE_DEVICES".into(), "GPU-a".into())));
     let unknown = PoolSpec { args: vec!["--flash-atn".into()], ..request.spec };
@@ -360,7 +376,14 @@ async fn an_external_engine_is_left_not_ended() {
     provisioner.preflight(&spec).await.unwrap();
     assert_eq!(provisioner.external(&spec), Some(served.addr));
     let model = ResolvedModel { id: "tiny".into(), local_path: None, bytes: 0 };
-    let request = PrepareRequest { spec, model, devices: ResolvedMask::default(), listen: free_port() };
+    let request = PrepareRequest {
+        spec,
+        model,
+        devices: ResolvedMask::default(),
+        listen: free_port(),
+        tensor_split: None,
+        context: None,
+    };
     let engine = provisioner.prepare(&request).await.unwrap();
     let running = bench.launch(&engine).await.unwrap();
     bench.probe.identify(&engine.endpoint).await.unwrap();

@@ -9,14 +9,19 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use pool_domain::PoolId;
-use pool_services::control::Lease;
-use pool_services::{ControlError, DrainOptions, NodeSnapshot, Operation, PoolControl, PoolSnapshot};
+use pool_domain::{PoolId, rank};
+use pool_services::control::{Lease, PlanRequest};
+use pool_services::{
+    ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolSnapshot,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::dto::{DrainBody, EmptyBody, LeaseBody, LeaseView, NodeView, OperationView, PoolView, Problem};
+use crate::dto::{
+    DrainBody, EmptyBody, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody, PlacementView, PlanBody,
+    PlanView, PoolView, Problem,
+};
 
 /// Largest answer that is read.
 const MAX_ANSWER: usize = 16 * 1024 * 1024;
@@ -237,6 +242,20 @@ impl PoolControl for HttpControl {
         let body = LeaseBody { ttl_ms: Some(millis(ttl)) };
         let bytes = self.post(&format!("/v1/pools/{id}/leases"), &body, id.as_str()).await?;
         self.convert(self.read::<LeaseView>(&bytes)?)
+    }
+
+    async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
+        let subject = match &what {
+            PlanRequest::Pool(id) => id.to_string(),
+            PlanRequest::Spec(spec) => spec.id.to_string(),
+        };
+        let bytes = self.post("/v1/plan", &PlanBody::from(what), &subject).await?;
+        Ok(self.read::<PlanView>(&bytes)?.into())
+    }
+
+    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+        let bytes = self.post("/v1/placements", &PlacementBody::from(request), "placements").await?;
+        self.read::<Vec<PlacementView>>(&bytes)?.into_iter().map(|p| self.convert(p)).collect()
     }
 
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {

@@ -9,6 +9,8 @@ use common::{Fake, chat, id, node, operation, state};
 use pool_api::client::HttpControl;
 use pool_api::server::{LocalAddr, router};
 use pool_domain::lifecycle::OnDeadline;
+use pool_domain::rank;
+use pool_services::control::PlanRequest;
 use pool_services::{ControlError, DrainOptions, OperationState, PoolControl, PoolSnapshot};
 
 async fn serve(fake: Fake) -> HttpControl {
@@ -38,6 +40,11 @@ async fn round_trip() {
     assert_eq!(c.operation("op-1").await, Ok(operation("drain", OperationState::Running)));
     let done = c.wait_operation("op-1", Duration::from_secs(1)).await;
     assert_eq!(done, Ok(operation("drain", OperationState::Succeeded("drained".into()))));
+    let plan = c.plan(PlanRequest::Pool(id("chat"))).await.unwrap();
+    assert_eq!(plan, Fake::default().plan(PlanRequest::Pool(id("chat"))).await.unwrap());
+    let request = rank::Request { model: Some("chat".into()), context: Some(7), ..rank::Request::default() };
+    let placed = c.placements(request.clone()).await;
+    assert_eq!(placed, Fake::default().placements(request).await);
     let lease = c.lease(&id("chat"), Duration::from_secs(5)).await.unwrap();
     assert_eq!(lease, Fake::default().lease(&id("chat"), Duration::from_secs(5)).await.unwrap());
     assert_eq!(c.release(&lease.id).await, Ok(()));
@@ -55,7 +62,7 @@ async fn errors_come_back_as_they_were() {
         ControlError::Draining,
         ControlError::Unavailable { retry_after: Duration::from_millis(1500) },
         ControlError::Unreachable("stopping".into()),
-        ControlError::Remote { code: "NEW".into(), detail: "d".into() },
+        ControlError::Refused { code: "NEW".into(), detail: "d".into() },
     ] {
         let c = serve(Fake { error: Some(error.clone()), ..Fake::default() }).await;
         assert_eq!(c.lease(&id("chat"), Duration::from_secs(1)).await, Err(error));
@@ -66,7 +73,7 @@ async fn errors_come_back_as_they_were() {
         assert_eq!(c.release(odd).await, Err(ControlError::LeaseNotFound(odd.into())));
     }
     let refused = c.lease(&id("chat"), Duration::ZERO).await;
-    assert!(matches!(refused, Err(ControlError::Remote { code, .. }) if code == "INVALID_PARAMS"));
+    assert!(matches!(refused, Err(ControlError::Refused { code, .. }) if code == "INVALID_PARAMS"));
 }
 
 #[tokio::test]

@@ -27,6 +27,9 @@ const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/pools/chat"),
     ("GET", "/v1/pools/chat?wait_for_snapshot=3&wait_ms=99999999"),
     ("GET", "/v1/pools/chat/health"),
+    ("PUT", "/v1/pools/chat?dry_run=true"),
+    ("POST", "/v1/plan"),
+    ("POST", "/v1/placements"),
     ("POST", "/v1/pools/chat/preload"),
     ("POST", "/v1/pools/chat/drain"),
     ("POST", "/v1/pools/chat/resume"),
@@ -76,7 +79,17 @@ async fn problem(response: Response) -> (u16, Value) {
 #[tokio::test]
 async fn every_route_answers() {
     for (method, path) in ROUTES {
-        let status = send(Fake::default(), request(method, path)).await.status();
+        let body = match *path {
+            "/v1/plan" => r#"{"pool":"chat"}"#,
+            path if *method == "PUT" && path.ends_with("dry_run=true") => r#"{"model":"stub:a","engine":"stub"}"#,
+            _ => "",
+        };
+        let mut request = request(method, path);
+        if !body.is_empty() {
+            *request.body_mut() = body.into();
+            request.headers_mut().insert(header::CONTENT_TYPE, "application/json".parse().unwrap());
+        }
+        let status = send(Fake::default(), request).await.status();
         assert!(status.is_success(), "{method} {path}: {status}");
     }
 }
@@ -93,8 +106,8 @@ async fn every_error_has_its_status_and_code() {
         (ControlError::Draining, 503, "POOL_DRAINING"),
         (ControlError::Unavailable { retry_after: Duration::from_millis(1500) }, 503, "POOL_UNAVAILABLE"),
         (ControlError::Unreachable("stopping".into()), 503, "UNAVAILABLE"),
-        (ControlError::Remote { code: "POOL_SATURATED".into(), detail: "d".into() }, 429, "POOL_SATURATED"),
-        (ControlError::Remote { code: "NEW".into(), detail: "d".into() }, 502, "NEW"),
+        (ControlError::Refused { code: "POOL_SATURATED".into(), detail: "d".into() }, 429, "POOL_SATURATED"),
+        (ControlError::Refused { code: "NEW".into(), detail: "d".into() }, 502, "NEW"),
     ];
     for (error, status, code) in cases {
         let fake = || Fake { error: Some(error.clone()), ..Fake::default() };
@@ -308,4 +321,40 @@ async fn the_document_names_every_route() {
     for name in ["PoolView", "ReplicaView", "Problem", "DrainBody", "OnDeadlineText", "DeviceView"] {
         assert!(schemas.contains_key(name), "{name}");
     }
+}
+
+async fn ask(method: &str, path: &str, body: &'static str) -> (u16, Value) {
+    let mut request = post(path, "application/json", body);
+    *request.method_mut() = method.parse().unwrap();
+    let response = send(Fake::default(), request).await;
+    (response.status().as_u16(), json(response).await)
+}
+
+#[tokio::test]
+async fn plans_and_placements() {
+    let plan = ask("POST", "/v1/plan", r#"{"pool":"chat"}"#).await;
+    assert_eq!((plan.0, &plan.1["devices"][0]["free_after_bytes"], &plan.1["fits"]), (200, &5.into(), &true.into()));
+    let keys = ask("POST", "/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":"3,1","vram":"1 GiB"}"#).await;
+    assert_eq!(keys.1["remedies"][0], r#"file:/m/a.gguf Ratios("3,1") Some(1073741824)"#);
+    let dry = ask("PUT", "/v1/pools/new?dry_run=true", r#"{"model":"stub:a","engine":"stub"}"#).await;
+    assert_eq!((dry.0, &dry.1["remedies"][0]), (200, &"stub:a Off None".into()));
+    for (path, body, status, code) in [
+        ("/v1/plan", "{}", 400, "INVALID_PARAMS"),
+        ("/v1/plan", r#"{"pool":"chat","slots":1}"#, 400, "INVALID_PARAMS"),
+        ("/v1/plan", r#"{"pool":"nobody"}"#, 404, "POOL_NOT_FOUND"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":"3,-1"}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":"nan"}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":"0,0"}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":""}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","devices":"0,0"}"#, 422, "MASK_INVALID"),
+        ("/v1/placements", r#"{"prefer_replica":"chat"}"#, 400, "INVALID_PARAMS"),
+        ("/v1/placements", r#"{"devices":["GPU-nope"]}"#, 422, "MASK_INVALID"),
+    ] {
+        let (got, told) = ask("POST", path, body).await;
+        assert_eq!((got, told["code"].as_str()), (status, Some(code)), "{path} {body}: {told}");
+    }
+    assert_eq!(ask("PUT", "/v1/pools/new", r#"{"model":"stub:a"}"#).await.0, 409);
+    assert_eq!(ask("PUT", "/v1/pools/new?dry_run=true", r#"{"id":"other","model":"stub:a"}"#).await.0, 400);
+    let (status, placed) = ask("POST", "/v1/placements", r#"{"model":"chat","prefer_replica":"chat/r1"}"#).await;
+    assert_eq!((status, &placed[0]["serves"], &placed[0]["replica_id"]), (200, &true.into(), &"r1".into()));
 }

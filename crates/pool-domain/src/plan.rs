@@ -326,6 +326,13 @@ pub enum Remedy {
         /// Tokens over all slots that fit then.
         tokens: u64,
     },
+    /// A smaller file of the same model, such as another quantisation.
+    Smaller {
+        /// Bytes of weights that would fit at the least context.
+        weights: u64,
+        /// On how many devices.
+        devices: usize,
+    },
     /// Nothing but room: other engines or programs hold it.
     Free {
         /// Bytes that would have to come free.
@@ -344,6 +351,10 @@ impl fmt::Display for Remedy {
             }
             Self::Split { devices, tokens } => {
                 write!(f, "tensor_split = \"auto\" over {devices} devices fits with context = {tokens}")
+            }
+            Self::Smaller { weights, devices } => {
+                let on = if *devices == 1 { "one GPU".to_owned() } else { format!("{devices} GPUs together") };
+                write!(f, "weights of at most {} would fit on {on}: take a smaller quantisation", gib(*weights))
             }
             Self::Free { bytes, index } => write!(f, "{} more free memory on GPU {index} would do", gib(*bytes)),
         }
@@ -397,7 +408,29 @@ pub fn remedies(
     if let Err(Refusal::Vram(_)) = as_is {
         found.extend(missing(demand, mask, devices, promised));
     }
+    if found.is_empty() {
+        found.extend(smaller(profile, settings, mask, devices));
+    }
     found
+}
+
+/// How large the weights could be on what the devices offer when nobody else uses them.
+fn smaller(
+    profile: &ModelProfile,
+    settings: &LlamaCppSettings,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+) -> Option<Remedy> {
+    let least = LlamaCppSettings { context: CONTEXT_STEP, ..*settings };
+    let one = llama_cpp::estimate_single(profile, &least, Overheads::default()).ok()?.devices.first().copied()?;
+    let fixed = one.compute + one.runtime + Overheads::default().margin_min;
+    let all = if *mask == DeviceMask::Auto { DeviceMask::All } else { mask.clone() };
+    let there = all.validate_against_discovered(devices).ok()?;
+    let known = there.uuids.iter().filter_map(|u| devices.iter().find(|d| d.uuid == *u));
+    let room = known.map(|d| usable(d).saturating_sub(fixed)).sum::<u64>().checked_sub(one.kv)?;
+    // The margin grows with what is expected.
+    let weights = room - room / 20;
+    (weights > 0 && weights < one.weights).then_some(Remedy::Smaller { weights, devices: there.uuids.len() })
 }
 
 /// How much is missing on the device that lacks least, when only others' memory stands in the way.

@@ -29,6 +29,8 @@ pub enum Command {
     },
     /// Check the config and the machine, and print what would happen; starts nothing
     Check(ConfigArgs),
+    /// Print what a model needs on the GPUs of this machine, and what would fit instead; starts nothing
+    Plan(PlanArgs),
     /// Print the GPUs of the node
     Devices(ClientArgs),
     /// Print the pools, or one of them
@@ -121,6 +123,43 @@ impl ServeArgs {
     }
 }
 
+/// What to plan.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The model: a file
+    pub model: String,
+    /// Where the config is
+    #[command(flatten)]
+    pub config: ConfigArgs,
+    /// An engine of the config; by default llama.cpp
+    #[arg(long, value_name = "NAME")]
+    pub engine: Option<String>,
+    /// Devices, such as 0,1 or all; by default the one that fits best
+    #[arg(long, value_name = "MASK", allow_hyphen_values = true)]
+    pub devices: Option<String>,
+    /// Tokens over all slots; by default the most that fit, at most 8192
+    #[arg(long, value_name = "TOKENS")]
+    pub context: Option<u32>,
+    /// Concurrent requests
+    #[arg(long, value_name = "N")]
+    pub slots: Option<u16>,
+    /// Type of the K and V caches, such as q8_0
+    #[arg(long, value_name = "TYPE")]
+    pub kv_type: Option<String>,
+    /// Bytes on each device instead of an estimate, such as 20GiB
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub vram: Option<String>,
+    /// Spread layers over the devices: auto, or ratios such as 3,1
+    #[arg(long, value_name = "RATIOS", allow_hyphen_values = true)]
+    pub tensor_split: Option<String>,
+    /// A further argument of the engine; may be repeated
+    #[arg(long = "arg", value_name = "ARG", allow_hyphen_values = true)]
+    pub args: Vec<String>,
+    /// Answer as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// Whom to ask and how to answer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
@@ -173,6 +212,7 @@ mod tests {
             "serve --config a.toml --model x.gguf --model stub:a --listen 127.0.0.1:1",
             "demo --listen 127.0.0.1:9300",
             "check --config a.toml",
+            "plan a.gguf --context 32768 --kv-type q8_0 --tensor-split 3,-1 --devices -1 --arg --swa-full",
             "status",
             "status chat --json",
             "devices --server http://127.0.0.1:1",

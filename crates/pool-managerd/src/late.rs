@@ -4,9 +4,11 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::PoolId;
-use pool_services::control::Lease;
-use pool_services::{ControlError, DrainOptions, NodeSnapshot, Operation, PoolControl, PoolManager, PoolSnapshot};
+use pool_domain::{PoolId, rank};
+use pool_services::control::{Lease, PlanRequest};
+use pool_services::{
+    ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager, PoolSnapshot,
+};
 
 /// A manager that may come later. Until then nothing is there to be asked.
 #[derive(Debug, Default)]
@@ -52,6 +54,12 @@ impl PoolControl for LateControl {
     }
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.get()?.reset_breaker(id).await
+    }
+    async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
+        self.get()?.plan(what).await
+    }
+    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+        self.get()?.placements(request).await
     }
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
         self.get()?.operations().await

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod exit;
 mod late;
 pub mod logging;
+pub mod plan_command;
 pub mod serve;
 pub mod tables;
 mod tell;

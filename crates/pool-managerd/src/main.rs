@@ -7,7 +7,7 @@ use clap::Parser;
 use pool_managerd::cli::{BreakerCommand, Cli, Command};
 use pool_managerd::commands::{self, Verb};
 use pool_managerd::exit::{BUG, Exit, USAGE, print};
-use pool_managerd::{check_command, cli, config, demo, serve};
+use pool_managerd::{check_command, cli, config, demo, plan_command, serve};
 
 fn main() -> ExitCode {
     // Both must come before the first thread.
@@ -53,6 +53,7 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         }
         Command::Demo { listen } => demo::demo(listen).await,
         Command::Check(args) => check_command::check(args.config.as_deref()).await,
+        Command::Plan(args) => plan_command::plan(args).await,
         Command::Devices(client) => commands::devices(&client).await,
         Command::Status { pool, client } => commands::status(pool.as_deref(), &client).await,
         Command::Preload(args) => commands::verb(Verb::Preload, &args).await,

@@ -3,7 +3,7 @@
 use bytesize::ByteSize;
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
-use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
+use pool_services::{NodeSnapshot, Operation, OperationState, PlanReport, PoolSnapshot, ReplicaSnapshot};
 
 fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
@@ -43,6 +43,53 @@ pub fn pools(pools: &[PoolSnapshot]) -> String {
         ]);
     }
     done(&t)
+}
+
+/// A plan: what each device would hold, and what would change that.
+#[must_use]
+pub fn plan(p: &PlanReport, simulated: bool) -> String {
+    let mut out = String::new();
+    if simulated {
+        out.push_str("these GPUs are SIMULATED\n");
+    }
+    if p.fits {
+        let header =
+            ["GPU", "LAYERS", "WEIGHTS", "KV", "COMPUTE", "RUNTIME", "MARGIN", "PROMISED", "FREE NOW", "FREE AFTER"];
+        let mut t = table(&header);
+        for r in &p.rows {
+            let layers = match (r.layers.is_empty(), r.output) {
+                (true, false) => "-".to_owned(),
+                (true, true) => "output".to_owned(),
+                (false, output) => {
+                    format!("{}-{}{}", r.layers.start, r.layers.end - 1, if output { "+output" } else { "" })
+                }
+            };
+            let e = &r.estimate;
+            let sizes = [e.weights, e.kv, e.compute, e.runtime, e.margin, r.promised, r.room, r.free_after()];
+            t.add_row([r.index.to_string(), layers].into_iter().chain(sizes.map(size)));
+        }
+        out.push_str(&done(&t));
+        let host = p.host.expected();
+        out.push_str(&format!("host memory: {}\n", size(host)));
+        if let Some(context) = p.context {
+            out.push_str(&format!("context: {context} tokens over all slots\n"));
+        }
+        if let Some(split) = &p.tensor_split {
+            out.push_str(&format!("tensor split: {split}\n"));
+        }
+        if p.engine_problem.is_empty() {
+            out.push_str(&format!("arguments: {}\n", p.args.join(" ")));
+        } else {
+            out.push_str(&format!("the engine cannot be run here: {}\n", p.engine_problem));
+        }
+    } else {
+        let wait = if p.waiting_helps { "it does not fit now" } else { "it never fits" };
+        out.push_str(&format!("{wait}: {}\n", p.reason));
+    }
+    for remedy in &p.remedies {
+        out.push_str(&format!("{}: {remedy}\n", if p.fits { "also" } else { "instead" }));
+    }
+    out
 }
 
 /// One pool in full.

@@ -5,10 +5,12 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use pool_domain::lifecycle::OnDeadline;
-use pool_domain::{Generation, PoolId, ReplicaId};
+use pool_domain::{Generation, PoolId, ReplicaId, rank};
 use thiserror::Error;
 
+use crate::planning::{Placed, PlanReport};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
+use crate::spec::PoolSpec;
 
 /// Why a verb was refused.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -44,9 +46,9 @@ pub enum ControlError {
     /// The daemon is stopping or the far side did not answer.
     #[error("{0}")]
     Unreachable(String),
-    /// The far side refused with a code this version does not know.
+    /// Refused for what is asked for, with a code of the API.
     #[error("{detail}")]
-    Remote {
+    Refused {
         /// Its code.
         code: String,
         /// Its words.
@@ -108,6 +110,15 @@ pub struct Lease {
     pub expires_at: SystemTime,
 }
 
+/// What to plan.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PlanRequest {
+    /// A pool that exists.
+    Pool(PoolId),
+    /// One that could.
+    Spec(Box<PoolSpec>),
+}
+
 /// Everything that can be asked of a node.
 #[async_trait]
 pub trait PoolControl: fmt::Debug + Send + Sync {
@@ -137,6 +148,10 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError>;
     /// Take a slot for at most `ttl`. Nothing queues yet: no free slot is `Saturated`.
     async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError>;
+    /// What would be started where for this pool, or for one like it; starts nothing.
+    async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError>;
+    /// Every replica, the best for the request first, each with its reason.
+    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError>;
     /// Give a slot back; releasing what is already released is fine.
     async fn release(&self, lease_id: &str) -> Result<(), ControlError>;
 }

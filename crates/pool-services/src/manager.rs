@@ -9,17 +9,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey};
+use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, rank};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
-use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PoolControl};
+use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
 use crate::driver::{Driver, DriverParts, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
+use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Inventory, ModelStore, StateLedger};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
@@ -173,7 +174,7 @@ impl Builder {
             events,
             seed: self.seed,
             leases: AtomicU64::new(0),
-            _ports: ports,
+            ports,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
@@ -268,8 +269,8 @@ struct Inner {
     events: EventSink,
     seed: u64,
     leases: AtomicU64,
-    /// Held for as long as the manager lives, also without any pool: the ledger is what keeps other daemons out.
-    _ports: Ports,
+    /// Also held because the ledger is what keeps other daemons out.
+    ports: Ports,
 }
 
 /// The pools of one node. Clones share it.
@@ -533,6 +534,31 @@ impl PoolControl for PoolManager {
             .try_send(DeskCommand::Keep { id: lease.id.clone(), guard, ttl })
             .map_err(|_| ControlError::Saturated)?;
         Ok(lease)
+    }
+
+    async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
+        let spec = match what {
+            PlanRequest::Pool(id) => (*self.handle(&id)?.spec).clone(),
+            PlanRequest::Spec(spec) => *spec,
+        };
+        let (inventory, promised) = (self.inner.inventory.borrow().clone(), self.inner.promised.borrow().clone());
+        let ports = &self.inner.ports;
+        let from = Surroundings {
+            models: &*ports.models,
+            provisioner: &*ports.provisioner,
+            ledger: Some(&*ports.ledger),
+            devices: &inventory.devices,
+            promised: &promised,
+        };
+        planning::report(&spec, from).await
+    }
+
+    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+        let (inventory, promised) = (self.inner.inventory.borrow().clone(), self.inner.promised.borrow().clone());
+        let pools = self.inner.pools.values().map(|h| (&*h.spec, self.picture(h)));
+        let promised = |uuid: &str| promised.get(uuid).copied().unwrap_or(0);
+        let candidates = planning::candidates(pools, &inventory.devices, &promised);
+        Ok(planning::placed(&candidates, &request))
     }
 
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {

@@ -3,9 +3,13 @@
 
 use std::time::Duration;
 
+use pool_domain::estimate::LlamaCppSettings;
+use pool_domain::estimate::learnt::LEARNT_MARGIN;
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::OnDeadline;
-use pool_domain::{Failure, FailureClass, PoolId};
+use pool_domain::plan::{EngineMemory, Split};
+use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId, rank};
+use pool_services::control::PlanRequest;
 use pool_services::ports::{Holder, Listener, Residency};
 use pool_services::{
     Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
@@ -439,4 +443,106 @@ async fn a_failed_stage_launches_nothing_and_preload_tries_again() {
     let op = m.preload(&id).await.unwrap();
     let done = m.wait_operation(&op.id, LONG).await.unwrap();
     assert_eq!(done.state, OperationState::Succeeded("ready".into()));
+}
+
+/// A model of a few GiB, as its header would tell.
+fn header() -> ModelProfile {
+    let kv = KvShape { heads_kv: 8, key_length: 128, value_length: 128, window: None };
+    let layer =
+        LayerProfile { bytes: 500 << 20, heads: 32, kv: Some(kv), feed_forward_length: 8192, ..Default::default() };
+    ModelProfile {
+        format: ModelFormat::Gguf,
+        architecture: "llama".into(),
+        layers: vec![layer; 32],
+        input_bytes: 100 << 20,
+        output_bytes: 100 << 20,
+        other_bytes: 0,
+        tied_embeddings: false,
+        embedding_bytes: 100 << 20,
+        embedding_length: 4096,
+        context_length: 32_768,
+        vocabulary: 32_000,
+        experts: 0,
+        experts_used: 0,
+        quantisation: "Q8_0".into(),
+        tensor_bytes: 16 << 30,
+        header_digest: "sha256:a".into(),
+    }
+}
+
+/// A node whose engines are estimated as llama.cpp's, and a pool without a size of its own.
+fn estimated() -> (FakeNode, PoolSpec) {
+    let node = FakeNode::default();
+    node.models.set_profile(header());
+    let settings = LlamaCppSettings { context: 4096, ..LlamaCppSettings::default() };
+    node.engines.script(|s| s.memory = EngineMemory::LlamaCpp(settings));
+    (node, PoolSpec { vram: None, context: Some(4096), ..spec("chat") })
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_engine_really_took_is_promised_the_next_time() {
+    let (node, pool) = estimated();
+    let device = gpu(0, 0).uuid;
+    node.gpus.set_residency(Residency::Simulated(vec![Holder { uuid: device, pid: 0, bytes: 18 << 30 }]));
+    let (m, _events) = node.manage(vec![pool]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let first = until(&m, &id, PoolSnapshot::ready).await.replicas[0].vram_reserved;
+    assert!((16 << 30..18 << 30).contains(&first), "{first}");
+    m.stop(&id).await.unwrap();
+    until(&m, &id, |s| state(s) == "idle").await;
+    assert!(m.plan(PlanRequest::Pool(id.clone())).await.unwrap().learnt);
+    m.preload(&id).await.unwrap();
+    let second = until(&m, &id, PoolSnapshot::ready).await.replicas[0].vram_reserved;
+    assert_eq!(second, (18 << 30) + LEARNT_MARGIN);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_split_is_granted_whole_with_its_own_bytes_on_each_device() {
+    let (node, pool) = estimated();
+    let split = PoolSpec { tensor_split: Split::Ratios("3,1".into()), devices: vec!["0,1".parse().unwrap()], ..pool };
+    let (m, _events) = node.manage(vec![split]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let promised: Vec<u64> = m.node().await.unwrap().devices.iter().map(|(_, ours)| *ours).collect();
+    assert!(promised[0] > 2 * promised[1] && promised[1] > 3 << 30, "{promised:?}");
+    let plan = m.plan(PlanRequest::Pool(id)).await.unwrap();
+    assert!(!plan.fits && plan.waiting_helps, "its own engine holds what it needs: {plan:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_estimated_has_to_be_said_and_what_is_too_large_says_what_would_fit() {
+    let (node, pool) = estimated();
+    let mut large = header();
+    large.layers.iter_mut().for_each(|l| l.bytes *= 4);
+    node.models.set_profile(large);
+    let (m, _events) = node.manage(vec![pool.clone()]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let failed = until(&m, &id, |s| state(s) == "failed").await;
+    assert_eq!(failed.last_error().unwrap().class, FailureClass::Config);
+    let plan = m.plan(PlanRequest::Pool(id)).await.unwrap();
+    assert!(!plan.fits && !plan.waiting_helps && plan.remedies[0].contains("smaller quantisation"), "{plan:?}");
+    node.engines.script(|s| s.memory = EngineMemory::Unknown);
+    let plan = m.plan(PlanRequest::Spec(Box::new(pool))).await.unwrap();
+    assert!(plan.reason.ends_with("set `vram`"), "{plan:?}");
+    assert_eq!(node.engines.launches().len(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn placements_rank_every_replica_with_its_reason() {
+    let node = FakeNode::default();
+    let asleep = PoolSpec { activation: Activation::OnDemand, ..spec("asleep") };
+    let (m, _events) = node.manage(vec![spec("a"), spec("b"), asleep]).await;
+    let [a, b]: [PoolId; 2] = ["a", "b"].map(|id| id.parse().unwrap());
+    for id in [&a, &b] {
+        until(&m, id, PoolSnapshot::ready).await;
+    }
+    let request = rank::Request { model: Some("tiny".into()), ..rank::Request::default() };
+    let placed = m.placements(request.clone()).await.unwrap();
+    let order: Vec<_> = placed.iter().map(|p| (p.key.pool.as_str(), p.serves, p.reason_code.as_str())).collect();
+    // Both on the roomier GPU: the fewer leases, then the id.
+    assert_eq!(order, [("a", true, ""), ("b", true, ""), ("asleep", false, "not_ready")]);
+    let (_, _guard) = m.allocate_lease(&a).unwrap();
+    assert_eq!(m.placements(request).await.unwrap()[0].key.pool, b);
+    let unknown = rank::Request { model: Some("other".into()), ..rank::Request::default() };
+    assert!(m.placements(unknown).await.unwrap().iter().all(|p| p.reason_code == "model_differs"));
 }

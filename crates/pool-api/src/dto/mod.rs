@@ -1,6 +1,7 @@
 //! What the API answers and what it takes. Times are RFC 3339, lengths `_ms`, sizes bytes.
 
 mod from_wire;
+mod plan;
 mod problem;
 mod to_wire;
 
@@ -9,6 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::spec::OnDeadlineText;
 
 pub use from_wire::DtoError;
+pub use plan::{
+    EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
+};
 pub use problem::{Code, Problem};
 
 macro_rules! dtos {

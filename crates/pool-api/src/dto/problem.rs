@@ -82,6 +82,14 @@ codes! {
     MethodNotAllowed = "METHOD_NOT_ALLOWED", METHOD_NOT_ALLOWED, false;
     /// It contradicts what is going on.
     Conflict = "CONFLICT", CONFLICT, false;
+    /// The device mask cannot be.
+    MaskInvalid = "MASK_INVALID", UNPROCESSABLE_ENTITY, false;
+    /// The split cannot be.
+    SplitInvalid = "SPLIT_INVALID", UNPROCESSABLE_ENTITY, false;
+    /// The model is none, or not usable here.
+    ModelRefInvalid = "MODEL_REF_INVALID", UNPROCESSABLE_ENTITY, false;
+    /// No engine of this name can serve it.
+    EngineUnknown = "ENGINE_UNKNOWN", UNPROCESSABLE_ENTITY, false;
     /// Every slot is taken.
     PoolSaturated = "POOL_SATURATED", TOO_MANY_REQUESTS, true;
     /// Nothing is ready.
@@ -152,7 +160,7 @@ impl Problem {
                 retry_after: Duration::from_millis(self.retry_after_ms.unwrap_or_default()),
             },
             "UNAVAILABLE" => ControlError::Unreachable(self.detail),
-            _ => ControlError::Remote { code: self.code, detail: self.detail },
+            _ => ControlError::Refused { code: self.code, detail: self.detail },
         }
     }
 }
@@ -182,7 +190,7 @@ impl From<ControlError> for Problem {
                     .with_hint("read the pool's last_error; POST …/breaker/reset tries at once")
             }
             ControlError::Unreachable(_) => Self::new(Code::Unavailable, text),
-            ControlError::Remote { code, detail } => {
+            ControlError::Refused { code, detail } => {
                 let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
                 p.code = code;

@@ -130,3 +130,10 @@ fn capped(ms: u64) -> Duration {
 }
 
 pub(super) type Answer = Result<Response, Problem>;
+
+/// What a declaration of a pool may ask for.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PutParams {
+    pub(super) dry_run: Option<bool>,
+}

@@ -11,8 +11,11 @@ use pool_domain::PoolId;
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 
 use super::AppState;
-use super::extract::{Answer, Body, Id, Params, Pool, PoolParams, WaitParams, invalid_params};
-use crate::dto::{DrainBody, EmptyBody, HealthView, LeaseBody, LeaseView, NodeView, OperationView, PoolView, Problem};
+use super::extract::{Answer, Body, Id, Params, Pool, PoolParams, PutParams, WaitParams, invalid_params};
+use crate::dto::{
+    DrainBody, EmptyBody, HealthView, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody, PlacementView,
+    PlanBody, PlanView, PoolView, Problem, spec_request,
+};
 
 type App = State<Arc<AppState>>;
 
@@ -140,6 +143,56 @@ pub(super) async fn stop(State(s): App, Pool(id): Pool, Params(q): Params<WaitPa
 pub(super) async fn reset_breaker(State(s): App, Pool(id): Pool, _: Body<EmptyBody>) -> Result<StatusCode, Problem> {
     s.control.reset_breaker(&id).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// What would be started where, and what would fit instead; starts nothing.
+#[utoipa::path(post, path = "/v1/plan", tag = "planning", request_body = PlanBody, responses(
+    (status = 200, description = "The plan, also where nothing fits", body = PlanView),
+    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
+    (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID or ENGINE_UNKNOWN", body = Problem,
+        content_type = "application/problem+json")))]
+pub(super) async fn plan(State(s): App, Body(b): Body<PlanBody>) -> Result<Json<PlanView>, Problem> {
+    Ok(Json(s.control.plan(b.request()?).await?.into()))
+}
+
+/// With `dry_run=true`: what would be started where for this pool. Declaring pools over HTTP is not supported yet.
+#[utoipa::path(put, path = "/v1/pools/{id}", tag = "planning",
+    params(("id" = String, Path), ("dry_run" = Option<bool>, Query, description = "Has to be true")), responses(
+    (status = 200, description = "The plan, also where nothing fits", body = PlanView),
+    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "CONFLICT: without dry_run", body = Problem, content_type = "application/problem+json"),
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID or ENGINE_UNKNOWN", body = Problem,
+        content_type = "application/problem+json")))]
+pub(super) async fn put_pool(
+    State(s): App,
+    Pool(id): Pool,
+    Params(q): Params<PutParams>,
+    Body(mut table): Body<serde_json::Map<String, serde_json::Value>>,
+) -> Result<Json<PlanView>, Problem> {
+    if !q.dry_run.unwrap_or(false) {
+        let why = "pools are declared in the config file; over HTTP only ?dry_run=true is supported yet";
+        return Err(ControlError::Conflict(why.into()).into());
+    }
+    if table.get("id").is_some_and(|given| given.as_str() != Some(id.as_str())) {
+        return Err(invalid_params("`id` in the body is not the one in the path"));
+    }
+    table.insert("id".into(), id.as_str().into());
+    let spec: crate::spec::PoolSpec =
+        serde_json::from_value(table.into()).map_err(|e| invalid_params(format!("the body does not fit: {e}")))?;
+    Ok(Json(s.control.plan(spec_request(spec)?).await?.into()))
+}
+
+/// Every replica, the best for the request first, each with its reason.
+#[utoipa::path(post, path = "/v1/placements", tag = "planning", request_body = PlacementBody, responses(
+    (status = 200, body = Vec<PlacementView>),
+    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
+    (status = 422, description = "MASK_INVALID", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn placements(
+    State(s): App,
+    Body(b): Body<PlacementBody>,
+) -> Result<Json<Vec<PlacementView>>, Problem> {
+    Ok(Json(s.control.placements(b.request()?).await?.into_iter().map(Into::into).collect()))
 }
 
 /// Recent operations, newest first.

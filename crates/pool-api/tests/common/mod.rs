@@ -8,14 +8,18 @@ use std::time::{Duration, UNIX_EPOCH};
 use async_trait::async_trait;
 use pool_api::metrics::Metrics;
 use pool_api::server::{AppState, Flags, NodeInfo};
+use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
+use pool_domain::plan::Row;
 use pool_domain::{
-    DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, device::MigSlice, failure::Exit,
+    DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
+    failure::Exit, rank,
 };
-use pool_services::control::Lease;
+use pool_services::control::{Lease, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
-    ControlError, DrainOptions, NodeSnapshot, Operation, OperationState, PoolControl, PoolSnapshot, ReplicaSnapshot,
+    ControlError, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl, PoolSnapshot,
+    ReplicaSnapshot,
 };
 
 /// Answers for the pool `chat`; every verb fails with `error` where it is set.
@@ -185,6 +189,39 @@ impl PoolControl for Fake {
             endpoint: "http://127.0.0.1:42000".into(),
             expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + ttl,
         })
+    }
+    async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
+        let estimate = DeviceEstimate { weights: 1, kv: 2, compute: 3, runtime: 4, margin: 5 };
+        let row = Row { uuid: "GPU-1".into(), index: 0, layers: 0..32, output: true, estimate, promised: 15, room: 20 };
+        let told = match what {
+            PlanRequest::Pool(id) => self.check(&id).map(|()| id.to_string())?,
+            PlanRequest::Spec(spec) => format!("{} {:?} {:?}", spec.model, spec.tensor_split, spec.vram),
+        };
+        Ok(PlanReport {
+            fits: true,
+            waiting_helps: false,
+            reason: String::new(),
+            rows: vec![row],
+            tensor_split: Some("3,1".into()),
+            context: Some(8192),
+            host: estimate,
+            learnt: false,
+            remedies: vec![told],
+            args: vec!["--metrics".into()],
+            engine_problem: String::new(),
+        })
+    }
+    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+        let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(1) };
+        Ok(vec![Placed {
+            serves: request.prefer_replica.as_ref() == Some(&key),
+            key,
+            reason: "it is full".into(),
+            reason_code: "saturated".into(),
+            vram_free: 7,
+            leases: 4,
+            slots: 4,
+        }])
     }
     async fn release(&self, lease: &str) -> Result<(), ControlError> {
         if lease == "l-1" { Ok(()) } else { Err(ControlError::LeaseNotFound(lease.into())) }

@@ -135,6 +135,10 @@ fn what_does_not_fit_is_answered_with_what_would() {
     // Too large by far: more devices are what helps.
     let big = remedies(&demand(4, 8192), &DeviceMask::Auto, &devices, &none);
     assert!(matches!(big[..], [Remedy::Split { devices: 2, .. }]), "{big:?}");
+    // Too large for all of them: a smaller file is what helps.
+    let huge = remedies(&demand(9, 8192), &DeviceMask::Auto, &devices, &none);
+    let [Remedy::Smaller { weights, devices: 2 }] = huge[..] else { panic!("{huge:?}") };
+    assert!((18 * GIB..24 * GIB).contains(&weights), "{weights}");
     // Only others' memory stands in the way.
     let busy = |_: &str| 8 * GIB;
     let wait = remedies(&demand(1, 8192), &DeviceMask::Auto, &devices, &busy);

@@ -4,6 +4,8 @@
 mod tell;
 mod work;
 
+pub(crate) use work::correction_key;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 

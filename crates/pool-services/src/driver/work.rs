@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Attempt, Driver, Grant, Report, Want};
-use crate::ports::{Endpoint, Listener, PROBE_TIMEOUT, PrepareRequest, Residency, ResolvedModel, RunningEngine, Up};
+use crate::planning::demand;
+use crate::ports::{Endpoint, Listener, PROBE_TIMEOUT, PrepareRequest, Residency, RunningEngine, Up};
 use crate::spec::PoolSpec;
 
 /// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
@@ -53,7 +54,8 @@ impl Driver {
         self.run_work(async move {
             let staged = async {
                 let model = ports.models.ensure_present(&spec.model).await?;
-                let demand = demand(&ports, &spec, &model).await?;
+                let (models, provisioner) = (&*ports.models, &*ports.provisioner);
+                let demand = demand(models, provisioner, Some(&*ports.ledger), &spec, &model).await?;
                 Ok((model, demand))
             };
             match staged.await {
@@ -260,26 +262,8 @@ impl Driver {
     }
 }
 
-/// What a start of this model needs. A header that cannot be read is no obstacle where somebody said what it needs.
-async fn demand(ports: &super::Ports, spec: &PoolSpec, model: &ResolvedModel) -> Result<Demand, Failure> {
-    let memory = ports.provisioner.memory(spec);
-    let profile = match memory {
-        EngineMemory::LlamaCpp(_) => match ports.models.profile(model).await {
-            Ok(profile) => profile.map(Arc::new),
-            Err(_) if spec.vram.is_some() && spec.tensor_split == Split::Off => None,
-            Err(failure) => return Err(failure),
-        },
-        EngineMemory::Nothing | EngineMemory::Unknown => None,
-    };
-    let mut demand = Demand { profile, memory, vram: spec.vram, split: spec.tensor_split.clone(), learnt: None };
-    if let Some(key) = correction_key(spec, &demand) {
-        demand.learnt = ports.ledger.learnt(&spec.id, &key).await;
-    }
-    Ok(demand)
-}
-
 /// What a learnt figure belongs to; nothing is learnt where nothing is estimated, or of a split.
-fn correction_key(spec: &PoolSpec, demand: &Demand) -> Option<CorrectionKey> {
+pub(crate) fn correction_key(spec: &PoolSpec, demand: &Demand) -> Option<CorrectionKey> {
     let (EngineMemory::LlamaCpp(settings), Split::Off, None) = (&demand.memory, &demand.split, demand.vram) else {
         return None;
     };
