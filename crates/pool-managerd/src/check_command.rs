@@ -1,10 +1,11 @@
 //! `check`: everything that can be found out without starting anything.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use pool_domain::reserve::{Refusal, place};
+use pool_services::planning::{Surroundings, report};
 use pool_services::ports::EngineProvisioner;
-use pool_services::{Activation, NodeSnapshot};
+use pool_services::{Activation, ControlError, NodeSnapshot};
 
 use crate::config::{self, Config, Gpu, Overrides};
 use crate::exit::{CONFIG, Exit, print};
@@ -28,18 +29,33 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
     };
     print(&tables::devices(&node))?;
     compose::check_masks(&config, &inventory)?;
-    let mut problems = Vec::new();
+    let (mut problems, promised) = (Vec::new(), BTreeMap::new());
     let (models, provisioner) = (compose::models(&config), compose::provisioner(&config)?);
     for (i, pool) in config.pools.iter().enumerate() {
         let external = provisioner.external(pool);
-        if external.is_none()
-            && let Err(failure) = models.validate_ref(&pool.model)
-        {
-            problems.push(config.pool_error(i, "model", failure.detail));
-        }
-        for mask in pool.devices.iter().filter(|_| external.is_none()) {
-            if let Err(Refusal::NeverFits(why)) = place(mask, pool.vram.unwrap_or(0), &inventory.devices, |_| 0) {
-                problems.push(config.pool_error(i, "vram", why));
+        let mut needs = String::new();
+        if external.is_none() {
+            let from = Surroundings {
+                models: &models,
+                provisioner: &provisioner,
+                ledger: None,
+                devices: &inventory.devices,
+                promised: &promised,
+            };
+            match report(pool, from).await {
+                Ok(plan) if plan.fits => needs = tables::needs(&plan),
+                // What others hold now may be theirs no more when the pool starts.
+                Ok(plan) if plan.waiting_helps => needs = format!(", which waits: {}", plan.reason),
+                Ok(plan) => problems.push(config.pool_error(i, "vram", plan.reason).hinting(plan.remedies.join("; "))),
+                Err(ControlError::Refused { code, detail }) => {
+                    let key = match code.as_str() {
+                        "SPLIT_INVALID" => "tensor_split",
+                        "MASK_INVALID" => "devices",
+                        _ => "model",
+                    };
+                    problems.push(config.pool_error(i, key, detail));
+                }
+                Err(other) => problems.push(config.pool_error(i, "model", other.to_string())),
             }
         }
         if let Err(failure) = provisioner.preflight(pool).await {
@@ -51,7 +67,7 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
             (None, Activation::OnDemand) => "starts when somebody asks".to_owned(),
         };
         print(&format!(
-            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}\n",
+            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}{needs}\n",
             pool.id,
             pool.workload.code(),
             pool.model,

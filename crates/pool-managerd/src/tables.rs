@@ -92,6 +92,17 @@ pub fn plan(p: &PlanReport, simulated: bool) -> String {
     out
 }
 
+/// What a plan takes, as the end of a sentence.
+#[must_use]
+pub fn needs(p: &PlanReport) -> String {
+    let rows: Vec<_> = p.rows.iter().filter(|r| r.promised > 0).collect();
+    if rows.is_empty() {
+        return String::new();
+    }
+    let each: Vec<String> = rows.iter().map(|r| format!("{} on GPU {}", size(r.promised), r.index)).collect();
+    format!(", needs {}", each.join(" and "))
+}
+
 /// One pool in full.
 #[must_use]
 pub fn pool(p: &PoolSnapshot) -> String {

@@ -82,6 +82,26 @@ max = "1s"
     let chunks = stream.body.lines().filter(|l| l.starts_with("data: {")).count();
     assert!(stream.status == 200 && chunks > 2 && stream.body.contains("data: [DONE]"), "{stream:?}");
 
+    // What it was promised is what its plan says, and the plan's arguments are those of the process.
+    let plan = daemon.post("/v1/plan", r#"{"pool":"tiny"}"#).json();
+    assert_eq!((&plan["fits"], &plan["context"]), (&true.into(), &512.into()), "{plan:#}");
+    let args = plan["args"].as_array().unwrap();
+    let running = std::fs::read(format!("/proc/{}/cmdline", ready["replicas"][0]["pid"])).unwrap();
+    let running = String::from_utf8_lossy(&running);
+    for flag in ["--ctx-size", "--parallel", "--alias"] {
+        let at = args.iter().position(|a| a == flag).unwrap();
+        let pair = format!("{flag}\0{}\0", args[at + 1].as_str().unwrap());
+        assert!(running.contains(&pair), "{flag} differs: {args:?}");
+    }
+    let too_many = daemon.post("/v1/plan", &format!(
+        r#"{{"model":"file:{}/tiny.gguf","devices":"0,1","tensor_split":"1,1,1"}}"#,
+        models.display()
+    ));
+    assert_eq!((too_many.status, too_many.json()["code"].as_str()), (422, Some("SPLIT_INVALID")), "{too_many:?}");
+    assert!(too_many.json()["detail"].as_str().unwrap().contains("entry 3"), "{too_many:?}");
+    let placed = daemon.post("/v1/placements", r#"{"model":"tiny"}"#).json();
+    assert_eq!((&placed[0]["pool_id"], &placed[0]["serves"]), (&"tiny".into(), &true.into()), "{placed:#}");
+
     // The handoff file says the same as the API.
     let handoff = daemon.dir().join("state/handoff/tiny-r0.json");
     let told = support::eventually(|| std::fs::read(&handoff).ok());
@@ -139,4 +159,34 @@ activation = "preload"
     assert_eq!(failed["last_error"]["class"], "artifact", "{failed:#}");
     assert_eq!(failed["replicas"][0]["backoff"]["next_start_in_ms"], serde_json::Value::Null, "{failed:#}");
     assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn plan_says_what_a_real_model_needs_and_what_would_fit_instead() {
+    let dir = engine_dir();
+    let site = tempfile::tempdir().unwrap();
+    let file = support::write_config(
+        site.path(),
+        &format!(
+            "[engines.\"llama.cpp\"]\nkind = \"llama.cpp\"\nmode = \"binary\"\npath = \"{}\"\n",
+            dir.join("bin/llama-server").display()
+        ),
+    );
+    let model = dir.join("models/smollm2-135m.gguf");
+    let plan = |more: &[&str]| {
+        let out = support::binary().arg("plan").arg(&model).arg("--config").arg(&file).args(more).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        (out.status.code(), text)
+    };
+    let (code, table) = plan(&["--context", "4096"]);
+    // 30 layers, 3 heads of 64 numbers, keys and values of 2 bytes: 90 MiB.
+    assert!(code == Some(0) && table.contains("90.0 MiB") && table.contains("--ctx-size 4096"), "{table}");
+    let (code, table) = plan(&["--context", "2000000"]);
+    assert!(code == Some(1) && table.contains("it never fits") && table.contains("instead: context = "), "{table}");
+    for (split, word) in
+        [("3,-1", "`-1`"), ("nan", "`nan`"), ("0,0", "every entry"), ("1,1,1", "too many"), ("", "empty")]
+    {
+        let (code, text) = plan(&["--devices", "all", "--tensor-split", split]);
+        assert!(code == Some(64) && text.contains(word), "{split}: {text}");
+    }
 }

@@ -2,6 +2,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use pool_domain::ReplicaId;
+use pool_domain::estimate::{Correction, CorrectionKey};
 
 use super::*;
 
@@ -212,4 +213,21 @@ async fn updates_at_the_same_time_lose_nothing() {
     for n in 0..16 {
         assert_eq!(state.last_generation(&key("chat", n)).await, Generation(u64::from(n) + 1));
     }
+}
+
+#[tokio::test]
+async fn what_engines_took_is_remembered_within_bounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let pool: PoolId = "chat".parse().unwrap();
+    let key = |n: u64| CorrectionKey { model: "sha256:a".into(), settings: format!("context {n}") };
+    let state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.learnt(&pool, &key(0)).await, None);
+    for n in 0..40 {
+        state.learn(&pool, &key(n), Correction::new(n)).await.unwrap();
+    }
+    state.learn(&pool, &key(39), Correction { taken: 99, samples: 2 }).await.unwrap();
+    drop(state);
+    let state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2 }));
+    assert_eq!((state.learnt(&pool, &key(7)).await, state.learnt(&pool, &key(8)).await.is_some()), (None, true));
 }
