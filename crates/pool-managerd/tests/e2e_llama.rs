@@ -93,10 +93,10 @@ max = "1s"
         let pair = format!("{flag}\0{}\0", args[at + 1].as_str().unwrap());
         assert!(running.contains(&pair), "{flag} differs: {args:?}");
     }
-    let too_many = daemon.post("/v1/plan", &format!(
-        r#"{{"model":"file:{}/tiny.gguf","devices":"0,1","tensor_split":"1,1,1"}}"#,
-        models.display()
-    ));
+    let too_many = daemon.post(
+        "/v1/plan",
+        &format!(r#"{{"model":"file:{}/tiny.gguf","devices":"0,1","tensor_split":"1,1,1"}}"#, models.display()),
+    );
     assert_eq!((too_many.status, too_many.json()["code"].as_str()), (422, Some("SPLIT_INVALID")), "{too_many:?}");
     assert!(too_many.json()["detail"].as_str().unwrap().contains("entry 3"), "{too_many:?}");
     let placed = daemon.post("/v1/placements", r#"{"model":"tiny"}"#).json();
