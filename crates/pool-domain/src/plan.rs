@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::device::DeviceSnapshot;
+use crate::device::{DeviceHealth, DeviceSnapshot};
 use crate::estimate::{Correction, DeviceEstimate, KvType, LlamaCppSettings, MemoryEstimate, Overheads, llama_cpp};
 use crate::mask::{DeviceMask, ResolvedMask};
 use crate::model::ModelProfile;
@@ -23,8 +23,8 @@ const CONTEXT_STEP: u64 = 256;
 pub enum EngineMemory {
     /// By llama.cpp's formulas.
     LlamaCpp(LlamaCppSettings),
-    /// It takes none unless it is told to, like the stub.
-    Nothing,
+    /// It takes what it is told to, like the stub: so many bytes on each device.
+    Fixed(u64),
     /// Not: the pool has to say.
     Unknown,
 }
@@ -111,8 +111,42 @@ impl Fit {
 /// Finds devices for a start.
 ///
 /// # Errors
-/// Says whether waiting may help.
+/// Says whether waiting may help: it does if the start would fit on devices that are well and that nobody else uses.
 pub fn fit(
+    demand: &Demand,
+    mask: &DeviceMask,
+    devices: &[DeviceSnapshot],
+    promised: &dyn Fn(&str) -> u64,
+) -> Result<Fit, Refusal> {
+    let why = match fit_now(demand, mask, devices, promised) {
+        Ok(fit) => return Ok(fit),
+        Err(Refusal::Mask(e)) => return Err(Refusal::Mask(e)),
+        Err(Refusal::Devices(why)) => return Err(Refusal::Devices(why)),
+        Err(Refusal::Vram(why) | Refusal::NeverFits(why)) => why,
+    };
+    let Ok(empty) = fit_now(demand, mask, &unused(devices), &|_| 0) else { return Err(Refusal::NeverFits(why)) };
+    let lacks = |row: &Row| {
+        let device = devices.iter().find(|d| d.uuid == row.uuid)?;
+        let left = available(device, promised(&row.uuid));
+        let text = || format!("GPU {} has {} left of the {} needed", row.index, gib(left), gib(row.promised));
+        (left < row.promised).then(text)
+    };
+    Err(Refusal::Vram(empty.rows.iter().find_map(lacks).unwrap_or(why)))
+}
+
+/// The devices as they are when they are well and nobody uses them.
+fn unused(devices: &[DeviceSnapshot]) -> Vec<DeviceSnapshot> {
+    let unused = |d: &DeviceSnapshot| DeviceSnapshot {
+        vram_used: 0,
+        vram_foreign: 0,
+        vram_free: usable(d),
+        health: DeviceHealth::Ok,
+        ..d.clone()
+    };
+    devices.iter().map(unused).collect()
+}
+
+fn fit_now(
     demand: &Demand,
     mask: &DeviceMask,
     devices: &[DeviceSnapshot],
@@ -144,7 +178,7 @@ fn as_told(
     }
     let bytes = match (demand.vram, demand.memory) {
         (Some(bytes), _) => bytes,
-        (None, EngineMemory::Nothing) => 0,
+        (None, EngineMemory::Fixed(bytes)) => bytes,
         (None, _) => {
             return Err(Refusal::NeverFits("the memory of this model on this engine is not known: set `vram`".into()));
         }
@@ -169,18 +203,20 @@ fn fit_context(
         Split::Auto if *mask != DeviceMask::Auto => over(demand, profile, settings, mask, devices, promised),
         // As few devices as possible: one, then those with the most room.
         Split::Auto => alone().or_else(|refusal| {
-            let mut roomy: Vec<&DeviceSnapshot> = devices.iter().filter(|d| !d.mig_parent && d.mig.is_none()).collect();
+            let whole = |d: &&DeviceSnapshot| !d.mig_parent && d.mig.is_none() && d.health.admits();
+            let (mut roomy, mut last): (Vec<&DeviceSnapshot>, _) = (devices.iter().filter(whole).collect(), refusal);
             roomy.sort_by_key(|d| (Reverse(available(d, promised(&d.uuid))), d.index));
             for count in 2..=roomy.len().min(crate::split::MAX_DEVICES) {
                 let mut some: Vec<&DeviceSnapshot> = roomy[..count].to_vec();
                 some.sort_by_key(|d| d.index);
                 let list = some.iter().map(|d| d.uuid.as_str()).collect::<Vec<_>>().join(",");
                 let Ok(mask) = DeviceMask::parse(&list) else { continue };
-                if let Ok(fit) = over(demand, profile, settings, &mask, devices, promised) {
-                    return Ok(fit);
+                match over(demand, profile, settings, &mask, devices, promised) {
+                    Ok(fit) => return Ok(fit),
+                    Err(refusal) => last = refusal,
                 }
             }
-            Err(refusal)
+            Err(last)
         }),
     }
 }
@@ -222,55 +258,44 @@ fn over(
     devices: &[DeviceSnapshot],
     promised: &dyn Fn(&str) -> u64,
 ) -> Result<Fit, Refusal> {
+    if settings.gpu_layers.is_some_and(|n| usize::try_from(n).is_ok_and(|n| n <= profile.layers.len())) {
+        let why = "`tensor_split` spreads all layers: leave out the argument that keeps some off the devices";
+        return Err(Refusal::NeverFits(why.into()));
+    }
     let resolved = mask.validate_against_discovered(devices).map_err(Refusal::Mask)?;
     let chosen: Vec<&DeviceSnapshot> =
         resolved.uuids.iter().filter_map(|u| devices.iter().find(|d| d.uuid == *u)).collect();
     let whole = llama_cpp::estimate_single(profile, settings, Overheads::default()).map_err(|e| unknown(&e))?;
     let one = whole.devices.first().copied().unwrap_or_default();
     // What a device takes whatever its share; the part that grows with the share is small beside it.
-    let fixed = one.compute + one.runtime + Overheads::default().margin_min;
+    let fixed = one.compute.saturating_add(one.runtime).saturating_add(Overheads::default().margin_min);
     let layers = llama_cpp::layer_loads(profile, settings).map_err(|e| unknown(&e))?;
     let output = llama_cpp::output_load(profile);
-    let planned = |room: &dyn Fn(&DeviceSnapshot) -> u64| -> Result<Fit, Refusal> {
-        let offers: Vec<SplitDevice> =
-            chosen.iter().map(|d| SplitDevice { uuid: d.uuid.clone(), usable: room(d), fixed }).collect();
-        let input = SplitInput { layers: &layers, kv: &[], output, devices: &offers };
-        let plan = match &demand.split {
-            Split::Ratios(text) => {
-                let ratios = SplitRatios::parse(text, offers.len()).map_err(|e| unknown(&e))?;
-                SplitPlan::from_ratios(&input, &ratios)
-            }
-            Split::Off | Split::Auto => SplitPlan::compute(&input),
+    let offer =
+        |d: &&DeviceSnapshot| SplitDevice { uuid: d.uuid.clone(), usable: available(d, promised(&d.uuid)), fixed };
+    let offers: Vec<SplitDevice> = chosen.iter().map(offer).collect();
+    let input = SplitInput { layers: &layers, kv: &[], output, devices: &offers };
+    let plan = match &demand.split {
+        Split::Ratios(text) => {
+            let ratios = SplitRatios::parse(text, offers.len()).map_err(|e| unknown(&e))?;
+            SplitPlan::from_ratios(&input, &ratios)
         }
-        .map_err(|e| unknown(&e))?;
-        let estimate = estimate_of(profile, settings, &plan)?;
-        let share = |at: usize| plan.shares().get(at).map(|s| (s.layers.clone(), s.output)).unwrap_or_default();
-        let rows = rows_of(&resolved, devices, promised, |at| {
-            let expected = estimate.devices.get(at).copied().unwrap_or_default();
-            let (layers, output) = share(at);
-            // The engine opens a context also where it puts no layer.
-            let least = Overheads::default().runtime;
-            (layers, output, expected, demand.vram.unwrap_or_else(|| expected.total().max(least)))
-        });
-        let tensor_split = Some(plan.tensor_split());
-        let context = Some(settings.context);
-        Ok(Fit { devices: resolved.clone(), rows, tensor_split, context, host: estimate.host, learnt: false })
-    };
-    // The split depends on what is free now; what is hopeless on an empty node is hopeless.
-    let now = planned(&|d| available(d, promised(&d.uuid)))?;
-    match place_each(mask_of(&resolved).as_ref().unwrap_or(mask), &now.bytes(), devices, promised) {
-        Ok(_) => Ok(now),
-        Err(refusal @ (Refusal::Mask(_) | Refusal::Devices(_))) => Err(refusal),
-        Err(refusal) => {
-            let empty = planned(&|d| usable(d))?;
-            let ever = chosen.iter().zip(empty.bytes()).all(|(d, bytes)| usable(d) >= bytes);
-            Err(match (ever, refusal) {
-                (true, Refusal::NeverFits(why) | Refusal::Vram(why)) => Refusal::Vram(why),
-                (false, Refusal::NeverFits(why) | Refusal::Vram(why)) => Refusal::NeverFits(why),
-                (_, other) => other,
-            })
-        }
+        Split::Off | Split::Auto => SplitPlan::compute(&input),
     }
+    .map_err(|e| unknown(&e))?;
+    let estimate = estimate_of(profile, settings, &plan)?;
+    let rows = rows_of(&resolved, devices, promised, |at| {
+        let expected = estimate.devices.get(at).copied().unwrap_or_default();
+        let (layers, output) = plan.shares().get(at).map(|s| (s.layers.clone(), s.output)).unwrap_or_default();
+        // The engine opens a context also where it puts no layer.
+        let least = Overheads::default().runtime;
+        (layers, output, expected, demand.vram.unwrap_or_else(|| expected.total().max(least)))
+    });
+    let tensor_split = Some(plan.tensor_split());
+    let context = Some(settings.context);
+    let fit = Fit { devices: resolved.clone(), rows, tensor_split, context, host: estimate.host, learnt: false };
+    place_each(mask_of(&resolved).as_ref().unwrap_or(mask), &fit.bytes(), devices, promised)?;
+    Ok(fit)
 }
 
 fn mask_of(resolved: &ResolvedMask) -> Option<DeviceMask> {
@@ -356,7 +381,7 @@ impl fmt::Display for Remedy {
                 let on = if *devices == 1 { "one GPU".to_owned() } else { format!("{devices} GPUs together") };
                 write!(f, "weights of at most {} would fit on {on}: take a smaller quantisation", gib(*weights))
             }
-            Self::Free { bytes, index } => write!(f, "{} more free memory on GPU {index} would do", gib(*bytes)),
+            Self::Free { bytes, index } => write!(f, "{} more free memory on GPU {index} is needed", gib(*bytes)),
         }
     }
 }
@@ -391,7 +416,7 @@ pub fn remedies(
     let mut found = Vec::new();
     found.extend(tokens(*settings, &demand.split, mask, wanted).map(|tokens| Remedy::Context { tokens }));
     for kv in [KvType::Q8_0, KvType::Q4_0] {
-        if kv.bytes_per_32() < settings.kv_type_k.bytes_per_32() {
+        if kv.bytes_per_32() < settings.kv_type_k.bytes_per_32().max(settings.kv_type_v.bytes_per_32()) {
             let smaller = LlamaCppSettings { kv_type_k: kv, kv_type_v: kv, ..*settings };
             found.extend(tokens(smaller, &demand.split, mask, wanted).map(|tokens| Remedy::KvType { kv, tokens }));
         }
@@ -423,7 +448,7 @@ fn smaller(
 ) -> Option<Remedy> {
     let least = LlamaCppSettings { context: CONTEXT_STEP, ..*settings };
     let one = llama_cpp::estimate_single(profile, &least, Overheads::default()).ok()?.devices.first().copied()?;
-    let fixed = one.compute + one.runtime + Overheads::default().margin_min;
+    let fixed = one.compute.saturating_add(one.runtime).saturating_add(Overheads::default().margin_min);
     let all = if *mask == DeviceMask::Auto { DeviceMask::All } else { mask.clone() };
     let there = all.validate_against_discovered(devices).ok()?;
     let known = there.uuids.iter().filter_map(|u| devices.iter().find(|d| d.uuid == *u));
@@ -433,24 +458,20 @@ fn smaller(
     (weights > 0 && weights < one.weights).then_some(Remedy::Smaller { weights, devices: there.uuids.len() })
 }
 
-/// How much is missing on the device that lacks least, when only others' memory stands in the way.
+/// How much is missing on each device, when only others' memory stands in the way.
 fn missing(
     demand: &Demand,
     mask: &DeviceMask,
     devices: &[DeviceSnapshot],
     promised: &dyn Fn(&str) -> u64,
-) -> Option<Remedy> {
-    let empty: Vec<DeviceSnapshot> = devices
-        .iter()
-        .map(|d| DeviceSnapshot { vram_used: 0, vram_foreign: 0, vram_free: usable(d), ..d.clone() })
-        .collect();
-    let fit = fit(demand, mask, &empty, &|_| 0).ok()?;
+) -> Vec<Remedy> {
+    let Ok(fit) = fit_now(demand, mask, &unused(devices), &|_| 0) else { return Vec::new() };
     let lack = |row: &Row| {
         let device = devices.iter().find(|d| d.uuid == row.uuid)?;
         let bytes = row.promised.checked_sub(available(device, promised(&row.uuid)))?;
         (bytes > 0).then_some(Remedy::Free { bytes, index: row.index })
     };
-    fit.rows.iter().find_map(lack)
+    fit.rows.iter().filter_map(lack).collect()
 }
 
 #[cfg(test)]

@@ -20,9 +20,9 @@ pub struct Correction {
     pub samples: u32,
 }
 
-/// Kept free above a learnt figure: an engine's use still grows a little after Ready (graphs captured for other batch
-/// sizes, scratch of libraries).
-pub const LEARNT_MARGIN: u64 = 128 << 20;
+/// Kept free above a learnt figure, which is read after one token: an engine's use still grows (scratch of a full
+/// prefill, graphs captured for other batch sizes). As the least margin of an estimate.
+pub const LEARNT_MARGIN: u64 = 512 << 20;
 
 impl Correction {
     /// The first measurement.

@@ -70,6 +70,9 @@ fn nobodys_context_is_the_largest_that_fits_up_to_the_default() {
     let tight = context(6).unwrap();
     assert!((256..8192).contains(&tight) && tight.is_multiple_of(CONTEXT_STEP), "{tight}");
     assert!(matches!(context(4), Err(Refusal::NeverFits(_))));
+    // Crowded, it waits for the room that an unused device would have.
+    let crowded = fit(&demand(1, 0), &DeviceMask::Auto, &[gpu(0, 6)], &|_| 2 * GIB);
+    assert!(matches!(crowded, Err(Refusal::Vram(_))), "{crowded:?}");
 }
 
 #[test]
@@ -80,7 +83,7 @@ fn what_somebody_said_wins_and_what_nobody_knows_has_to_be_said() {
     let unknown = Demand { memory: EngineMemory::Unknown, ..demand(1, 8192) };
     let Err(Refusal::NeverFits(why)) = fit(&unknown, &DeviceMask::Auto, &devices, &none) else { panic!() };
     assert!(why.ends_with("set `vram`"), "{why}");
-    let stub = Demand { memory: EngineMemory::Nothing, profile: None, ..demand(1, 0) };
+    let stub = Demand { memory: EngineMemory::Fixed(0), profile: None, ..demand(1, 0) };
     assert_eq!(fit(&stub, &DeviceMask::Auto, &devices, &none).unwrap().bytes(), [0]);
     let learnt = Demand { learnt: Some(Correction::new(6 * GIB)), ..demand(1, 8192) };
     let fit = fit(&learnt, &DeviceMask::Auto, &devices, &none).unwrap();
@@ -103,6 +106,23 @@ fn a_split_takes_as_few_devices_as_do_and_promises_each_its_share() {
     let crowded = |u: &str| if u == devices[1].uuid { 20 * GIB } else { 0 };
     assert!(matches!(fit(&auto(6), &DeviceMask::All, &devices[..2], &crowded), Err(Refusal::Vram(_))));
     assert!(matches!(fit(&auto(20), &DeviceMask::All, &devices, &none), Err(Refusal::NeverFits(_))));
+    // The same with the choice of devices left to the planner, and with one of them ill.
+    assert!(matches!(fit(&auto(6), &DeviceMask::Auto, &devices[..2], &crowded), Err(Refusal::Vram(_))));
+    let mut ill = devices.clone();
+    ill[1].health = crate::DeviceHealth::Lost("test".into());
+    assert!(matches!(fit(&auto(6), &DeviceMask::Auto, &ill, &none), Err(Refusal::Vram(_) | Refusal::Devices(_))));
+    assert_eq!(
+        fit(&auto(4), &DeviceMask::Auto, &ill, &none).unwrap().rows.iter().map(|r| r.index).collect::<Vec<_>>(),
+        [0, 2]
+    );
+    // Layers that stay off the devices are no part of a split.
+    let partly = LlamaCppSettings { context: 8192, gpu_layers: Some(16), ..LlamaCppSettings::default() };
+    let partly = Demand { memory: EngineMemory::LlamaCpp(partly), ..auto(6) };
+    assert!(matches!(fit(&partly, &DeviceMask::All, &devices, &none), Err(Refusal::NeverFits(_))));
+    let huge = LlamaCppSettings { context: u64::MAX, ubatch: u32::MAX, batch: u32::MAX, ..LlamaCppSettings::default() };
+    let huge = Demand { memory: EngineMemory::LlamaCpp(huge), ..auto(1) };
+    assert!(fit(&huge, &DeviceMask::All, &devices, &none).is_err());
+    assert!(remedies(&huge, &DeviceMask::All, &devices, &none).len() < 8);
 }
 
 #[test]
