@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use pool_domain::plan::EngineMemory;
 use pool_domain::{EngineName, Failure};
 use pool_services::PoolSpec;
-use pool_services::ports::{Endpoint, EngineProvisioner, PrepareRequest, PreparedEngine};
+use pool_services::ports::{Endpoint, EngineProvisioner, NotAdmitted, PrepareRequest, PreparedEngine};
 
 use crate::decl::{EngineDecl, Kind, Mode, StubCommand};
 use crate::discover::{Discovery, Program};
@@ -90,10 +90,19 @@ impl EngineProvisioner for Provisioner {
         }
     }
 
+    fn admits(&self, spec: &PoolSpec) -> Result<(), NotAdmitted> {
+        match self.engine(spec) {
+            Err(failure) => Err(NotAdmitted::Engine(failure.detail)),
+            Ok((_, Some(Mode::External { .. }))) => Ok(()),
+            Ok((kind, _)) => kinds::check_args(kind, &spec.args).map_err(|f| NotAdmitted::Argument(f.detail)),
+        }
+    }
+
     fn memory(&self, spec: &PoolSpec) -> EngineMemory {
         match self.engine(spec) {
-            Ok((_, Some(Mode::External { .. })) | (Kind::Stub, _)) => EngineMemory::Nothing,
-            Ok((Kind::LlamaCpp, _)) => EngineMemory::LlamaCpp(kinds::llama_cpp::settings(spec)),
+            Ok((_, Some(Mode::External { .. }))) => EngineMemory::Fixed(0),
+            Ok((Kind::Stub, _)) => kinds::stub::memory(&spec.args),
+            Ok((Kind::LlamaCpp, _)) => kinds::llama_cpp::memory(spec),
             Err(_) => EngineMemory::Unknown,
         }
     }

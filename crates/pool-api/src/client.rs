@@ -9,8 +9,8 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use pool_domain::{PoolId, rank};
-use pool_services::control::{Lease, PlanRequest};
+use pool_domain::PoolId;
+use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolSnapshot,
 };
@@ -253,7 +253,7 @@ impl PoolControl for HttpControl {
         Ok(self.read::<PlanView>(&bytes)?.into())
     }
 
-    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+    async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError> {
         let bytes = self.post("/v1/placements", &PlacementBody::from(request), "placements").await?;
         self.read::<Vec<PlacementView>>(&bytes)?.into_iter().map(|p| self.convert(p)).collect()
     }

@@ -9,8 +9,7 @@ use common::{Fake, chat, id, node, operation, state};
 use pool_api::client::HttpControl;
 use pool_api::server::{LocalAddr, router};
 use pool_domain::lifecycle::OnDeadline;
-use pool_domain::rank;
-use pool_services::control::PlanRequest;
+use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::{ControlError, DrainOptions, OperationState, PoolControl, PoolSnapshot};
 
 async fn serve(fake: Fake) -> HttpControl {
@@ -42,7 +41,7 @@ async fn round_trip() {
     assert_eq!(done, Ok(operation("drain", OperationState::Succeeded("drained".into()))));
     let plan = c.plan(PlanRequest::Pool(id("chat"))).await.unwrap();
     assert_eq!(plan, Fake::default().plan(PlanRequest::Pool(id("chat"))).await.unwrap());
-    let request = rank::Request { model: Some("chat".into()), context: Some(7), ..rank::Request::default() };
+    let request = PlacementRequest { model: Some("chat".into()), context: Some(7), ..PlacementRequest::default() };
     let placed = c.placements(request.clone()).await;
     assert_eq!(placed, Fake::default().placements(request).await);
     let lease = c.lease(&id("chat"), Duration::from_secs(5)).await.unwrap();

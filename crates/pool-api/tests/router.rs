@@ -347,6 +347,9 @@ async fn plans_and_placements() {
         ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":"0,0"}"#, 422, "SPLIT_INVALID"),
         ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":""}"#, 422, "SPLIT_INVALID"),
         ("/v1/plan", r#"{"model":"file:/m/a.gguf","devices":"0,0"}"#, 422, "MASK_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":[3,-1]}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":["a"]}"#, 422, "SPLIT_INVALID"),
+        ("/v1/plan", r#"{"model":"file:/m/a.gguf","tensor_split":[]}"#, 422, "SPLIT_INVALID"),
         ("/v1/placements", r#"{"prefer_replica":"chat"}"#, 400, "INVALID_PARAMS"),
         ("/v1/placements", r#"{"devices":["GPU-nope"]}"#, 422, "MASK_INVALID"),
     ] {

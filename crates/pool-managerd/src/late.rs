@@ -4,8 +4,8 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{PoolId, rank};
-use pool_services::control::{Lease, PlanRequest};
+use pool_domain::PoolId;
+use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager, PoolSnapshot,
 };
@@ -58,7 +58,7 @@ impl PoolControl for LateControl {
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
         self.get()?.plan(what).await
     }
-    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+    async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError> {
         self.get()?.placements(request).await
     }
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {

@@ -24,13 +24,14 @@ pub async fn plan(args: PlanArgs) -> Result<(), Exit> {
         pool: None,
         model: Some(pool.model.to_string()),
         engine: Some(args.engine.unwrap_or_else(|| pool.engine.to_string())),
-        args: Some(args.args),
+        args: Some(args.args.clone()),
         devices: args.devices,
         context: args.context,
         slots: args.slots,
         kv_type: args.kv_type.map(|kv| [kv.clone(), kv]),
         vram: args.vram,
-        tensor_split: args.tensor_split,
+        tensor_split: args.tensor_split.map(Into::into),
+        workload: None,
     };
     let spec = match body.request() {
         Ok(PlanRequest::Spec(spec)) => spec,
@@ -48,7 +49,10 @@ pub async fn plan(args: PlanArgs) -> Result<(), Exit> {
         devices: &inventory.devices,
         promised: &promised,
     };
-    let report = report(&spec, from).await.map_err(|e| Exit::new(USAGE, e.to_string()))?;
+    let mut report = report(&spec, from).await.map_err(|e| Exit::new(USAGE, e.to_string()))?;
+    if !report.args.is_empty() {
+        report.args.extend(args.args);
+    }
     let fits = report.fits;
     if args.json {
         let view = serde_json::to_string_pretty(&PlanView::from(report)).unwrap_or_default();

@@ -64,7 +64,10 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
     on_start(Started { manager: manager.clone(), addr });
 
-    let name = signals.stop().await;
+    let (name, broken) = tokio::select! {
+        name = signals.stop() => (name, false),
+        () = manager.broken() => ("a bug", true),
+    };
     let deadline = config.node.shutdown_deadline;
     tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
     app.state.flags.set_accepting(false);
@@ -78,7 +81,9 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     // The last events are told, too: without senders their channel ends.
     drop((manager, app));
     finish(told).await;
-    if in_time {
+    if broken {
+        Err(Exit::new(BUG, "the daemon met a bug and stopped what it could").hinting("the log has the details"))
+    } else if in_time {
         tracing::info!("stopped");
         Ok(())
     } else {

@@ -74,6 +74,9 @@ pub fn plan(p: &PlanReport, simulated: bool) -> String {
         if let Some(context) = p.context {
             out.push_str(&format!("context: {context} tokens over all slots\n"));
         }
+        if p.learnt {
+            out.push_str("promised is what such an engine took before, and a margin\n");
+        }
         if let Some(split) = &p.tensor_split {
             out.push_str(&format!("tensor split: {split}\n"));
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use pool_domain::lifecycle::OnDeadline;
-use pool_domain::{Generation, PoolId, ReplicaId, rank};
+use pool_domain::{DeviceMask, Generation, PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
 
 use crate::planning::{Placed, PlanReport};
@@ -119,6 +119,21 @@ pub enum PlanRequest {
     Spec(Box<PoolSpec>),
 }
 
+/// What a request needs of a replica.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PlacementRequest {
+    /// Only this pool.
+    pub pool: Option<PoolId>,
+    /// A model by id or alias.
+    pub model: Option<String>,
+    /// Tokens, prompt and answer together.
+    pub context: Option<u64>,
+    /// Only on these devices.
+    pub devices: Option<DeviceMask>,
+    /// A hint: this one goes first if it can serve at all.
+    pub prefer_replica: Option<ReplicaKey>,
+}
+
 /// Everything that can be asked of a node.
 #[async_trait]
 pub trait PoolControl: fmt::Debug + Send + Sync {
@@ -151,7 +166,7 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     /// What would be started where for this pool, or for one like it; starts nothing.
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError>;
     /// Every replica, the best for the request first, each with its reason.
-    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError>;
+    async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError>;
     /// Give a slot back; releasing what is already released is fine.
     async fn release(&self, lease_id: &str) -> Result<(), ControlError>;
 }

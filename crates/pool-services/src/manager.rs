@@ -9,14 +9,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, rank};
+use pool_domain::{DeviceSnapshot, Generation, PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
-use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
+use crate::control::{
+    ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
+};
 use crate::driver::{Driver, DriverParts, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
@@ -24,7 +27,7 @@ use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Inventory, ModelStore, StateLedger};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::{Promised, Steward, Ward};
+use crate::steward::{Ledgered, Steward, Ward};
 
 /// Commands that may wait for a task; more are refused.
 const QUEUE: usize = 32;
@@ -144,40 +147,60 @@ impl Builder {
         }
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
-        let node_bell = Arc::new(Notify::new());
+        let node = NodeShared { bell: Arc::new(Notify::new()), broken: CancellationToken::new() };
         let (mut pools, mut wards) = (BTreeMap::new(), Vec::new());
         for spec in self.pools {
             let spec = Arc::new(spec);
-            let handle = spawn_pool(&spec, &ports, clock, self.seed, &events, &node_bell, &mut wards).await;
+            let handle = spawn_pool(&spec, &ports, clock, self.seed, &events, &node, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
         }
-        let (promised_tx, promised) = watch::channel(Promised::new());
+        let (told, ledgered) = watch::channel(Ledgered::default());
         let steward = Steward {
             wards,
             inventory: ports.gpu.inventory(),
             host: Arc::clone(&ports.host),
             listen: self.listen,
             ports: self.ports,
-            bell: node_bell,
-            promised: promised_tx,
+            bell: Arc::clone(&node.bell),
+            told,
         };
-        tokio::spawn(steward.run());
+        watched(&node.broken, "steward", steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
         let inventory = ports.gpu.inventory();
         let inner = Inner {
             pools,
             inventory,
-            promised,
+            ledgered,
             desk,
             clock,
             events,
             seed: self.seed,
+            broken: node.broken,
             leases: AtomicU64::new(0),
             ports,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
+}
+
+/// What every task of the node has.
+struct NodeShared {
+    /// Rung for the steward.
+    bell: Arc<Notify>,
+    /// Cancelled by a bug.
+    broken: CancellationToken,
+}
+
+/// Runs a task whose panic must not pass unnoticed.
+fn watched(broken: &CancellationToken, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+    let broken = broken.clone();
+    tokio::spawn(async move {
+        if tokio::spawn(task).await.is_err_and(|e| e.is_panic()) {
+            tracing::error!(task = name, "a task met a bug: nothing is started any more");
+            broken.cancel();
+        }
+    });
 }
 
 async fn spawn_pool(
@@ -186,7 +209,7 @@ async fn spawn_pool(
     clock: Clock,
     seed: u64,
     events: &EventSink,
-    node_bell: &Arc<Notify>,
+    node: &NodeShared,
     wards: &mut Vec<Ward>,
 ) -> PoolHandle {
     let bell = Arc::new(Notify::new());
@@ -208,11 +231,11 @@ async fn spawn_pool(
             admission: Arc::clone(&admission),
             commands,
             published,
-            bells: [Arc::clone(&bell), Arc::clone(node_bell)],
+            bells: [Arc::clone(&bell), Arc::clone(&node.bell)],
             events: events.clone(),
             generation,
         });
-        tokio::spawn(driver.run());
+        watched(&node.broken, "driver", driver.run());
         wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
         drivers.push(tx);
         replicas.push(seen);
@@ -247,7 +270,7 @@ async fn spawn_pool(
         verbs: 0,
         ending: false,
     };
-    tokio::spawn(conductor.run());
+    watched(&node.broken, "conductor", conductor.run());
     PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
 }
 
@@ -263,11 +286,12 @@ struct PoolHandle {
 struct Inner {
     pools: BTreeMap<PoolId, PoolHandle>,
     inventory: watch::Receiver<Inventory>,
-    promised: watch::Receiver<Promised>,
+    ledgered: watch::Receiver<Ledgered>,
     desk: mpsc::Sender<DeskCommand>,
     clock: Clock,
     events: EventSink,
     seed: u64,
+    broken: CancellationToken,
     leases: AtomicU64,
     /// Also held because the ledger is what keeps other daemons out.
     ports: Ports,
@@ -402,6 +426,31 @@ impl PoolManager {
         operation
     }
 
+    /// The devices as they are, with who else uses them; and what is promised on them, but for one pool.
+    fn devices_without(&self, pool: Option<&PoolId>) -> (Vec<DeviceSnapshot>, BTreeMap<String, u64>) {
+        let (inventory, mut told) = (self.inner.inventory.borrow().clone(), self.inner.ledgered.borrow().clone());
+        let mut devices = inventory.devices;
+        for device in &mut devices {
+            device.vram_foreign = device.vram_foreign.max(told.foreign.get(&device.uuid).copied().unwrap_or(0));
+        }
+        for (_, held) in told.held.iter().filter(|(key, _)| Some(&key.pool) == pool) {
+            for (uuid, bytes) in held {
+                if let Some(promised) = told.promised.get_mut(uuid) {
+                    *promised = promised.saturating_sub(*bytes);
+                }
+                if let Some(device) = devices.iter_mut().find(|d| d.uuid == *uuid) {
+                    device.vram_used = device.vram_used.saturating_sub(*bytes);
+                }
+            }
+        }
+        (devices, told.promised)
+    }
+
+    /// Resolves when a task that the manager cannot do without has met a bug. Nothing is started any more then.
+    pub async fn broken(&self) {
+        self.inner.broken.cancelled().await;
+    }
+
     /// Events that did not fit their channel, and so are missing in logs and metrics.
     #[must_use]
     pub fn events_lost(&self) -> u64 {
@@ -428,15 +477,16 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
         let inventory = self.inner.inventory.borrow().clone();
-        let promised = self.inner.promised.borrow().clone();
+        let told = self.inner.ledgered.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
             driver: inventory.driver,
             devices: inventory
                 .devices
                 .into_iter()
-                .map(|d| {
-                    let ours = promised.get(&d.uuid).copied().unwrap_or(0);
+                .map(|mut d| {
+                    let ours = told.promised.get(&d.uuid).copied().unwrap_or(0);
+                    d.vram_foreign = d.vram_foreign.max(told.foreign.get(&d.uuid).copied().unwrap_or(0));
                     (d, ours)
                 })
                 .collect(),
@@ -541,24 +591,26 @@ impl PoolControl for PoolManager {
             PlanRequest::Pool(id) => (*self.handle(&id)?.spec).clone(),
             PlanRequest::Spec(spec) => *spec,
         };
-        let (inventory, promised) = (self.inner.inventory.borrow().clone(), self.inner.promised.borrow().clone());
+        // What the pool holds already is there for it.
+        let (devices, promised) = self.devices_without(Some(&spec.id));
         let ports = &self.inner.ports;
         let from = Surroundings {
             models: &*ports.models,
             provisioner: &*ports.provisioner,
             ledger: Some(&*ports.ledger),
-            devices: &inventory.devices,
+            devices: &devices,
             promised: &promised,
         };
         planning::report(&spec, from).await
     }
 
-    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
-        let (inventory, promised) = (self.inner.inventory.borrow().clone(), self.inner.promised.borrow().clone());
+    async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError> {
+        if let Some(pool) = &request.pool {
+            self.handle(pool)?;
+        }
+        let (devices, promised) = self.devices_without(None);
         let pools = self.inner.pools.values().map(|h| (&*h.spec, self.picture(h)));
-        let promised = |uuid: &str| promised.get(uuid).copied().unwrap_or(0);
-        let candidates = planning::candidates(pools, &inventory.devices, &promised);
-        Ok(planning::placed(&candidates, &request))
+        planning::placements(pools, &devices, &promised, request)
     }
 
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {

@@ -8,11 +8,11 @@ use pool_domain::estimate::DeviceEstimate;
 use pool_domain::plan::{Demand, EngineMemory, Fit, Row, Split, fit, remedies};
 use pool_domain::rank::{self, Candidate, Standing};
 use pool_domain::reserve::{Refusal, available};
-use pool_domain::{DeviceSnapshot, ReplicaKey};
+use pool_domain::{DeviceMask, DeviceSnapshot, ReplicaKey};
 
-use crate::control::ControlError;
+use crate::control::{ControlError, PlacementRequest};
 use crate::driver::correction_key;
-use crate::ports::{EngineProvisioner, ModelStore, PrepareRequest, ResolvedModel, StateLedger};
+use crate::ports::{EngineProvisioner, ModelStore, NotAdmitted, PrepareRequest, ResolvedModel, StateLedger};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::PoolSpec;
 
@@ -37,7 +37,8 @@ pub struct PlanReport {
     pub learnt: bool,
     /// What would fit instead, or how far it could go.
     pub remedies: Vec<String>,
-    /// The engine's arguments as they would be passed, model files by name alone; empty if the engine cannot be run.
+    /// The engine's arguments as they would be passed, before those that the pool gives itself; model files by name alone.
+    /// Empty if the engine cannot be run.
     pub args: Vec<String>,
     /// Why the engine cannot be run here; empty if it can.
     pub engine_problem: String,
@@ -77,7 +78,7 @@ pub(crate) async fn demand(
             Err(_) if spec.vram.is_some() && spec.tensor_split == Split::Off => None,
             Err(failure) => return Err(failure),
         },
-        EngineMemory::Nothing | EngineMemory::Unknown => None,
+        EngineMemory::Fixed(_) | EngineMemory::Unknown => None,
     };
     let mut demand = Demand { profile, memory, vram: spec.vram, split: spec.tensor_split.clone(), learnt: None };
     if let (Some(ledger), Some(key)) = (ledger, correction_key(spec, &demand)) {
@@ -91,19 +92,29 @@ pub(crate) async fn demand(
 /// # Errors
 /// When the model, the mask or the split cannot be; that it does not fit is an answer.
 pub async fn report(spec: &PoolSpec, from: Surroundings<'_>) -> Result<PlanReport, ControlError> {
+    match from.provisioner.admits(spec) {
+        Ok(()) => {}
+        Err(NotAdmitted::Engine(why)) => return Err(refused("ENGINE_UNKNOWN", why)),
+        Err(NotAdmitted::Argument(why)) => return Err(refused("ARG_DENIED", why)),
+    }
     let invalid = |failure: pool_domain::Failure| refused("MODEL_REF_INVALID", failure.detail);
     let model = from.models.ensure_present(&spec.model).await.map_err(invalid)?;
     let demand = demand(from.models, from.provisioner, from.ledger, spec, &model).await.map_err(invalid)?;
     let mask = spec.mask_of(0);
-    let resolved =
-        mask.validate_against_discovered(from.devices).map_err(|e| refused("MASK_INVALID", e.to_string()))?;
+    let valid = |mask: &DeviceMask| {
+        mask.validate_against_discovered(from.devices).map_err(|e| refused("MASK_INVALID", e.to_string()))
+    };
+    let resolved = valid(mask)?;
+    for replica in 1..spec.replicas {
+        valid(spec.mask_of(replica))?;
+    }
     if let Split::Ratios(text) = &demand.split {
         pool_domain::split::SplitRatios::parse(text, resolved.uuids.len())
             .map_err(|e| refused("SPLIT_INVALID", e.to_string()))?;
     }
     let promised = |uuid: &str| from.promised.get(uuid).copied().unwrap_or(0);
     let helps = remedies(&demand, mask, from.devices, &promised).iter().map(ToString::to_string).collect();
-    match fit(&demand, mask, from.devices, &promised) {
+    match fit_all(spec, &demand, from.devices, from.promised) {
         Ok(fit) => {
             let (args, engine_problem) = args(spec, &model, &fit, from.provisioner).await;
             Ok(PlanReport {
@@ -143,6 +154,31 @@ pub async fn report(spec: &PoolSpec, from: Surroundings<'_>) -> Result<PlanRepor
     }
 }
 
+/// One engine after the other, as the steward would grant them; the first one is shown.
+fn fit_all(
+    spec: &PoolSpec,
+    demand: &Demand,
+    devices: &[DeviceSnapshot],
+    promised: &BTreeMap<String, u64>,
+) -> Result<Fit, Refusal> {
+    let (mut promised, mut first) = (promised.clone(), None);
+    for replica in 0..spec.replicas.max(1) {
+        let of = |why: String| if replica == 0 { why } else { format!("replica r{replica}: {why}") };
+        let now = fit(demand, spec.mask_of(replica), devices, &|uuid| promised.get(uuid).copied().unwrap_or(0));
+        let fit = now.map_err(|refusal| match refusal {
+            Refusal::Vram(why) => Refusal::Vram(of(why)),
+            Refusal::NeverFits(why) => Refusal::NeverFits(of(why)),
+            other => other,
+        })?;
+        for row in &fit.rows {
+            let sum = promised.entry(row.uuid.clone()).or_default();
+            *sum = sum.saturating_add(row.promised);
+        }
+        first = first.or(Some(fit));
+    }
+    first.ok_or_else(|| Refusal::NeverFits("a pool has at least one replica".into()))
+}
+
 async fn args(
     spec: &PoolSpec,
     model: &ResolvedModel,
@@ -162,7 +198,9 @@ async fn args(
             let path = model.local_path.as_ref().map(|p| p.display().to_string()).unwrap_or_default();
             let name = model.local_path.as_ref().and_then(|p| p.file_name()).unwrap_or_default();
             let shown = |arg: String| if arg == path { name.to_string_lossy().into_owned() } else { arg };
-            (prepared.args.into_iter().map(shown).collect(), String::new())
+            // Those of the pool itself come last; whoever may see them has them.
+            let ours = prepared.args.len().saturating_sub(spec.args.len());
+            (prepared.args.into_iter().take(ours).map(shown).collect(), String::new())
         }
         Err(failure) => (Vec::new(), failure.detail),
     }
@@ -187,20 +225,31 @@ pub struct Placed {
     pub slots: u32,
 }
 
-/// The replicas of pools as candidates of a placement.
-pub(crate) fn candidates<'a>(
+/// Ranks the replicas of pools for a request.
+pub(crate) fn placements<'a>(
     pools: impl Iterator<Item = (&'a PoolSpec, PoolSnapshot)>,
     devices: &[DeviceSnapshot],
-    promised: &dyn Fn(&str) -> u64,
-) -> Vec<Candidate> {
-    let mut found = Vec::new();
+    promised: &BTreeMap<String, u64>,
+    request: PlacementRequest,
+) -> Result<Vec<Placed>, ControlError> {
+    let wanted = request.devices.map(|mask| mask.validate_against_discovered(devices)).transpose();
+    let wanted = wanted.map_err(|e| refused("MASK_INVALID", e.to_string()))?;
+    let mut candidates = Vec::new();
     for (spec, pool) in pools {
         for replica in &pool.replicas {
-            let uuids: Vec<String> =
+            let mut uuids: Vec<String> =
                 replica.device_mask.split(',').filter(|u| !u.is_empty()).map(str::to_owned).collect();
-            let free = |u: &String| devices.iter().find(|d| d.uuid == *u).map(|d| available(d, promised(u)));
+            let free = |u: &String| {
+                let device = devices.iter().find(|d| d.uuid == *u)?;
+                Some(available(device, promised.get(u).copied().unwrap_or(0)))
+            };
+            let vram_free = uuids.iter().filter_map(free).min().unwrap_or(0);
+            // One that rests has no device yet: that it rests is what speaks against it.
+            if let (true, false, Some(wanted)) = (uuids.is_empty(), replica.ready, &wanted) {
+                uuids.clone_from(&wanted.uuids);
+            }
             let models = [pool.model_id.clone(), pool.model.clone()].into_iter().chain(pool.aliases.iter().cloned());
-            found.push(Candidate {
+            candidates.push(Candidate {
                 key: ReplicaKey { pool: pool.pool_id.clone(), replica: replica.id },
                 standing: match (replica.ready, replica.draining) {
                     (true, _) => Standing::Ready,
@@ -208,20 +257,27 @@ pub(crate) fn candidates<'a>(
                     (false, false) => Standing::NotReady(replica.state),
                 },
                 models: models.collect(),
-                vram_free: uuids.iter().filter_map(free).min().unwrap_or(0),
+                vram_free,
                 devices: uuids,
                 leases: replica.active_leases,
                 slots: replica.slots_total,
                 // A request has its slot's part of the whole.
-                context: spec.context.map(|c| u64::from(c) / u64::from(spec.slots.max(1))),
+                context: replica.context.or(spec.context.map(u64::from)).map(|c| c / u64::from(spec.slots.max(1))),
             });
         }
     }
-    found
+    let request = rank::Request {
+        pool: request.pool,
+        model: request.model,
+        context: request.context,
+        devices: wanted,
+        prefer_replica: request.prefer_replica,
+    };
+    Ok(placed(&candidates, &request))
 }
 
 /// Ranks candidates.
-pub(crate) fn placed(candidates: &[Candidate], request: &rank::Request) -> Vec<Placed> {
+fn placed(candidates: &[Candidate], request: &rank::Request) -> Vec<Placed> {
     let told = |r: rank::Ranked<'_>| Placed {
         key: r.candidate.key.clone(),
         serves: r.verdict.serves(),

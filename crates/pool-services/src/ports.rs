@@ -134,6 +134,15 @@ pub struct PreparedEngine {
     pub engine_version: String,
 }
 
+/// Why a spec cannot be for any engine here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotAdmitted {
+    /// There is no such engine.
+    Engine(String),
+    /// An argument is not for a pool to give.
+    Argument(String),
+}
+
 /// Turns specs into engines that can be launched.
 #[async_trait]
 pub trait EngineProvisioner: fmt::Debug + Send + Sync {
@@ -141,6 +150,8 @@ pub trait EngineProvisioner: fmt::Debug + Send + Sync {
     async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure>;
     /// Whether the engine of a spec is run by somebody else, and where.
     fn external(&self, spec: &PoolSpec) -> Option<SocketAddr>;
+    /// Whether there is such an engine and whether it may be given the spec's arguments. Asks no program.
+    fn admits(&self, spec: &PoolSpec) -> Result<(), NotAdmitted>;
     /// How the memory of the spec's engine is known.
     fn memory(&self, spec: &PoolSpec) -> EngineMemory;
     /// Plans the launch. Never spawns an engine.

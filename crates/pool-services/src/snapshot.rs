@@ -64,8 +64,10 @@ pub struct ReplicaSnapshot {
     pub consecutive_failures: u32,
     /// Last check.
     pub last_check_at: Option<SystemTime>,
-    /// Bytes reserved on each device.
+    /// Bytes reserved on its devices together.
     pub vram_reserved: u64,
+    /// Context in tokens over all slots, where it is known.
+    pub context: Option<u64>,
 }
 
 /// One pool.

@@ -55,10 +55,23 @@ impl Ward {
 struct Book {
     held: BTreeMap<ReplicaKey, Reservation>,
     homes: BTreeMap<ReplicaKey, Reservation>,
+    /// What others use of each device.
+    foreign: BTreeMap<String, u64>,
 }
 
 /// Bytes promised by us on each device, by UUID.
 pub(crate) type Promised = BTreeMap<String, u64>;
+
+/// What the node's memory is used for, as the steward sees it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Ledgered {
+    /// By us, on each device.
+    pub(crate) promised: Promised,
+    /// By others, on each device.
+    pub(crate) foreign: BTreeMap<String, u64>,
+    /// By each replica: device and bytes.
+    pub(crate) held: BTreeMap<ReplicaKey, Vec<(String, u64)>>,
+}
 
 pub(crate) struct Steward {
     pub(crate) wards: Vec<Ward>,
@@ -67,7 +80,7 @@ pub(crate) struct Steward {
     pub(crate) listen: IpAddr,
     pub(crate) ports: RangeInclusive<u16>,
     pub(crate) bell: Arc<Notify>,
-    pub(crate) promised: watch::Sender<Promised>,
+    pub(crate) told: watch::Sender<Ledgered>,
 }
 
 impl Steward {
@@ -85,6 +98,7 @@ impl Steward {
             };
             let inventory = self.inventory.borrow_and_update().clone();
             self.free(&mut book);
+            self.see_foreign(&inventory, &mut book);
             self.unblock(&inventory, &book, next_port, retry).await;
             for i in 0..self.wards.len() {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
@@ -107,7 +121,12 @@ impl Steward {
                 // The driver never waits for the steward, so this cannot deadlock.
                 self.wards[i].tell(command).await;
             }
-            self.promised.send_replace(promised(&book.held));
+            let held = |r: &Reservation| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
+            self.told.send_replace(Ledgered {
+                promised: promised(&book.held),
+                foreign: book.foreign.clone(),
+                held: book.held.iter().map(|(key, r)| (key.clone(), held(r))).collect(),
+            });
         }
     }
 
@@ -144,6 +163,25 @@ impl Steward {
         }
     }
 
+    /// Where the driver does not tell who uses what, others use what is used beyond ours. That is known only while none of
+    /// ours comes or goes there: a promise that is not used yet would hide as much of theirs. Then the last figure stands.
+    fn see_foreign(&self, inventory: &Inventory, book: &mut Book) {
+        for device in &inventory.devices {
+            let (mut ours, mut quiet) = (0u64, true);
+            for ward in &self.wards {
+                let Some(promised) = book.held.get(&ward.key).and_then(|held| held.on(&device.uuid)) else { continue };
+                let published = ward.published.borrow();
+                quiet &=
+                    matches!(published.state, State::Ready { .. } | State::Suspect { .. } | State::Draining { .. });
+                ours = ours.saturating_add(published.taken.unwrap_or(promised));
+            }
+            if quiet {
+                book.foreign.insert(device.uuid.clone(), device.vram_used.saturating_sub(ours));
+            }
+        }
+        book.foreign.retain(|uuid, _| inventory.devices.iter().any(|d| d.uuid == *uuid));
+    }
+
     /// The devices as this replica may use them. One on which something of another engine may be left admits no newcomer;
     /// who was there before may come back within what it had.
     fn devices_for(
@@ -162,6 +200,9 @@ impl Steward {
             .collect();
         let home = book.homes.get(key);
         let mut devices = inventory.devices.clone();
+        for device in &mut devices {
+            device.vram_foreign = device.vram_foreign.max(book.foreign.get(&device.uuid).copied().unwrap_or(0));
+        }
         for device in devices.iter_mut().filter(|d| d.health.admits() && fenced.contains(&&d.uuid)) {
             match home.and_then(|home| home.on(&device.uuid)) {
                 Some(had) => {

@@ -8,8 +8,8 @@ use pool_domain::estimate::learnt::LEARNT_MARGIN;
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::{EngineMemory, Split};
-use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId, rank};
-use pool_services::control::PlanRequest;
+use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId};
+use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::ports::{Holder, Listener, Residency};
 use pool_services::{
     Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
@@ -506,7 +506,7 @@ async fn a_split_is_granted_whole_with_its_own_bytes_on_each_device() {
     let promised: Vec<u64> = m.node().await.unwrap().devices.iter().map(|(_, ours)| *ours).collect();
     assert!(promised[0] > 2 * promised[1] && promised[1] > 3 << 30, "{promised:?}");
     let plan = m.plan(PlanRequest::Pool(id)).await.unwrap();
-    assert!(!plan.fits && plan.waiting_helps, "its own engine holds what it needs: {plan:?}");
+    assert!(plan.fits, "what its own engine holds is there for it: {plan:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -536,13 +536,38 @@ async fn placements_rank_every_replica_with_its_reason() {
     for id in [&a, &b] {
         until(&m, id, PoolSnapshot::ready).await;
     }
-    let request = rank::Request { model: Some("tiny".into()), ..rank::Request::default() };
+    let request = PlacementRequest { model: Some("tiny".into()), ..PlacementRequest::default() };
     let placed = m.placements(request.clone()).await.unwrap();
     let order: Vec<_> = placed.iter().map(|p| (p.key.pool.as_str(), p.serves, p.reason_code.as_str())).collect();
     // Both on the roomier GPU: the fewer leases, then the id.
     assert_eq!(order, [("a", true, ""), ("b", true, ""), ("asleep", false, "not_ready")]);
     let (_, _guard) = m.allocate_lease(&a).unwrap();
     assert_eq!(m.placements(request).await.unwrap()[0].key.pool, b);
-    let unknown = rank::Request { model: Some("other".into()), ..rank::Request::default() };
+    let unknown = PlacementRequest { model: Some("other".into()), ..PlacementRequest::default() };
     assert!(m.placements(unknown).await.unwrap().iter().all(|p| p.reason_code == "model_differs"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_of_others_is_not_hidden_by_a_promise_that_is_not_used_yet() {
+    const GIB: u64 = 1 << 30;
+    let node = FakeNode::default();
+    // A driver that tells how much is used, and not by whom.
+    node.gpus.change(|i| {
+        i.devices.truncate(1);
+        i.devices[0].vram_used = 10 * GIB;
+    });
+    node.engines.script(|s| s.load = Duration::from_secs(3_000));
+    let asked = |id: &str, vram| PoolSpec { vram: Some(vram), activation: Activation::OnDemand, ..spec(id) };
+    let (m, _events) =
+        node.manage(vec![asked("slow", 10 * GIB), asked("large", 14 * GIB), asked("small", 4 * GIB)]).await;
+    let [slow, large, small]: [PoolId; 3] = ["slow", "large", "small"].map(|id| id.parse().unwrap());
+    m.preload(&slow).await.unwrap();
+    until(&m, &slow, PoolSnapshot::live).await;
+    // 24 in all, 10 of others, 10 promised though nothing of that is used yet.
+    m.preload(&large).await.unwrap();
+    let waits = until(&m, &large, |s| state(s) == "waiting").await;
+    assert!(waits.replicas[0].reason.contains("4.0 GiB left"), "{}", waits.replicas[0].reason);
+    m.preload(&small).await.unwrap();
+    until(&m, &small, PoolSnapshot::live).await;
+    assert_eq!(m.node().await.unwrap().devices[0].0.vram_foreign, 10 * GIB);
 }

@@ -11,8 +11,8 @@ use pool_domain::failure::Exit;
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
 use pool_services::ports::{
-    Endpoint, EngineHost, EngineProbe, EngineProvisioner, Identity, Listener, PrepareRequest, PreparedEngine,
-    RunningEngine, Up,
+    Endpoint, EngineHost, EngineProbe, EngineProvisioner, Identity, Listener, NotAdmitted, PrepareRequest,
+    PreparedEngine, RunningEngine, Up,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -67,7 +67,7 @@ impl Default for Script {
             obeys_term: true,
             leaves_child: false,
             killable: true,
-            memory: EngineMemory::Nothing,
+            memory: EngineMemory::Fixed(0),
             busy: Some(0),
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
@@ -200,6 +200,9 @@ impl EngineProvisioner for FakeEngines {
     }
     fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
         None
+    }
+    fn admits(&self, _: &PoolSpec) -> Result<(), NotAdmitted> {
+        Ok(())
     }
     fn memory(&self, _: &PoolSpec) -> EngineMemory {
         lock(&self.script).memory

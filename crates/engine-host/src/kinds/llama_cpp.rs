@@ -2,11 +2,12 @@
 
 use pool_domain::Failure;
 use pool_domain::estimate::{FlashAttention, KvType, LlamaCppSettings, Outputs};
+use pool_domain::plan::EngineMemory;
 use pool_services::ports::PrepareRequest;
 use pool_services::{PoolSpec, Workload};
 
 use crate::discover::Program;
-use crate::kinds::utf8;
+use crate::kinds::{has_flag, utf8};
 use crate::text::config;
 
 /// Flags that decide what is served where; they are the daemon's.
@@ -36,6 +37,40 @@ pub(crate) const OWNED: &[&str] = &[
     "-ctv",
     "--tensor-split",
     "-ts",
+    // Given as `--fit off`: the plan is ours.
+    "--fit",
+    "-fit",
+];
+
+/// Flags that take or move memory in ways that no formula here follows: the pool has to say how much (`vram`).
+const UNCOUNTED: &[&str] = &[
+    "--model-draft",
+    "-md",
+    "--spec-draft-model",
+    "--hf-repo-draft",
+    "-hfd",
+    "--mmproj",
+    "-mm",
+    "--mmproj-url",
+    "-mmu",
+    "--lora",
+    "--lora-scaled",
+    "--control-vector",
+    "--control-vector-scaled",
+    "--device",
+    "-dev",
+    "--main-gpu",
+    "-mg",
+    "--split-mode",
+    "-sm",
+    "--override-tensor",
+    "-ot",
+    "--cpu-moe",
+    "-cmoe",
+    "--n-cpu-moe",
+    "-ncmoe",
+    "--model-vocoder",
+    "-mv",
 ];
 
 /// Everything, on any model.
@@ -88,8 +123,16 @@ pub(crate) fn args(request: &PrepareRequest, program: &Program) -> Result<Vec<St
     Ok(args)
 }
 
+/// How its memory is known.
+pub(crate) fn memory(spec: &PoolSpec) -> EngineMemory {
+    if UNCOUNTED.iter().any(|flag| has_flag(&spec.args, flag)) {
+        return EngineMemory::Unknown;
+    }
+    EngineMemory::LlamaCpp(settings(spec))
+}
+
 /// What decides about memory: the keys of the pool, and the flags that have no key.
-pub(crate) fn settings(spec: &PoolSpec) -> LlamaCppSettings {
+fn settings(spec: &PoolSpec) -> LlamaCppSettings {
     let default = LlamaCppSettings::default();
     let (mut flash_attention, mut batch, mut ubatch, mut gpu_layers) =
         (default.flash_attention, default.batch, default.ubatch, default.gpu_layers);

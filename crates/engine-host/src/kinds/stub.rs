@@ -1,6 +1,8 @@
 //! The stub engine.
 
+use bytesize::ByteSize;
 use pool_domain::Failure;
+use pool_domain::plan::EngineMemory;
 use pool_services::ports::PrepareRequest;
 
 use crate::kinds::{has_flag, utf8};
@@ -27,4 +29,35 @@ pub(crate) fn args(request: &PrepareRequest, leading: &[String]) -> Result<Vec<S
     }
     args.extend(spec.args.iter().cloned());
     Ok(args)
+}
+
+/// It claims what `--vram` says and nothing without it.
+pub(crate) fn memory(args: &[String]) -> EngineMemory {
+    let mut args = args.iter().map(String::as_str);
+    while let Some(arg) = args.next() {
+        let size = match arg.split_once('=') {
+            Some(("--vram", size)) => Some(size),
+            None if arg == "--vram" => args.next(),
+            _ => continue,
+        };
+        // What is no size the stub itself refuses.
+        return size
+            .and_then(|s| s.parse::<ByteSize>().ok())
+            .map_or(EngineMemory::Unknown, |s| EngineMemory::Fixed(s.as_u64()));
+    }
+    EngineMemory::Fixed(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_takes_what_it_is_told_to() {
+        let of = |args: &[&str]| memory(&args.iter().map(|&a| a.to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&["--load-ms", "5"]), EngineMemory::Fixed(0));
+        assert_eq!(of(&["--vram", "3 GiB"]), EngineMemory::Fixed(3 << 30));
+        assert_eq!(of(&["--slots", "2", "--vram=1MiB"]), EngineMemory::Fixed(1 << 20));
+        assert_eq!(of(&["--vram", "much"]), EngineMemory::Unknown);
+    }
 }

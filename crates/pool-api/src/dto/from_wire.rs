@@ -106,6 +106,7 @@ impl TryFrom<ReplicaView> for ReplicaSnapshot {
             consecutive_failures: r.consecutive_failures,
             last_check_at: r.last_check_at.map(|t| time("last_check_at", &t)).transpose()?,
             vram_reserved: r.vram_reserved_bytes,
+            context: r.context,
         })
     }
 }

@@ -96,6 +96,8 @@ dtos! {
         last_check_at: Option<String>,
         /// Bytes reserved on each of its devices.
         vram_reserved_bytes: u64,
+        /// Context in tokens over all slots, where it is known.
+        context: Option<u64>,
     }
     /// One pool. Where a value belongs to a replica, it is that of the one that speaks for the pool: the first Ready
     /// one, else the first.

@@ -2,8 +2,8 @@
 
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::plan::{Row, Split};
-use pool_domain::{DeviceMask, PoolId, ReplicaId, ReplicaKey, ResolvedMask, rank};
-use pool_services::control::PlanRequest;
+use pool_domain::{DeviceMask, PoolId, ReplicaId, ReplicaKey};
+use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::{Activation, Placed, PlanReport};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -49,8 +49,10 @@ bodies! {
         kv_type: [String; 2],
         /// Bytes on each device, such as `24 GiB`, or `auto`.
         vram: String,
-        /// `off`, `auto`, or ratios such as `3,1`.
-        tensor_split: String,
+        /// `off`, `auto`, or ratios such as `"3,1"` or `[3, 1]`.
+        tensor_split: Value,
+        /// `generate`, `embed` or `rerank`; default `generate`.
+        workload: String,
     }
     /// What a request needs of a replica.
     PlacementBody {
@@ -60,7 +62,7 @@ bodies! {
         pool: String,
         /// Tokens, prompt and answer together.
         context: u64,
-        /// Only on these devices, as full UUIDs.
+        /// Only on these devices, each as in a mask.
         devices: Vec<String>,
         /// A hint, as `pool/r0`.
         prefer_replica: String,
@@ -81,11 +83,12 @@ impl From<PlanRequest> for PlanBody {
                 slots: Some(spec.slots),
                 kv_type: Some([spec.kv_type.0.to_string(), spec.kv_type.1.to_string()]),
                 vram: spec.vram.map(|bytes| format!("{bytes} B")),
-                tensor_split: Some(match spec.tensor_split {
-                    Split::Off => "off".into(),
-                    Split::Auto => "auto".into(),
+                workload: Some(spec.workload.code().to_owned()),
+                tensor_split: Some(Value::from(match spec.tensor_split {
+                    Split::Off => "off".to_owned(),
+                    Split::Auto => "auto".to_owned(),
                     Split::Ratios(ratios) => ratios,
-                }),
+                })),
             },
         }
     }
@@ -304,32 +307,32 @@ impl PlacementBody {
     /// # Errors
     /// When a name is none.
     #[expect(clippy::result_large_err, reason = "an error that becomes an answer at once")]
-    pub fn request(self) -> Result<rank::Request, Problem> {
+    pub fn request(self) -> Result<PlacementRequest, Problem> {
         let invalid = |detail: String| Problem::new(Code::InvalidParams, detail);
         let pool = self.pool.map(|p| p.parse::<PoolId>()).transpose().map_err(|e| invalid(e.to_string()))?;
         let prefer = |text: String| {
             key(&text).ok_or_else(|| invalid(format!("`{text}` is no replica: write it as \"pool/r0\"")))
         };
-        if let Some(devices) = &self.devices {
-            DeviceMask::parse(&devices.join(",")).map_err(|e| Problem::new(Code::MaskInvalid, e.to_string()))?;
-        }
-        Ok(rank::Request {
+        let mask = |devices: Vec<String>| {
+            DeviceMask::parse(&devices.join(",")).map_err(|e| Problem::new(Code::MaskInvalid, e.to_string()))
+        };
+        Ok(PlacementRequest {
             pool,
             model: self.model,
             context: self.context,
-            devices: self.devices.map(|uuids| ResolvedMask { uuids }),
+            devices: self.devices.map(mask).transpose()?,
             prefer_replica: self.prefer_replica.map(prefer).transpose()?,
         })
     }
 }
 
-impl From<rank::Request> for PlacementBody {
-    fn from(r: rank::Request) -> Self {
+impl From<PlacementRequest> for PlacementBody {
+    fn from(r: PlacementRequest) -> Self {
         Self {
             model: r.model,
             pool: r.pool.map(|p| p.to_string()),
             context: r.context,
-            devices: r.devices.map(|d| d.uuids),
+            devices: r.devices.map(|mask| vec![mask.to_string()]),
             prefer_replica: r.prefer_replica.map(|k| format!("{}/{}", k.pool, k.replica)),
         }
     }

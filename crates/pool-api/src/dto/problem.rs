@@ -88,6 +88,8 @@ codes! {
     SplitInvalid = "SPLIT_INVALID", UNPROCESSABLE_ENTITY, false;
     /// The model is none, or not usable here.
     ModelRefInvalid = "MODEL_REF_INVALID", UNPROCESSABLE_ENTITY, false;
+    /// An argument is not for a pool to give.
+    ArgDenied = "ARG_DENIED", UNPROCESSABLE_ENTITY, false;
     /// No engine of this name can serve it.
     EngineUnknown = "ENGINE_UNKNOWN", UNPROCESSABLE_ENTITY, false;
     /// Every slot is taken.

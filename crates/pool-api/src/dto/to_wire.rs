@@ -53,6 +53,7 @@ impl From<&ReplicaSnapshot> for ReplicaView {
             consecutive_failures: r.consecutive_failures,
             last_check_at: r.last_check_at.map(time),
             vram_reserved_bytes: r.vram_reserved,
+            context: r.context,
         }
     }
 }

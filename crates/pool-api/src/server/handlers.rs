@@ -150,7 +150,7 @@ pub(super) async fn reset_breaker(State(s): App, Pool(id): Pool, _: Body<EmptyBo
     (status = 200, description = "The plan, also where nothing fits", body = PlanView),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID or ENGINE_UNKNOWN", body = Problem,
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn plan(State(s): App, Body(b): Body<PlanBody>) -> Result<Json<PlanView>, Problem> {
     Ok(Json(s.control.plan(b.request()?).await?.into()))
@@ -162,7 +162,7 @@ pub(super) async fn plan(State(s): App, Body(b): Body<PlanBody>) -> Result<Json<
     (status = 200, description = "The plan, also where nothing fits", body = PlanView),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 409, description = "CONFLICT: without dry_run", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID or ENGINE_UNKNOWN", body = Problem,
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn put_pool(
     State(s): App,
@@ -186,6 +186,7 @@ pub(super) async fn put_pool(
 /// Every replica, the best for the request first, each with its reason.
 #[utoipa::path(post, path = "/v1/placements", tag = "planning", request_body = PlacementBody, responses(
     (status = 200, body = Vec<PlacementView>),
+    (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 422, description = "MASK_INVALID", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn placements(

@@ -240,10 +240,38 @@ impl<'de> Deserialize<'de> for SplitText {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<SplitText, A::Error> {
                 let mut ratios: Vec<String> = Vec::new();
-                while let Some(ratio) = seq.next_element::<f64>()? {
-                    ratios.push(ratio.to_string());
+                while let Some(ratio) = seq.next_element::<RatioText>()? {
+                    ratios.push(ratio.0);
                 }
                 Ok(SplitText::Ratios(ratios.join(",")))
+            }
+        }
+        d.deserialize_any(V)
+    }
+}
+
+/// One ratio: a number, or whatever stands there in its place, which the check of the pool names.
+struct RatioText(String);
+
+impl<'de> Deserialize<'de> for RatioText {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct V;
+        impl Visitor<'_> for V {
+            type Value = RatioText;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a ratio")
+            }
+            fn visit_i64<E: de::Error>(self, n: i64) -> Result<RatioText, E> {
+                Ok(RatioText(n.to_string()))
+            }
+            fn visit_u64<E: de::Error>(self, n: u64) -> Result<RatioText, E> {
+                Ok(RatioText(n.to_string()))
+            }
+            fn visit_f64<E: de::Error>(self, n: f64) -> Result<RatioText, E> {
+                Ok(RatioText(n.to_string()))
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RatioText, E> {
+                Ok(RatioText(text.to_owned()))
             }
         }
         d.deserialize_any(V)

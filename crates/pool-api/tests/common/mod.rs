@@ -13,9 +13,9 @@ use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
 use pool_domain::{
     DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
-    failure::Exit, rank,
+    failure::Exit,
 };
-use pool_services::control::{Lease, PlanRequest};
+use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
     ControlError, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl, PoolSnapshot,
@@ -63,6 +63,7 @@ pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
         consecutive_failures: 0,
         last_check_at: Some(UNIX_EPOCH + Duration::from_millis(1_700_000_001_000)),
         vram_reserved: 5,
+        context: Some(8192),
     }
 }
 
@@ -211,7 +212,7 @@ impl PoolControl for Fake {
             engine_problem: String::new(),
         })
     }
-    async fn placements(&self, request: rank::Request) -> Result<Vec<Placed>, ControlError> {
+    async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError> {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(1) };
         Ok(vec![Placed {
             serves: request.prefer_replica.as_ref() == Some(&key),

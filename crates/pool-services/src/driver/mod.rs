@@ -89,6 +89,8 @@ pub(crate) struct Published {
     pub(crate) wants: Option<Want>,
     /// What it wanted when it was told to wait.
     pub(crate) blocked: Option<Want>,
+    /// What it holds on its one device, as far as that is known.
+    pub(crate) taken: Option<u64>,
     /// When the next start is due, where one is planned.
     pub(crate) next_start: Option<pool_domain::Tick>,
     /// Verbs taken in so far: what is older than a verb is no answer to it.
@@ -113,6 +115,8 @@ pub(crate) enum Report {
 struct Attempt {
     model: Option<ResolvedModel>,
     demand: Option<Arc<Demand>>,
+    /// What it holds on its one device, as far as that is known.
+    taken: Option<u64>,
     want: Option<Want>,
     blocked: Option<Want>,
     grant: Option<Grant>,
@@ -196,10 +200,12 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
             consecutive_failures: 0,
             last_check_at: None,
             vram_reserved: 0,
+            context: None,
         },
         state: replica.state,
         wants: None,
         blocked: None,
+        taken: None,
         next_start: None,
         verbs: 0,
     }
@@ -311,6 +317,7 @@ impl Driver {
                 Fact::Staged
             }
             Report::Proved(proof, taken) => {
+                self.attempt.taken = taken;
                 self.learn(taken);
                 Fact::Proved(proof)
             }

@@ -107,6 +107,7 @@ impl Driver {
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
+            taken: self.attempt.taken,
             next_start: next_start(&self.replica.state),
             verbs: self.verbs,
         };
@@ -157,6 +158,7 @@ impl Driver {
             }),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,
+            context: grant.filter(|_| live).and_then(|g| g.context),
             vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes.iter().sum()),
         }
     }
