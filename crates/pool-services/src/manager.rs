@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::lifecycle::Replica;
 use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, rank};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::task::TaskTracker;
 
 use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
-use crate::driver::{Driver, DriverParts, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Memory, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
 use crate::planning::{self, Placed, PlanReport, Surroundings};
@@ -145,10 +147,18 @@ impl Builder {
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
         let node_bell = Arc::new(Notify::new());
-        let (mut pools, mut wards) = (BTreeMap::new(), Vec::new());
+        let (mut pools, mut wards, memories) = (BTreeMap::new(), Vec::new(), TaskTracker::new());
         for spec in self.pools {
             let spec = Arc::new(spec);
-            let handle = spawn_pool(&spec, &ports, clock, self.seed, &events, &node_bell, &mut wards).await;
+            let node = NodeParts {
+                ports: &ports,
+                clock,
+                seed: self.seed,
+                events: &events,
+                bell: &node_bell,
+                memories: &memories,
+            };
+            let handle = spawn_pool(&spec, node, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
         }
         let (promised_tx, promised) = watch::channel(Promised::new());
@@ -174,28 +184,35 @@ impl Builder {
             events,
             seed: self.seed,
             leases: AtomicU64::new(0),
+            memories,
             ports,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
 }
 
-async fn spawn_pool(
-    spec: &Arc<PoolSpec>,
-    ports: &Ports,
+/// What every pool of a node shares.
+#[derive(Clone, Copy)]
+struct NodeParts<'a> {
+    ports: &'a Ports,
     clock: Clock,
     seed: u64,
-    events: &EventSink,
-    node_bell: &Arc<Notify>,
-    wards: &mut Vec<Ward>,
-) -> PoolHandle {
+    events: &'a EventSink,
+    bell: &'a Arc<Notify>,
+    memories: &'a TaskTracker,
+}
+
+async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<Ward>) -> PoolHandle {
+    let NodeParts { ports, clock, seed, events, bell: node_bell, memories } = node;
     let bell = Arc::new(Notify::new());
     let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..spec.replicas {
         let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
-        let generation = ports.ledger.last_generation(&key).await;
+        let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
+        let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
+        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, memories);
         let (tx, commands) = mpsc::channel(QUEUE);
-        let (published, seen) = watch::channel(at_rest(&key, generation));
+        let (published, seen) = watch::channel(at_rest(&key, &replica));
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
@@ -210,7 +227,8 @@ async fn spawn_pool(
             published,
             bells: [Arc::clone(&bell), Arc::clone(node_bell)],
             events: events.clone(),
-            generation,
+            replica,
+            memory,
         });
         tokio::spawn(driver.run());
         wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
@@ -269,6 +287,8 @@ struct Inner {
     events: EventSink,
     seed: u64,
     leases: AtomicU64,
+    /// What still has to be written when the drivers are gone.
+    memories: TaskTracker,
     /// Also held because the ledger is what keeps other daemons out.
     ports: Ports,
 }
@@ -376,6 +396,8 @@ impl PoolManager {
                 // The conductor ends, and with it the channel, once its drivers rest.
                 while facts.changed().await.is_ok() {}
             }
+            self.inner.memories.close();
+            self.inner.memories.wait().await;
         };
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }

@@ -54,7 +54,7 @@ metrics! {
     BREAKER_STATE = "breaker_state", "gauge", &["pool_id", "replica_id", "state"],
         "1 for the state a circuit breaker is in, 0 for the others";
     REPLICA_RESTARTS = "replica_restarts", "gauge", REPLICA,
-        "Starts after a failure since the daemon started";
+        "Starts after a failure, over restarts of the daemon";
     BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
     HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";

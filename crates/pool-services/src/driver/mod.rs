@@ -1,9 +1,11 @@
 //! The driver of a replica: the only writer of its lifecycle. It feeds events to [`pool_domain::lifecycle::Replica`]
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
+mod memory;
 mod tell;
 mod work;
 
+pub(crate) use memory::Memory;
 pub(crate) use work::correction_key;
 
 use std::sync::Arc;
@@ -139,7 +141,9 @@ pub(crate) struct DriverParts {
     /// Rung at every change: the pool's conductor and the node's steward.
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
-    pub(crate) generation: Generation,
+    pub(crate) replica: Replica,
+    /// Where its past is kept.
+    pub(crate) memory: Memory,
 }
 
 pub(crate) struct Driver {
@@ -157,6 +161,7 @@ pub(crate) struct Driver {
     published: watch::Sender<Published>,
     bells: [Arc<Notify>; 2],
     events: EventSink,
+    memory: Memory,
     attempt: Attempt,
     work: CancellationToken,
     scribe: Vec<Scribe>,
@@ -168,12 +173,11 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
-    let replica = Replica::new(generation);
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
-            generation,
+            generation: replica.generation,
             state: replica.state.code(),
             reason_code: "",
             reason: String::new(),
@@ -186,9 +190,9 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
             engine_version: String::new(),
             slots_total: 0,
             active_leases: 0,
-            restart_count: 0,
+            restart_count: replica.restarts,
             breaker: replica.breaker.code(),
-            backoff_failures: 0,
+            backoff_failures: replica.backoff.failures(),
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
@@ -197,7 +201,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
             last_check_at: None,
             vram_reserved: 0,
         },
-        state: replica.state,
+        state: replica.state.clone(),
         wants: None,
         blocked: None,
         next_start: None,
@@ -211,7 +215,7 @@ impl Driver {
         let now = parts.clock.now();
         Self {
             policy: parts.spec.policy,
-            replica: Replica::new(parts.generation),
+            replica: parts.replica,
             key: parts.key,
             spec: parts.spec,
             ports: parts.ports,
@@ -224,6 +228,7 @@ impl Driver {
             published: parts.published,
             bells: parts.bells,
             events: parts.events,
+            memory: parts.memory,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             scribe: Vec::new(),
@@ -344,6 +349,7 @@ impl Driver {
         if before.fails_anew(&self.replica) {
             self.failed_at = Some(self.clock.wall());
         }
+        self.memory.keep(self.replica.past());
         self.tell(&before, now);
         for action in actions {
             self.act(action);

@@ -175,9 +175,13 @@ fn next_start(state: &State) -> Option<Tick> {
 fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, String) {
     let failed = || last.map_or((state.code(), String::new()), |(_, f)| (f.class.code(), f.detail.clone()));
     match state {
-        State::Waiting { why: why @ (Wait::Backoff { .. } | Wait::Breaker { .. }), .. } => {
-            (why.code(), format!("{why}; {}", last.map(|(_, f)| f.to_string()).unwrap_or_default()))
-        }
+        State::Waiting { why: why @ (Wait::Backoff { .. } | Wait::Breaker { .. }), .. } => (
+            why.code(),
+            last.map_or_else(
+                || format!("{why}, which an earlier run of the daemon began"),
+                |(_, f)| format!("{why}; {f}"),
+            ),
+        ),
         State::Waiting { why, .. } => (why.code(), why.to_string()),
         State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
         State::Suspect { failure, .. } => (failure.class.code(), failure.detail.clone()),
