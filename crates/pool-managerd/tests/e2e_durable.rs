@@ -51,3 +51,48 @@ open_for = "290s"
     assert!(number(&again, "generation") > number(&before, "generation"), "{again:#}");
     assert_eq!(daemon.stop(), Some(0));
 }
+
+/// The parent of a process.
+fn parent(pid: u64) -> u32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_device_is_fenced_while_something_may_be_left_and_unfence_or_proof_ends_it() {
+    let pool = |id: &str, activation: &str| {
+        format!(
+            "[[pool]]\nid = \"{id}\"\nmodel = \"stub:{id}\"\nengine = \"stub\"\ndevices = \"0\"\n\
+             activation = \"{activation}\"\n"
+        )
+    };
+    let daemon = Daemon::start(&(pool("sick", "preload") + &pool("well", "on_demand")));
+    let ready = daemon.until("sick", |p| p["ready"] == true);
+    // Stopped, the shim can neither end its engine nor say that it has: like one whose engine waits for a driver.
+    let shim = parent(ready["replicas"][0]["pid"].as_u64().unwrap());
+    support::signal(shim, "STOP");
+    let stopped = daemon.post("/v1/pools/sick/stop?wait_ms=60000", "{}");
+    assert!(stopped.json()["problem"].as_str().unwrap().contains("fenced"), "{stopped:?}");
+    let device = eventually(|| {
+        let device = daemon.get("/v1/node").json()["devices"][0].clone();
+        (device["health"] == "fenced").then_some(device)
+    });
+    let uuid = device["uuid"].as_str().unwrap();
+    assert!(device["health_detail"].as_str().unwrap().contains("sick"), "{device:#}");
+    assert!(daemon.cli(&["devices"]).contains("fenced"));
+    let line = format!("pool_managerd_gpu_health{{device=\"{uuid}\",health=\"fenced\"}} 1");
+    assert!(daemon.get("/metrics").body.contains(&line));
+    daemon.post("/v1/pools/well/preload", "{}");
+    daemon.until("well", |p| p["state"] == "waiting" && p["reason"].as_str().unwrap().contains("fenced"));
+
+    let unknown = daemon.post("/v1/devices/GPU-nope/unfence", "{}");
+    assert_eq!((unknown.status, unknown.json()["code"].as_str()), (404, Some("DEVICE_NOT_FOUND")), "{unknown:?}");
+    assert!(daemon.cli(&["unfence", "0"]).contains("nothing is fenced on 0"));
+    daemon.until("sick", |p| p["state"] == "idle");
+    daemon.until("well", |p| p["ready"] == true);
+    assert_eq!(daemon.post(&format!("/v1/devices/{uuid}/unfence"), "{}").status, 204);
+    assert_eq!(daemon.get("/v1/node").json()["devices"][0]["health"], "ok");
+    support::signal(shim, "CONT");
+    eventually(|| (!support::alive(shim)).then_some(()));
+    assert_eq!(daemon.stop(), Some(0));
+}

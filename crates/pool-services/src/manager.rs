@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
+use crate::conditions::{self, Conditions, StewardCommand};
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
 use crate::driver::{Driver, DriverParts, Memory, Ports, at_rest};
@@ -162,6 +163,8 @@ impl Builder {
             pools.insert(spec.id.clone(), handle);
         }
         let (promised_tx, promised) = watch::channel(Promised::new());
+        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let (steward_commands, commands) = mpsc::channel(QUEUE);
         let steward = Steward {
             wards,
             inventory: ports.gpu.inventory(),
@@ -170,6 +173,8 @@ impl Builder {
             ports: self.ports,
             bell: node_bell,
             promised: promised_tx,
+            commands,
+            conditions: conditions_tx,
         };
         tokio::spawn(steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
@@ -179,6 +184,8 @@ impl Builder {
             pools,
             inventory,
             promised,
+            conditions,
+            steward: steward_commands,
             desk,
             clock,
             events,
@@ -282,6 +289,8 @@ struct Inner {
     pools: BTreeMap<PoolId, PoolHandle>,
     inventory: watch::Receiver<Inventory>,
     promised: watch::Receiver<Promised>,
+    conditions: watch::Receiver<Conditions>,
+    steward: mpsc::Sender<StewardCommand>,
     desk: mpsc::Sender<DeskCommand>,
     clock: Clock,
     events: EventSink,
@@ -316,6 +325,14 @@ impl PoolManager {
             seed: 0,
             boot_ms: 0,
         }
+    }
+
+    /// The devices as they stand now.
+    fn inventory(&self) -> Inventory {
+        let mut inventory = self.inner.inventory.borrow().clone();
+        let conditions = self.inner.conditions.borrow();
+        inventory.devices.iter_mut().for_each(|d| conditions::overlay(d, &conditions));
+        inventory
     }
 
     fn handle(&self, id: &PoolId) -> Result<&PoolHandle, ControlError> {
@@ -449,7 +466,7 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
-        let inventory = self.inner.inventory.borrow().clone();
+        let inventory = self.inventory();
         let promised = self.inner.promised.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
@@ -501,6 +518,14 @@ impl PoolControl for PoolManager {
 
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.wish(id, Wish::ResetBreaker).await.map(|_| ())
+    }
+
+    async fn unfence(&self, device: &str) -> Result<(), ControlError> {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || ControlError::Unreachable("the daemon is stopping".into());
+        let command = StewardCommand::Unfence { device: device.to_owned(), answer };
+        self.inner.steward.send(command).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
     }
 
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
@@ -563,7 +588,7 @@ impl PoolControl for PoolManager {
             PlanRequest::Pool(id) => (*self.handle(&id)?.spec).clone(),
             PlanRequest::Spec(spec) => *spec,
         };
-        let (inventory, promised) = (self.inner.inventory.borrow().clone(), self.inner.promised.borrow().clone());
+        let (inventory, promised) = (self.inventory(), self.inner.promised.borrow().clone());
         let ports = &self.inner.ports;
         let from = Surroundings {
             models: &*ports.models,

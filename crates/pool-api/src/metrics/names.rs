@@ -65,6 +65,8 @@ metrics! {
     GPU_RESERVED = "gpu_memory_reserved_bytes", "gauge", DEVICE, "GPU memory reserved for engines of this daemon";
     GPU_FOREIGN = "gpu_memory_foreign_bytes", "gauge", DEVICE, "GPU memory held by processes of others";
     GPU_UTILISATION = "gpu_utilisation_ratio", "gauge", DEVICE, "Compute utilisation, 0 to 1";
+    GPU_HEALTH = "gpu_health", "gauge", &["device", "health"],
+        "1 for the health a GPU is in, 0 for the others; only on one that is ok does anything new start";
     SIMULATED = "simulated", "gauge", &[], "1 when the devices exist only in a file";
     EVENTS_LOST = "events_lost_total", "counter", &[],
         "Events that came too fast to be told; counters and logs lack them";

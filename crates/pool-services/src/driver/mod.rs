@@ -74,6 +74,8 @@ pub(crate) enum DriverCommand {
     Deny(Generation, Denied),
     /// What it waited for may be there.
     Unblock,
+    /// A person says that nothing of the engine is left.
+    Unfence,
 }
 
 /// Why the steward gave nothing.
@@ -294,6 +296,7 @@ impl Driver {
                 self.step(Event::Engine(generation, fact));
             }
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
+            DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
             // An answer to a question that was withdrawn.
             DriverCommand::Grant(_) | DriverCommand::Deny(..) => {}
         }
@@ -345,12 +348,13 @@ impl Driver {
     fn step(&mut self, event: Event) {
         let before = tell::Before::of(&self.replica);
         let now = self.clock.now();
+        let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
             self.failed_at = Some(self.clock.wall());
         }
         self.memory.keep(self.replica.past());
-        self.tell(&before, now);
+        self.tell(&before, now, by_hand);
         for action in actions {
             self.act(action);
         }

@@ -40,7 +40,8 @@ impl Driver {
         self.events.send(&self.key, self.replica.generation, kind);
     }
 
-    pub(super) fn tell(&self, before: &Before, now: Tick) {
+    /// `by_hand`: nothing was proved, a person said so.
+    pub(super) fn tell(&self, before: &Before, now: Tick, by_hand: bool) {
         let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
         let nth = r.backoff.failures().max(1);
         if let Some((_, failure)) = &r.last_failure
@@ -87,6 +88,7 @@ impl Driver {
                 }
             }
             (_, State::Fenced { .. }) if from != to => self.emit(EventKind::Fenced),
+            (State::Fenced { .. }, _) if from != to && by_hand => self.emit(EventKind::Unfenced),
             (State::Stopping { .. } | State::Fenced { .. }, _) if from != to => self.emit(EventKind::Stopped),
             _ => {}
         }
