@@ -25,6 +25,16 @@ use tokio::sync::Mutex;
 const LIMIT: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
+/// The shim above an engine's main process.
+fn shim_of(engine: &Arc<dyn RunningEngine>) -> String {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", engine.pid().unwrap())).unwrap();
+    stat.rsplit(')').next().unwrap().split_whitespace().nth(1).unwrap().to_owned()
+}
+
+fn signal(pid: &str, name: &str) {
+    assert!(std::process::Command::new("kill").args([&format!("-{name}"), pid]).status().unwrap().success());
+}
+
 async fn in_time<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(LIMIT, future).await.expect("in time")
 }
@@ -393,4 +403,35 @@ async fn an_external_engine_is_left_not_ended() {
     bench.probe.work(&served).await.unwrap();
     own.kill();
     in_time(own.gone()).await;
+}
+
+/// A shim that cannot act stands for whatever keeps an engine from ending, such as a driver that does not return.
+#[tokio::test]
+async fn what_could_not_be_ended_is_proved_gone_later_with_and_without_cgroups() {
+    for cgroup in [false, true] {
+        let bench = Bench::new(cgroup);
+        let (_, engine) = bench.start(&["--fork-children", "1"]).await;
+        let shim = shim_of(&engine);
+        signal(&shim, "STOP");
+        engine.kill();
+        let gone = engine.gone();
+        tokio::pin!(gone);
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+            assert!(poll_once(gone.as_mut()).await.is_none(), "gone while its shim is held");
+        }
+        signal(&shim, "CONT");
+        in_time(gone).await;
+    }
+}
+
+/// Looks once whether it is done.
+async fn poll_once<F: Future + Unpin>(mut future: F) -> Option<F::Output> {
+    std::future::poll_fn(|cx| {
+        std::task::Poll::Ready(match std::pin::Pin::new(&mut future).poll(cx) {
+            std::task::Poll::Ready(value) => Some(value),
+            std::task::Poll::Pending => None,
+        })
+    })
+    .await
 }

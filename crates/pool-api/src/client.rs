@@ -222,6 +222,10 @@ impl PoolControl for HttpControl {
         self.post(&format!("/v1/pools/{id}/breaker/reset"), &EmptyBody {}, id.as_str()).await.map(drop)
     }
 
+    async fn unfence(&self, device: &str) -> Result<(), ControlError> {
+        self.post(&format!("/v1/devices/{}/unfence", segment(device)), &EmptyBody {}, device).await.map(drop)
+    }
+
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
         let views: Vec<OperationView> = self.get("/v1/operations", Duration::ZERO, "operations").await?;
         views.into_iter().map(|o| self.convert(o)).collect()

@@ -35,6 +35,7 @@ async fn round_trip() {
     assert_eq!(c.drain(&id("chat"), options).await.unwrap().progress, "Some(250ms) true");
     assert_eq!(c.drain(&id("chat"), DrainOptions::default()).await.unwrap().progress, "None false");
     assert_eq!(c.reset_breaker(&id("chat")).await, Ok(()));
+    assert_eq!(c.unfence(&node().devices[0].0.uuid).await, Ok(()));
     assert_eq!(c.operations().await, Ok(vec![operation("stop", OperationState::Failed("fenced".into()))]));
     assert_eq!(c.operation("op-1").await, Ok(operation("drain", OperationState::Running)));
     let done = c.wait_operation("op-1", Duration::from_secs(1)).await;
@@ -69,6 +70,7 @@ async fn errors_come_back_as_they_were() {
     let c = serve(Fake::default()).await;
     for odd in ["op 2/..?#é", "..", ".", "%2e"] {
         assert_eq!(c.operation(odd).await, Err(ControlError::OperationNotFound(odd.into())));
+        assert_eq!(c.unfence(odd).await, Err(ControlError::DeviceNotFound(odd.into())));
         assert_eq!(c.release(odd).await, Err(ControlError::LeaseNotFound(odd.into())));
     }
     let refused = c.lease(&id("chat"), Duration::ZERO).await;

@@ -76,6 +76,12 @@ impl BreakerPolicy {
         Ok(Self { failed_starts, early_crashes, open_for, max_open_for, close_after })
     }
 
+    /// The longest pause.
+    #[must_use]
+    pub fn max_open_for(&self) -> Duration {
+        self.max_open_for
+    }
+
     /// How long an engine must be Ready for a half-open breaker to close.
     #[must_use]
     pub fn close_after(&self) -> Duration {
@@ -114,18 +120,27 @@ pub enum BreakerState {
 }
 
 /// A circuit breaker for starts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CircuitBreaker {
     state: BreakerState,
 }
 
-impl Default for CircuitBreaker {
+impl Default for BreakerState {
     fn default() -> Self {
-        Self { state: BreakerState::Closed { failed_starts: 0, early_crashes: 0 } }
+        Self::Closed { failed_starts: 0, early_crashes: 0 }
     }
 }
 
 impl CircuitBreaker {
+    /// Goes on from a state kept on disk. No pause lasts beyond `latest`.
+    #[must_use]
+    pub fn resume(mut state: BreakerState, latest: Tick) -> Self {
+        if let BreakerState::Open { until, .. } = &mut state {
+            *until = (*until).min(latest);
+        }
+        Self { state }
+    }
+
     /// Where it stands.
     #[must_use]
     pub fn state(&self) -> BreakerState {

@@ -18,6 +18,9 @@ pub enum DeviceHealth {
 }
 
 impl DeviceHealth {
+    /// Every code, for tables and metrics.
+    pub const CODES: [&'static str; 5] = ["ok", "suspect", "fenced", "lost", "unknown"];
+
     /// Whether a new engine may start on it.
     #[must_use]
     pub fn admits(&self) -> bool {

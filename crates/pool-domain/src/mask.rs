@@ -285,6 +285,15 @@ fn present(devices: &[DeviceSnapshot]) -> String {
     if devices.is_empty() { "no device".to_owned() } else { devices.iter().map(one).collect::<Vec<_>>().join(", ") }
 }
 
+/// The device that a person means, written in any of the ways of a mask.
+#[must_use]
+pub fn named<'a>(text: &str, devices: &'a [DeviceSnapshot]) -> Option<&'a DeviceSnapshot> {
+    match DeviceMask::parse(text) {
+        Ok(DeviceMask::List(list)) if list.len() == 1 => devices.iter().find(|d| list[0].names(d)),
+        _ => None,
+    }
+}
+
 impl DeviceRef {
     fn is_mig(&self) -> bool {
         matches!(self, Self::Mig(_) | Self::MigIndex(..))

@@ -65,6 +65,14 @@ pub enum Command {
         #[command(subcommand)]
         command: BreakerCommand,
     },
+    /// Say that nothing of an engine is left on a device, so that it is used again
+    Unfence {
+        /// UUID, index or PCI bus id
+        device: String,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the OpenAPI document
     Openapi,
     /// Print completions for a shell
@@ -218,6 +226,7 @@ mod tests {
             "devices --server http://127.0.0.1:1",
             "drain chat --deadline 2s --on-deadline abort",
             "breaker reset chat",
+            "unfence 0",
             "stop chat --no-wait",
             "completions bash",
         ] {

@@ -44,6 +44,7 @@ fn refused(error: ControlError) -> Exit {
     let exit = Exit::new(REFUSED, error.to_string());
     match error {
         ControlError::PoolNotFound(_) => exit.hinting("`pool-managerd status` lists the pools"),
+        ControlError::DeviceNotFound(_) => exit.hinting("`pool-managerd devices` lists the devices"),
         _ => exit,
     }
 }
@@ -140,4 +141,14 @@ pub async fn reset_breaker(args: &VerbArgs) -> Result<(), Exit> {
     let id = pool_id(&args.pool)?;
     control.reset_breaker(&id).await.map_err(refused)?;
     print(&if args.client.json { "{}\n".to_owned() } else { format!("the breaker of {id} is closed\n") })
+}
+
+/// `unfence`
+///
+/// # Errors
+/// When the daemon is out of reach or there is no such device.
+pub async fn unfence(device: &str, args: &ClientArgs) -> Result<(), Exit> {
+    let control = connect(args)?;
+    control.unfence(device).await.map_err(refused)?;
+    print(&if args.json { "{}\n".to_owned() } else { format!("nothing is fenced on {device} any more\n") })
 }

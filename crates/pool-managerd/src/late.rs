@@ -55,6 +55,9 @@ impl PoolControl for LateControl {
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.get()?.reset_breaker(id).await
     }
+    async fn unfence(&self, device: &str) -> Result<(), ControlError> {
+        self.get()?.unfence(device).await
+    }
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
         self.get()?.plan(what).await
     }

@@ -63,6 +63,7 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         Command::Resume(args) => commands::verb(Verb::Resume, &args).await,
         Command::Stop(args) => commands::verb(Verb::Stop, &args).await,
         Command::Breaker { command: BreakerCommand::Reset(args) } => commands::reset_breaker(&args).await,
+        Command::Unfence { device, client } => commands::unfence(&device, &client).await,
         Command::Openapi | Command::Completions { .. } => Ok(()),
     }
 }

@@ -72,7 +72,7 @@ impl Conductor {
     pub(crate) async fn run(mut self) {
         let mut made = 0u64;
         if self.spec.activation == Activation::Preload && !self.hold {
-            self.command_all(Command::Start).await;
+            self.command_all(Command::Wake).await;
         }
         loop {
             tokio::select! {
@@ -128,7 +128,7 @@ impl Conductor {
             }
             Wish::Demand => {
                 if !self.hold {
-                    self.command_all(Command::Start).await;
+                    self.command_all(Command::Wake).await;
                 }
                 "preload"
             }

@@ -25,6 +25,9 @@ pub enum ControlError {
     /// No such lease.
     #[error("there is no lease `{0}`")]
     LeaseNotFound(String),
+    /// No such device.
+    #[error("there is no device `{0}`")]
+    DeviceNotFound(String),
     /// It contradicts what is going on.
     #[error("{0}")]
     Conflict(String),
@@ -155,6 +158,9 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError>;
     /// Forget failures and close the breaker.
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError>;
+    /// Believe a person that nothing of an engine is left on this device, named as in a mask: whatever is fenced there
+    /// goes on. One that is not fenced stays as it is.
+    async fn unfence(&self, device: &str) -> Result<(), ControlError>;
     /// Recent operations, newest first.
     async fn operations(&self) -> Result<Vec<Operation>, ControlError>;
     /// One operation.

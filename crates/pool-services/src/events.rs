@@ -82,6 +82,8 @@ pub enum EventKind {
     Stopped,
     /// Something may be left.
     Fenced,
+    /// A person says that nothing is.
+    Unfenced,
     /// A lease was granted.
     LeaseGranted,
     /// A lease was refused.
@@ -141,6 +143,7 @@ impl Event {
             }
             EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
             EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
+            EventKind::Unfenced => format!("Somebody says that nothing of the {pool} pool's engine is left"),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
             EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
         };
@@ -165,6 +168,7 @@ impl Event {
             EventKind::DrainEnded { .. } => "drain_ended",
             EventKind::Stopped => "stopped",
             EventKind::Fenced => "fenced",
+            EventKind::Unfenced => "unfenced",
             EventKind::LeaseGranted => "lease_granted",
             EventKind::LeaseRefused { .. } => "lease_refused",
         }

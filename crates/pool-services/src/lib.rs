@@ -3,6 +3,7 @@
 
 pub mod admission;
 pub mod clock;
+mod conditions;
 mod conductor;
 pub mod control;
 mod driver;

@@ -9,18 +9,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::lifecycle::Replica;
 use pool_domain::{DeviceSnapshot, Generation, PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
+use crate::conditions::{self, Conditions, StewardCommand};
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{
     ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
 };
-use crate::driver::{Driver, DriverParts, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Memory, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
 use crate::planning::{self, Placed, PlanReport, Surroundings};
@@ -147,24 +150,37 @@ impl Builder {
         }
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
-        let node = NodeShared { bell: Arc::new(Notify::new()), broken: CancellationToken::new() };
-        let (mut pools, mut wards) = (BTreeMap::new(), Vec::new());
+        let (bell, broken) = (Arc::new(Notify::new()), CancellationToken::new());
+        let (mut pools, mut wards, memories) = (BTreeMap::new(), Vec::new(), TaskTracker::new());
         for spec in self.pools {
             let spec = Arc::new(spec);
-            let handle = spawn_pool(&spec, &ports, clock, self.seed, &events, &node, &mut wards).await;
+            let node = NodeParts {
+                ports: &ports,
+                clock,
+                seed: self.seed,
+                events: &events,
+                bell: &bell,
+                memories: &memories,
+                broken: &broken,
+            };
+            let handle = spawn_pool(&spec, node, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
         }
         let (told, ledgered) = watch::channel(Ledgered::default());
+        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let (steward_commands, commands) = mpsc::channel(QUEUE);
         let steward = Steward {
             wards,
             inventory: ports.gpu.inventory(),
             host: Arc::clone(&ports.host),
             listen: self.listen,
             ports: self.ports,
-            bell: Arc::clone(&node.bell),
+            bell,
             told,
+            commands,
+            conditions: conditions_tx,
         };
-        watched(&node.broken, "steward", steward.run());
+        watched(&broken, "steward", steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
         let inventory = ports.gpu.inventory();
@@ -172,24 +188,33 @@ impl Builder {
             pools,
             inventory,
             ledgered,
+            conditions,
+            steward: steward_commands,
             desk,
             clock,
             events,
             seed: self.seed,
-            broken: node.broken,
+            broken,
             leases: AtomicU64::new(0),
+            memories,
             ports,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
 }
 
-/// What every task of the node has.
-struct NodeShared {
+/// What every pool of a node shares.
+#[derive(Clone, Copy)]
+struct NodeParts<'a> {
+    ports: &'a Ports,
+    clock: Clock,
+    seed: u64,
+    events: &'a EventSink,
     /// Rung for the steward.
-    bell: Arc<Notify>,
+    bell: &'a Arc<Notify>,
+    memories: &'a TaskTracker,
     /// Cancelled by a bug.
-    broken: CancellationToken,
+    broken: &'a CancellationToken,
 }
 
 /// Runs a task whose panic must not pass unnoticed.
@@ -203,22 +228,17 @@ fn watched(broken: &CancellationToken, name: &'static str, task: impl Future<Out
     });
 }
 
-async fn spawn_pool(
-    spec: &Arc<PoolSpec>,
-    ports: &Ports,
-    clock: Clock,
-    seed: u64,
-    events: &EventSink,
-    node: &NodeShared,
-    wards: &mut Vec<Ward>,
-) -> PoolHandle {
+async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<Ward>) -> PoolHandle {
+    let NodeParts { ports, clock, seed, events, memories, .. } = node;
     let bell = Arc::new(Notify::new());
     let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..spec.replicas {
         let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
-        let generation = ports.ledger.last_generation(&key).await;
+        let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
+        let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
+        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, memories);
         let (tx, commands) = mpsc::channel(QUEUE);
-        let (published, seen) = watch::channel(at_rest(&key, generation));
+        let (published, seen) = watch::channel(at_rest(&key, &replica));
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
@@ -231,11 +251,12 @@ async fn spawn_pool(
             admission: Arc::clone(&admission),
             commands,
             published,
-            bells: [Arc::clone(&bell), Arc::clone(&node.bell)],
+            bells: [Arc::clone(&bell), Arc::clone(node.bell)],
             events: events.clone(),
-            generation,
+            replica,
+            memory,
         });
-        watched(&node.broken, "driver", driver.run());
+        watched(node.broken, "driver", driver.run());
         wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
         drivers.push(tx);
         replicas.push(seen);
@@ -270,7 +291,7 @@ async fn spawn_pool(
         verbs: 0,
         ending: false,
     };
-    watched(&node.broken, "conductor", conductor.run());
+    watched(node.broken, "conductor", conductor.run());
     PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
 }
 
@@ -287,12 +308,16 @@ struct Inner {
     pools: BTreeMap<PoolId, PoolHandle>,
     inventory: watch::Receiver<Inventory>,
     ledgered: watch::Receiver<Ledgered>,
+    conditions: watch::Receiver<Conditions>,
+    steward: mpsc::Sender<StewardCommand>,
     desk: mpsc::Sender<DeskCommand>,
     clock: Clock,
     events: EventSink,
     seed: u64,
     broken: CancellationToken,
     leases: AtomicU64,
+    /// What still has to be written when the drivers are gone.
+    memories: TaskTracker,
     /// Also held because the ledger is what keeps other daemons out.
     ports: Ports,
 }
@@ -320,6 +345,14 @@ impl PoolManager {
             seed: 0,
             boot_ms: 0,
         }
+    }
+
+    /// The devices as they stand now.
+    fn inventory(&self) -> Inventory {
+        let mut inventory = self.inner.inventory.borrow().clone();
+        let conditions = self.inner.conditions.borrow();
+        inventory.devices.iter_mut().for_each(|d| conditions::overlay(d, &conditions));
+        inventory
     }
 
     fn handle(&self, id: &PoolId) -> Result<&PoolHandle, ControlError> {
@@ -400,6 +433,8 @@ impl PoolManager {
                 // The conductor ends, and with it the channel, once its drivers rest.
                 while facts.changed().await.is_ok() {}
             }
+            self.inner.memories.close();
+            self.inner.memories.wait().await;
         };
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }
@@ -428,7 +463,7 @@ impl PoolManager {
 
     /// The devices as they are, with who else uses them; and what is promised on them, but for one pool.
     fn devices_without(&self, pool: Option<&PoolId>) -> (Vec<DeviceSnapshot>, BTreeMap<String, u64>) {
-        let (inventory, mut told) = (self.inner.inventory.borrow().clone(), self.inner.ledgered.borrow().clone());
+        let (inventory, mut told) = (self.inventory(), self.inner.ledgered.borrow().clone());
         let mut devices = inventory.devices;
         for device in &mut devices {
             device.vram_foreign = device.vram_foreign.max(told.foreign.get(&device.uuid).copied().unwrap_or(0));
@@ -476,7 +511,7 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
-        let inventory = self.inner.inventory.borrow().clone();
+        let inventory = self.inventory();
         let told = self.inner.ledgered.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
@@ -529,6 +564,14 @@ impl PoolControl for PoolManager {
 
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.wish(id, Wish::ResetBreaker).await.map(|_| ())
+    }
+
+    async fn unfence(&self, device: &str) -> Result<(), ControlError> {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || ControlError::Unreachable("the daemon is stopping".into());
+        let command = StewardCommand::Unfence { device: device.to_owned(), answer };
+        self.inner.steward.send(command).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?
     }
 
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {

@@ -8,8 +8,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
+use pool_domain::lifecycle::Past;
 use pool_domain::plan::EngineMemory;
-use pool_domain::{DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask};
+use pool_domain::{
+    DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
+};
 use thiserror::Error;
 use tokio::sync::watch;
 
@@ -284,6 +287,10 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn last_generation(&self, key: &ReplicaKey) -> Generation;
     /// Writes down that a generation is about to be launched.
     async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError>;
+    /// What is held against a replica, in ticks of this boot, of which it is `now`.
+    async fn past(&self, key: &ReplicaKey, now: Tick) -> Past;
+    /// Remembers that at `now`, in place of what was remembered before.
+    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError>;
     /// Whether demand must not wake the pool.
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.

@@ -13,6 +13,8 @@ use pool_domain::reserve::Refusal;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
+use crate::conditions::{Conditions, StewardCommand, left_by};
+use crate::control::ControlError;
 use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
 use crate::ports::{EngineHost, Inventory};
 
@@ -81,6 +83,8 @@ pub(crate) struct Steward {
     pub(crate) ports: RangeInclusive<u16>,
     pub(crate) bell: Arc<Notify>,
     pub(crate) told: watch::Sender<Ledgered>,
+    pub(crate) commands: mpsc::Receiver<StewardCommand>,
+    pub(crate) conditions: watch::Sender<Conditions>,
 }
 
 impl Steward {
@@ -89,12 +93,19 @@ impl Steward {
         let mut book = Book::default();
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
-        let mut inventory_lives = true;
+        let (mut inventory_lives, mut commanded) = (true, true);
         while self.wards.is_empty() || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 () = self.bell.notified() => false,
                 changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); false }
                 _ = look_again.tick() => true,
+                command = self.commands.recv(), if commanded => {
+                    match command {
+                        Some(command) => self.carry_out(command, &book).await,
+                        None => commanded = false,
+                    }
+                    false
+                }
             };
             let inventory = self.inventory.borrow_and_update().clone();
             self.free(&mut book);
@@ -127,7 +138,49 @@ impl Steward {
                 foreign: book.foreign.clone(),
                 held: book.held.iter().map(|(key, r)| (key.clone(), held(r))).collect(),
             });
+            let conditions = self.conditions(&book);
+            self.conditions.send_if_modified(|c| {
+                let changed = *c != conditions;
+                *c = conditions;
+                changed
+            });
         }
+    }
+
+    async fn carry_out(&self, command: StewardCommand, book: &Book) {
+        let StewardCommand::Unfence { device, answer } = command;
+        let named = pool_domain::mask::named(&device, &self.inventory.borrow().devices).map(|d| d.uuid.clone());
+        // One that is gone from the bus can be named by its UUID still, while something is held there.
+        let uuid = named.or_else(|| book.held.values().any(|r| r.on(&device).is_some()).then(|| device.clone()));
+        let result = match uuid {
+            Some(uuid) => {
+                for (ward, _) in self.fenced(book).filter(|(_, held)| held.on(&uuid).is_some()) {
+                    ward.tell(DriverCommand::Unfence).await;
+                }
+                Ok(())
+            }
+            None => Err(ControlError::DeviceNotFound(device)),
+        };
+        // Who asked may be gone.
+        let _ = answer.send(result);
+    }
+
+    /// Replicas of which something may be left, with what they hold.
+    fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Ward, &'a Reservation)> {
+        self.wards
+            .iter()
+            .filter(|ward| matches!(ward.published.borrow().state, State::Fenced { .. }))
+            .filter_map(|ward| Some((ward, book.held.get(&ward.key)?)))
+    }
+
+    fn conditions(&self, book: &Book) -> Conditions {
+        let mut found = Conditions::new();
+        for (ward, held) in self.fenced(book) {
+            for uuid in &held.devices.uuids {
+                found.entry(uuid.clone()).or_insert_with(|| DeviceHealth::Fenced(left_by(&ward.key.pool)));
+            }
+        }
+        found
     }
 
     /// Takes back what nobody holds any more.
@@ -191,19 +244,17 @@ impl Steward {
         book: &Book,
         promised: &Promised,
     ) -> Vec<DeviceSnapshot> {
-        let fenced: Vec<&String> = self
-            .wards
-            .iter()
-            .filter(|ward| ward.key != *key && matches!(ward.published.borrow().state, State::Fenced { .. }))
-            .filter_map(|ward| book.held.get(&ward.key))
-            .flat_map(|held| &held.devices.uuids)
-            .collect();
+        let mut fenced: BTreeMap<&str, &Ward> = BTreeMap::new();
+        for (ward, held) in self.fenced(book).filter(|(ward, _)| ward.key != *key) {
+            fenced.extend(held.devices.uuids.iter().map(|uuid| (uuid.as_str(), ward)));
+        }
         let home = book.homes.get(key);
         let mut devices = inventory.devices.clone();
         for device in &mut devices {
             device.vram_foreign = device.vram_foreign.max(book.foreign.get(&device.uuid).copied().unwrap_or(0));
         }
-        for device in devices.iter_mut().filter(|d| d.health.admits() && fenced.contains(&&d.uuid)) {
+        for device in devices.iter_mut().filter(|d| d.health.admits()) {
+            let Some(by) = fenced.get(device.uuid.as_str()) else { continue };
             match home.and_then(|home| home.on(&device.uuid)) {
                 Some(had) => {
                     let ours = promised.get(&device.uuid).copied().unwrap_or(0).saturating_add(had);
@@ -211,7 +262,7 @@ impl Steward {
                     device.vram_foreign = device.vram_foreign.max(rest);
                 }
                 None => {
-                    device.health = DeviceHealth::Fenced("something of another engine may be left there".into());
+                    device.health = DeviceHealth::Fenced(left_by(&by.key.pool));
                 }
             }
         }

@@ -123,6 +123,13 @@ impl FakeEngines {
         }
     }
 
+    /// Whatever outlived an engine ends at last.
+    pub fn leftovers_end(&self) {
+        for e in lock(&self.by_addr).values() {
+            e.gone.send_replace(true);
+        }
+    }
+
     /// TERM and KILL signals that engines have received so far.
     #[must_use]
     pub fn signals(&self) -> (u64, u64) {

@@ -13,9 +13,27 @@ pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};
 
 use std::sync::Arc;
 
+use std::time::Duration;
+
+use pool_domain::PoolId;
 use pool_services::events::Event;
-use pool_services::{PoolManager, PoolSpec};
+use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// Waits, level-triggered and bounded, until the pool looks as wanted.
+///
+/// # Panics
+/// When there is no such pool, or it does not look so within ten hours.
+pub async fn until(m: &PoolManager, id: &PoolId, wanted: impl Fn(&PoolSnapshot) -> bool) -> PoolSnapshot {
+    let mut seen = m.pool(id).await.expect("a pool");
+    let end = Instant::now() + Duration::from_secs(36_000);
+    while !wanted(&seen) {
+        assert!(Instant::now() < end, "never came: {seen:#?}");
+        seen = m.wait_pool(id, seen.snapshot, Duration::from_secs(3_600)).await.expect("a pool");
+    }
+    seen
+}
 
 /// A node of fakes.
 #[derive(Debug, Clone)]
@@ -42,7 +60,7 @@ impl Default for FakeNode {
 }
 
 impl FakeNode {
-    /// Starts a manager over the fakes.
+    /// Starts a manager over the fakes; the first one when the machine boots, later ones in the same boot.
     ///
     /// # Panics
     /// When the pools cannot be managed at all.
@@ -57,6 +75,7 @@ impl FakeNode {
             .ledger(Arc::clone(&self.ledger) as _)
             .pools(pools)
             .seed(7)
+            .boot_ms(u64::try_from(self.ledger.booted().elapsed().as_millis()).unwrap_or(u64::MAX))
             .start()
             .await
             .expect("a complete set of fakes")

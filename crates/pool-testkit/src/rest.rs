@@ -1,21 +1,22 @@
 //! GPUs, models and durable facts that exist in memory.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
 use pool_domain::{
-    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey,
+    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, Tick,
 };
 use pool_services::ports::{
     GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
 };
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 /// A healthy GPU with `vram` bytes.
 #[must_use]
@@ -138,6 +139,8 @@ impl ModelStore for FakeModels {
 #[derive(Debug, Default)]
 struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
+    pasts: BTreeMap<ReplicaKey, Past>,
+    past_writes: u64,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
@@ -148,11 +151,17 @@ struct Facts {
 #[derive(Debug, Default)]
 pub struct FakeLedger {
     facts: Mutex<Facts>,
+    booted: OnceLock<Instant>,
 }
 
 impl FakeLedger {
     fn facts(&self) -> std::sync::MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When the machine was started: at the first question.
+    pub fn booted(&self) -> Instant {
+        *self.booted.get_or_init(Instant::now)
     }
 
     /// Whether later writes fail, as on a full disk.
@@ -164,6 +173,12 @@ impl FakeLedger {
     #[must_use]
     pub fn handoffs(&self) -> Vec<Handoff> {
         self.facts().handoffs.values().cloned().collect()
+    }
+
+    /// How often the past of a replica was written.
+    #[must_use]
+    pub fn past_writes(&self) -> u64 {
+        self.facts().past_writes
     }
 
     fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
@@ -184,6 +199,15 @@ impl StateLedger for FakeLedger {
     async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
         self.write(|f| {
             f.generations.insert(key.clone(), generation);
+        })
+    }
+    async fn past(&self, key: &ReplicaKey, _: Tick) -> Past {
+        self.facts().pasts.get(key).copied().unwrap_or_default()
+    }
+    async fn note_past(&self, key: &ReplicaKey, past: Past, _: Tick) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.pasts.insert(key.clone(), past);
+            f.past_writes += 1;
         })
     }
     async fn held(&self, pool: &PoolId) -> bool {

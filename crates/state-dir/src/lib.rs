@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! lock                       held for life, never unlinked
-//! ledger/<pool>.json         hold and generations, and <pool>.json.copy with the same content
+//! ledger/<pool>.json         hold, generations and what is held against replicas, and <pool>.json.copy with the same content
 //! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
 //! run/                       whatever engines need while they run
 //! ```
@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod files;
+mod past;
 mod record;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
@@ -23,7 +24,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::{Generation, PoolId, ReplicaKey};
+use pool_domain::lifecycle::Past;
+use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
 use pool_services::ports::{Handoff, LedgerError, StateLedger};
 use thiserror::Error;
 use tokio::sync::Semaphore;
@@ -60,6 +62,8 @@ pub struct StateDir {
     /// One file operation at a time, because an update reads before it writes. The permit travels into the blocking
     /// task, so that a caller who gives up does not let the next one in early.
     turn: Arc<Semaphore>,
+    /// Names this boot of the machine: ticks of another one mean nothing here.
+    boot_id: String,
     _lock: File,
 }
 
@@ -86,7 +90,7 @@ impl StateDir {
         }
         clear(&paths.handoff, |_| true)?;
         clear(&paths.ledger, files::is_leftover)?;
-        Ok(Self { paths, turn: Arc::new(Semaphore::new(1)), _lock: lock })
+        Ok(Self { paths, turn: Arc::new(Semaphore::new(1)), boot_id: boot_id(), _lock: lock })
     }
 
     /// Where engines keep what they need while they run.
@@ -150,6 +154,19 @@ impl StateLedger for StateDir {
         self.update("the intent to start an engine", &key.pool, move |r| r.intend(replica, generation)).await
     }
 
+    async fn past(&self, key: &ReplicaKey, now: Tick) -> Past {
+        self.read(&key.pool).await.past(key.replica, &self.boot_id, now)
+    }
+
+    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError> {
+        let (replica, boot_id) = (key.replica, self.boot_id.clone());
+        self.update("what is held against an engine", &key.pool, move |r| {
+            r.note_past(replica, past, boot_id, now);
+            Ok(())
+        })
+        .await
+    }
+
     async fn held(&self, pool: &PoolId) -> bool {
         self.read(pool).await.hold
     }
@@ -189,6 +206,12 @@ impl StateLedger for StateDir {
         })
         .await
     }
+}
+
+/// Where the kernel does not say, every run counts as a boot of its own.
+fn boot_id() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    if id.is_empty() { format!("run-{}", std::process::id()) } else { id.trim().to_owned() }
 }
 
 fn handoff_name(key: &ReplicaKey) -> String {

@@ -9,12 +9,14 @@ use std::io::{self, ErrorKind};
 use std::path::Path;
 
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::{Generation, PoolId, ReplicaId};
+use pool_domain::lifecycle::Past;
+use pool_domain::{Generation, PoolId, ReplicaId, Tick};
 use pool_services::ports::Handoff;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::files;
+use crate::past::PastRecord;
 
 const VERSION: u32 = 1;
 /// Figures remembered for a pool; each belongs to another model or other settings.
@@ -44,9 +46,11 @@ impl LearntRecord {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 struct ReplicaRecord {
     generation: u64,
+    #[serde(default)]
+    past: Option<PastRecord>,
 }
 
 #[derive(Deserialize)]
@@ -72,8 +76,18 @@ impl PoolRecord {
             let why = format!("generation {generation} of {replica} was used already, the last is {last}");
             return Err(io::Error::new(ErrorKind::InvalidInput, why));
         }
-        self.replicas.insert(replica.0, ReplicaRecord { generation: generation.0 });
+        self.replicas.entry(replica.0).or_default().generation = generation.0;
         Ok(())
+    }
+
+    /// What is held against a replica, in ticks of this boot.
+    pub(crate) fn past(&self, replica: ReplicaId, boot_id: &str, now: Tick) -> Past {
+        let kept = self.replicas.get(&replica.0).and_then(|r| r.past.as_ref());
+        kept.map(|p| p.read(boot_id, now)).unwrap_or_default()
+    }
+
+    pub(crate) fn note_past(&mut self, replica: ReplicaId, past: Past, boot_id: String, now: Tick) {
+        self.replicas.entry(replica.0).or_default().past = Some(PastRecord::new(past, boot_id, now));
     }
 
     pub(crate) fn learnt(&self, key: &CorrectionKey) -> Option<Correction> {
@@ -92,7 +106,7 @@ impl PoolRecord {
     /// Takes over every generation that is higher in `other`.
     fn raise(&mut self, other: &Self) {
         for (&replica, theirs) in &other.replicas {
-            let ours = self.replicas.entry(replica).or_insert(*theirs);
+            let ours = self.replicas.entry(replica).or_insert_with(|| theirs.clone());
             ours.generation = ours.generation.max(theirs.generation);
         }
     }

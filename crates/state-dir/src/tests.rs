@@ -1,8 +1,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use pool_domain::ReplicaId;
 use pool_domain::estimate::{Correction, CorrectionKey};
+use pool_domain::{BreakerState, ReplicaId};
 
 use super::*;
 
@@ -230,4 +230,68 @@ async fn what_engines_took_is_remembered_within_bounds() {
     let state = StateDir::open(dir.path()).unwrap();
     assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2 }));
     assert_eq!((state.learnt(&pool, &key(7)).await, state.learnt(&pool, &key(8)).await.is_some()), (None, true));
+}
+
+fn in_trouble() -> Past {
+    let breaker = BreakerState::Open { until: Tick(90_000), trips: 2 };
+    Past { failures: 7, breaker, not_before: Some(Tick(61_000)), restarts: 12 }
+}
+
+#[tokio::test]
+async fn what_is_held_against_a_replica_survives_a_restart_and_waits_go_on_after_a_reboot() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let (a, b) = (key("chat", 0), key("chat", 1));
+    state.intend(&a, Generation(3)).await.unwrap();
+    state.note_past(&a, in_trouble(), Tick(60_000)).await.unwrap();
+    state.intend(&a, Generation(4)).await.unwrap();
+    drop(state);
+    let mut state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.last_generation(&a).await, Generation(4));
+    // In the same boot time has gone on, and what is written stands.
+    assert_eq!(state.past(&a, Tick(70_000)).await, in_trouble());
+    assert_eq!(state.past(&b, Tick(70_000)).await, Past::default());
+    state.boot_id = "another".into();
+    let left = Past {
+        breaker: BreakerState::Open { until: Tick(30_050), trips: 2 },
+        not_before: Some(Tick(1_050)),
+        ..in_trouble()
+    };
+    assert_eq!(state.past(&a, Tick(50)).await, left);
+    for breaker in [BreakerState::HalfOpen { trips: 1 }, BreakerState::Closed { failed_starts: 1, early_crashes: 2 }] {
+        let past = Past { breaker, ..Past::default() };
+        state.note_past(&b, past, Tick(0)).await.unwrap();
+        assert_eq!(state.past(&b, Tick(9)).await, past);
+    }
+}
+
+#[tokio::test]
+async fn a_torn_file_keeps_what_the_other_holds_against_a_replica() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.note_past(&a, in_trouble(), Tick(1)).await.unwrap();
+    let copy = dir.path().join("ledger/chat.json.copy");
+    let older = fs::read(&copy).unwrap();
+    state.note_past(&a, Past { restarts: 13, ..in_trouble() }, Tick(2)).await.unwrap();
+    // Cut between the two files: the first is the newer. Torn itself, the older one counts.
+    fs::write(&copy, older).unwrap();
+    assert_eq!(state.past(&a, Tick(3)).await.restarts, 13);
+    let main = dir.path().join("ledger/chat.json");
+    let whole = fs::read(&main).unwrap();
+    // Without its last byte, a newline, it is still whole.
+    for end in 0..whole.len() - 1 {
+        fs::write(&main, &whole[..end]).unwrap();
+        assert_eq!(state.past(&a, Tick(3)).await, in_trouble(), "cut at {end}");
+    }
+}
+
+#[tokio::test]
+async fn a_record_of_before_there_was_a_past_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    let text = r#"{"version":1,"hold":false,"replicas":{"0":{"generation":5}}}"#;
+    fs::write(dir.path().join("ledger/chat.json"), text).unwrap();
+    assert_eq!((state.last_generation(&a).await, state.past(&a, Tick(0)).await), (Generation(5), Past::default()));
 }

@@ -76,6 +76,8 @@ codes! {
     LeaseNotFound = "LEASE_NOT_FOUND", NOT_FOUND, false;
     /// No such operation.
     OperationNotFound = "OPERATION_NOT_FOUND", NOT_FOUND, false;
+    /// No such device.
+    DeviceNotFound = "DEVICE_NOT_FOUND", NOT_FOUND, false;
     /// No such route.
     NotFound = "NOT_FOUND", NOT_FOUND, false;
     /// Not this method.
@@ -152,6 +154,7 @@ impl Problem {
             "POOL_NOT_FOUND" => ControlError::PoolNotFound(subject.to_owned()),
             "OPERATION_NOT_FOUND" => ControlError::OperationNotFound(subject.to_owned()),
             "LEASE_NOT_FOUND" => ControlError::LeaseNotFound(subject.to_owned()),
+            "DEVICE_NOT_FOUND" => ControlError::DeviceNotFound(subject.to_owned()),
             "CONFLICT" => ControlError::Conflict(self.detail),
             "POOL_SATURATED" => ControlError::Saturated,
             "POOL_UNREADY" => ControlError::Unready(
@@ -178,6 +181,9 @@ impl From<ControlError> for Problem {
                 Self::new(Code::OperationNotFound, text).with_hint("GET /v1/operations lists recent operations")
             }
             ControlError::LeaseNotFound(_) => Self::new(Code::LeaseNotFound, text),
+            ControlError::DeviceNotFound(_) => {
+                Self::new(Code::DeviceNotFound, text).with_hint("GET /v1/node lists the devices")
+            }
             ControlError::Conflict(_) => Self::new(Code::Conflict, text),
             ControlError::Saturated => Self::new(Code::PoolSaturated, text),
             ControlError::Unready(_) => {

@@ -3,7 +3,7 @@
 pub mod names;
 
 use pool_domain::lifecycle::State;
-use pool_domain::{DeviceSnapshot, ReplicaKey};
+use pool_domain::{DeviceHealth, DeviceSnapshot, ReplicaKey};
 use pool_services::{Event, EventKind, NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
@@ -136,7 +136,8 @@ impl Metrics {
             | EventKind::BreakerClosed
             | EventKind::DrainStarted { .. }
             | EventKind::Stopped
-            | EventKind::Fenced => {}
+            | EventKind::Fenced
+            | EventKind::Unfenced => {}
         }
     }
 
@@ -204,6 +205,10 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     s.gauge(names::GPU_FOREIGN, &node.devices, |(d, _)| vec![(device(d), number(d.vram_foreign))]);
     s.gauge(names::GPU_UTILISATION, &node.devices, |(d, _)| {
         d.utilisation.map(|u| (device(d), f64::from(u) / 100.0)).into_iter().collect()
+    });
+    s.gauge(names::GPU_HEALTH, &node.devices, |(d, _)| {
+        let labels = |code: &str| vec![("device", d.uuid.clone()), ("health", code.to_owned())];
+        DeviceHealth::CODES.iter().map(|code| (labels(code), flag(*code == d.health.code()))).collect()
     });
     s.gauge(names::SIMULATED, &[node.simulated], |s| vec![(Vec::new(), flag(*s))]);
     let lost = Counter::<u64>::default();

@@ -54,7 +54,7 @@ metrics! {
     BREAKER_STATE = "breaker_state", "gauge", &["pool_id", "replica_id", "state"],
         "1 for the state a circuit breaker is in, 0 for the others";
     REPLICA_RESTARTS = "replica_restarts", "gauge", REPLICA,
-        "Starts after a failure since the daemon started";
+        "Starts after a failure, over restarts of the daemon";
     BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
     HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
@@ -65,6 +65,8 @@ metrics! {
     GPU_RESERVED = "gpu_memory_reserved_bytes", "gauge", DEVICE, "GPU memory reserved for engines of this daemon";
     GPU_FOREIGN = "gpu_memory_foreign_bytes", "gauge", DEVICE, "GPU memory held by processes of others";
     GPU_UTILISATION = "gpu_utilisation_ratio", "gauge", DEVICE, "Compute utilisation, 0 to 1";
+    GPU_HEALTH = "gpu_health", "gauge", &["device", "health"],
+        "1 for the health a GPU is in, 0 for the others; only on one that is ok does anything new start";
     SIMULATED = "simulated", "gauge", &[], "1 when the devices exist only in a file";
     EVENTS_LOST = "events_lost_total", "counter", &[],
         "Events that came too fast to be told; counters and logs lack them";

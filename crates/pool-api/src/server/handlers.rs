@@ -145,6 +145,17 @@ pub(super) async fn reset_breaker(State(s): App, Pool(id): Pool, _: Body<EmptyBo
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Believe that nothing of an engine is left on a device: what is fenced there goes on, with all of its devices. Doing so
+/// twice is fine.
+#[utoipa::path(post, path = "/v1/devices/{uuid}/unfence", tag = "verbs",
+    params(("uuid" = String, Path, description = "UUID, index or PCI bus id")), responses(
+    (status = 204, description = "Done, or not fenced"),
+    (status = 404, description = "DEVICE_NOT_FOUND", body = Problem, content_type = "application/problem+json")))]
+pub(super) async fn unfence(State(s): App, Id(device): Id, _: Body<EmptyBody>) -> Result<StatusCode, Problem> {
+    s.control.unfence(&device).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
 /// What would be started where, and what would fit instead; starts nothing.
 #[utoipa::path(post, path = "/v1/plan", tag = "planning", request_body = PlanBody, responses(
     (status = 200, description = "The plan, also where nothing fits", body = PlanView),

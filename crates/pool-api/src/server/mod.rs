@@ -145,6 +145,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/pools/{id}/resume", post(handlers::resume))
         .route("/v1/pools/{id}/stop", post(handlers::stop))
         .route("/v1/pools/{id}/breaker/reset", post(handlers::reset_breaker))
+        .route("/v1/devices/{uuid}/unfence", post(handlers::unfence))
         .route("/v1/pools/{id}/leases", post(handlers::lease))
         .route("/v1/leases/{id}", delete(handlers::release))
         .route("/v1/operations", get(handlers::operations))

@@ -31,6 +31,7 @@ use super::{handlers, health};
         handlers::resume,
         handlers::stop,
         handlers::reset_breaker,
+        handlers::unfence,
         handlers::lease,
         handlers::release,
         handlers::operations,

@@ -166,6 +166,10 @@ impl PoolControl for Fake {
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.check(id)
     }
+    async fn unfence(&self, device: &str) -> Result<(), ControlError> {
+        assert!(!self.panics, "a bug with /secret/path");
+        if device == node().devices[0].0.uuid { Ok(()) } else { Err(ControlError::DeviceNotFound(device.into())) }
+    }
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
         Ok(vec![operation("stop", OperationState::Failed("fenced".into()))])
     }

@@ -10,6 +10,8 @@ use crate::{Failure, Generation};
 pub enum Command {
     /// Run.
     Start,
+    /// Run, but not before what earlier failures earned is over. Rest that somebody wants stays.
+    Wake,
     /// Refuse new leases, wait for the running ones, then stop.
     Drain {
         /// From now.

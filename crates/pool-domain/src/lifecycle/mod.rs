@@ -2,6 +2,7 @@
 //! function, [`Replica::step`]. `docs/lifecycle.md` is generated from it.
 
 mod event;
+mod past;
 mod policy;
 mod state;
 mod step;
@@ -9,5 +10,6 @@ mod step;
 mod tests;
 
 pub use event::{Action, Command, Event, Fact};
+pub use past::Past;
 pub use policy::{HealthPolicy, Policy, StartPolicy, StopPolicy};
 pub use state::{Launch, OnDeadline, Proof, Replica, State, StopStage, Then, Wait};

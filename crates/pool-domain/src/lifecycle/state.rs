@@ -358,6 +358,8 @@ pub struct Replica {
     pub last_failure: Option<(Tick, Failure)>,
     /// Starts that followed a failure.
     pub restarts: u64,
+    /// End of the backoff delay that its last failure earned, also while it rests.
+    pub(super) not_before: Option<Tick>,
     /// Ports found taken since the last Ready.
     pub(super) port_conflicts: u32,
 }
@@ -373,6 +375,7 @@ impl Replica {
             breaker: CircuitBreaker::default(),
             last_failure: None,
             restarts: 0,
+            not_before: None,
             port_conflicts: 0,
         }
     }

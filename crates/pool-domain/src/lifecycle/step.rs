@@ -34,14 +34,14 @@ impl Replica {
     fn command(&mut self, command: Command, cx: &Cx<'_>) -> Vec<Action> {
         match command {
             Command::Start => self.start(cx),
+            Command::Wake => self.wake(cx),
             Command::Drain { deadline, on_deadline } => self.drain(deadline, on_deadline, cx),
             Command::Resume => match &self.state {
                 State::Draining { .. } => self.undrain(cx),
                 _ => Vec::new(),
             },
             Command::ResetBreaker => {
-                self.breaker.reset();
-                self.backoff.reset();
+                self.forget();
                 match &self.state {
                     State::Waiting { why: Wait::Backoff { .. } | Wait::Breaker { .. }, .. } => self.attempt(cx),
                     _ => Vec::new(),
@@ -84,6 +84,18 @@ impl Replica {
         }
     }
 
+    /// A start that nobody asked for by hand.
+    fn wake(&mut self, cx: &Cx<'_>) -> Vec<Action> {
+        if let Some(until) = self.rests_until(cx.now) {
+            self.state = State::Waiting { since: cx.now, why: Wait::Backoff { until } };
+            return Vec::new();
+        }
+        match &self.state {
+            State::Failed { .. } | State::Draining { .. } => Vec::new(),
+            _ => self.start(cx),
+        }
+    }
+
     /// Begins a start attempt if the breaker lets it.
     fn attempt(&mut self, cx: &Cx<'_>) -> Vec<Action> {
         // No process exists here: a trial that is still on the book ended without a verdict.
@@ -93,6 +105,7 @@ impl Replica {
             self.state = State::Waiting { since: cx.now, why: Wait::Breaker { until } };
             return Vec::new();
         }
+        self.not_before = None;
         self.generation = self.generation.next();
         self.state = State::Staging { since: cx.now };
         vec![Action::Stage]
@@ -190,9 +203,14 @@ impl Replica {
     fn credit(&mut self, ready_for: Duration, cx: &Cx<'_>) {
         self.breaker.proved(&cx.policy.breaker, ready_for);
         if ready_for >= cx.policy.backoff.reset_after() {
-            self.backoff.reset();
-            self.breaker.reset();
+            self.forget();
         }
+    }
+
+    fn forget(&mut self) {
+        self.backoff.reset();
+        self.breaker.reset();
+        self.not_before = None;
     }
 
     fn fact(&mut self, fact: Fact, cx: &Cx<'_>) -> Vec<Action> {
@@ -443,6 +461,7 @@ impl Replica {
 
     fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
         let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
+        self.not_before = self.breaker.open_until().is_none().then(|| cx.now + delay);
         Then::Wait(match self.breaker.open_until() {
             Some(until) => Wait::Breaker { until },
             None => Wait::Backoff { until: cx.now + delay },

@@ -20,7 +20,8 @@ struct Shadow {
 
 fn command() -> impl Strategy<Value = Command> {
     prop_oneof![
-        6 => Just(Command::Start),
+        5 => Just(Command::Start),
+        1 => Just(Command::Wake),
         2 => (0u64..5000, any::<bool>()).prop_map(|(ms, f)| Command::Drain {
             deadline: Duration::from_millis(ms),
             on_deadline: if f { OnDeadline::Force } else { OnDeadline::Abort }

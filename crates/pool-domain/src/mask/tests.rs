@@ -17,6 +17,19 @@ fn node() -> [DeviceSnapshot; 5] {
 }
 
 #[test]
+fn one_device_is_named_in_any_way() {
+    let devices = [crate::device::test_gpu(0), crate::device::test_gpu(1)];
+    let index = |text: &str| named(text, &devices).map(|d| d.index);
+    let bus = devices[1].pci_bus_id.clone().unwrap();
+    for text in ["1", &devices[1].uuid, &bus] {
+        assert_eq!(index(text), Some(1), "{text}");
+    }
+    for text in ["", "auto", "all", "0,1", "2", "-1", "GPU-51000000"] {
+        assert_eq!(index(text), None, "{text}");
+    }
+}
+
+#[test]
 fn wrong_masks_say_which_entry_and_what_would_be_right() {
     for (text, part) in [
         ("", "empty"),

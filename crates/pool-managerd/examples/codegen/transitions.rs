@@ -83,6 +83,7 @@ fn events() -> Vec<(&'static str, Event)> {
     let minute = Duration::from_secs(60);
     vec![
         command("start", Command::Start),
+        command("wake", Command::Wake),
         command("drain", Command::Drain { deadline: minute, on_deadline: OnDeadline::Force }),
         command("stop", Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }),
         command("resume", Command::Resume),

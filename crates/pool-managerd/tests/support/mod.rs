@@ -187,6 +187,13 @@ impl Daemon {
         self.child.wait().unwrap().code()
     }
 
+    /// Ends it by this signal, and leaves its directory for another one.
+    pub fn end(mut self, name: &str) -> tempfile::TempDir {
+        self.signal(name);
+        self.wait();
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
+    }
+
     pub fn signal(&self, name: &str) {
         signal(self.child.id(), name);
     }

@@ -1,9 +1,11 @@
 //! The driver of a replica: the only writer of its lifecycle. It feeds events to [`pool_domain::lifecycle::Replica`]
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
+mod memory;
 mod tell;
 mod work;
 
+pub(crate) use memory::Memory;
 pub(crate) use work::correction_key;
 
 use std::sync::Arc;
@@ -72,6 +74,8 @@ pub(crate) enum DriverCommand {
     Deny(Generation, Denied),
     /// What it waited for may be there.
     Unblock,
+    /// A person says that nothing of the engine is left.
+    Unfence,
 }
 
 /// Why the steward gave nothing.
@@ -143,7 +147,9 @@ pub(crate) struct DriverParts {
     /// Rung at every change: the pool's conductor and the node's steward.
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
-    pub(crate) generation: Generation,
+    pub(crate) replica: Replica,
+    /// Where its past is kept.
+    pub(crate) memory: Memory,
 }
 
 pub(crate) struct Driver {
@@ -161,6 +167,7 @@ pub(crate) struct Driver {
     published: watch::Sender<Published>,
     bells: [Arc<Notify>; 2],
     events: EventSink,
+    memory: Memory,
     attempt: Attempt,
     work: CancellationToken,
     scribe: Vec<Scribe>,
@@ -172,12 +179,11 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
-    let replica = Replica::new(generation);
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
-            generation,
+            generation: replica.generation,
             state: replica.state.code(),
             reason_code: "",
             reason: String::new(),
@@ -190,9 +196,9 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
             engine_version: String::new(),
             slots_total: 0,
             active_leases: 0,
-            restart_count: 0,
+            restart_count: replica.restarts,
             breaker: replica.breaker.code(),
-            backoff_failures: 0,
+            backoff_failures: replica.backoff.failures(),
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
@@ -202,7 +208,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, generation: Generation) -> Published {
             vram_reserved: 0,
             context: None,
         },
-        state: replica.state,
+        state: replica.state.clone(),
         wants: None,
         blocked: None,
         taken: None,
@@ -217,7 +223,7 @@ impl Driver {
         let now = parts.clock.now();
         Self {
             policy: parts.spec.policy,
-            replica: Replica::new(parts.generation),
+            replica: parts.replica,
             key: parts.key,
             spec: parts.spec,
             ports: parts.ports,
@@ -230,6 +236,7 @@ impl Driver {
             published: parts.published,
             bells: parts.bells,
             events: parts.events,
+            memory: parts.memory,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             scribe: Vec::new(),
@@ -295,6 +302,7 @@ impl Driver {
                 self.step(Event::Engine(generation, fact));
             }
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
+            DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
             // An answer to a question that was withdrawn.
             DriverCommand::Grant(_) | DriverCommand::Deny(..) => {}
         }
@@ -347,11 +355,13 @@ impl Driver {
     fn step(&mut self, event: Event) {
         let before = tell::Before::of(&self.replica);
         let now = self.clock.now();
+        let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
             self.failed_at = Some(self.clock.wall());
         }
-        self.tell(&before, now);
+        self.memory.keep(self.replica.past());
+        self.tell(&before, now, by_hand);
         for action in actions {
             self.act(action);
         }

@@ -40,7 +40,8 @@ impl Driver {
         self.events.send(&self.key, self.replica.generation, kind);
     }
 
-    pub(super) fn tell(&self, before: &Before, now: Tick) {
+    /// `by_hand`: nothing was proved, a person said so.
+    pub(super) fn tell(&self, before: &Before, now: Tick, by_hand: bool) {
         let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
         let nth = r.backoff.failures().max(1);
         if let Some((_, failure)) = &r.last_failure
@@ -87,6 +88,7 @@ impl Driver {
                 }
             }
             (_, State::Fenced { .. }) if from != to => self.emit(EventKind::Fenced),
+            (State::Fenced { .. }, _) if from != to && by_hand => self.emit(EventKind::Unfenced),
             (State::Stopping { .. } | State::Fenced { .. }, _) if from != to => self.emit(EventKind::Stopped),
             _ => {}
         }
@@ -177,9 +179,13 @@ fn next_start(state: &State) -> Option<Tick> {
 fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, String) {
     let failed = || last.map_or((state.code(), String::new()), |(_, f)| (f.class.code(), f.detail.clone()));
     match state {
-        State::Waiting { why: why @ (Wait::Backoff { .. } | Wait::Breaker { .. }), .. } => {
-            (why.code(), format!("{why}; {}", last.map(|(_, f)| f.to_string()).unwrap_or_default()))
-        }
+        State::Waiting { why: why @ (Wait::Backoff { .. } | Wait::Breaker { .. }), .. } => (
+            why.code(),
+            last.map_or_else(
+                || format!("{why}, which an earlier run of the daemon began"),
+                |(_, f)| format!("{why}; {f}"),
+            ),
+        ),
         State::Waiting { why, .. } => (why.code(), why.to_string()),
         State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
         State::Suspect { failure, .. } => (failure.class.code(), failure.detail.clone()),

@@ -1,0 +1,177 @@
+//! What is held against a replica. It goes with it through a restart of the daemon, so that no crash loop is reset by one.
+
+use std::time::Duration;
+
+use super::{Policy, Replica, State};
+use crate::{Backoff, BreakerState, CircuitBreaker, Generation, Tick};
+
+/// The failures of a replica and what they earned, as they are kept on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Past {
+    /// Failures the backoff counts.
+    pub failures: u32,
+    /// The circuit breaker.
+    pub breaker: BreakerState,
+    /// End of the backoff delay that is being waited for.
+    pub not_before: Option<Tick>,
+    /// Starts that followed a failure.
+    pub restarts: u64,
+}
+
+impl Past {
+    /// The same after a reboot, where ticks begin anew: waits go on at `now` with what was left of them at `noted`.
+    #[must_use]
+    pub fn carried_over(mut self, noted: Tick, now: Tick) -> Self {
+        let moved = |until: Tick| now + until.since(noted);
+        self.not_before = self.not_before.map(moved);
+        if let BreakerState::Open { until, .. } = &mut self.breaker {
+            *until = moved(*until);
+        }
+        self
+    }
+}
+
+impl Replica {
+    /// A replica at rest that goes on with its past. `generation` is the last one ever used. No wait is longer than the
+    /// longest of the policy, which may be another than it was.
+    #[must_use]
+    pub fn resume(generation: Generation, past: Past, now: Tick, policy: &Policy) -> Self {
+        let capped = |until: Tick, longest: Duration| until.min(now + longest);
+        let mut breaker = CircuitBreaker::resume(past.breaker, now + policy.breaker.max_open_for());
+        // The trial of an earlier daemon ended without a verdict.
+        breaker.inconclusive(now);
+        Self {
+            backoff: Backoff::resume(past.failures),
+            breaker,
+            restarts: past.restarts,
+            not_before: past.not_before.map(|t| capped(t, policy.backoff.max())).filter(|t| *t > now),
+            ..Self::new(generation)
+        }
+    }
+
+    /// What has to be kept.
+    #[must_use]
+    pub fn past(&self) -> Past {
+        Past {
+            failures: self.backoff.failures(),
+            breaker: self.breaker.state(),
+            not_before: self.not_before,
+            restarts: self.restarts,
+        }
+    }
+
+    /// Whether it rests, and what it earned for its last failure is not over yet.
+    pub(super) fn rests_until(&self, now: Tick) -> Option<Tick> {
+        let closed = matches!(self.breaker.state(), BreakerState::Closed { .. });
+        self.not_before.filter(|until| self.state == State::Idle && closed && *until > now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Command, Event, Fact, OnDeadline, Wait};
+    use super::*;
+    use crate::failure::Exit;
+    use crate::{Draw, Failure};
+
+    fn step(r: &mut Replica, now: u64, event: Event) {
+        let _ = r.step(event, Tick(now), Draw::new(1.0), &Policy::default());
+    }
+
+    /// A replica whose starts failed this often, at boot time 0, the delays not counted.
+    fn failed(times: u32) -> Replica {
+        let mut r = Replica::new(Generation(0));
+        step(&mut r, 0, Event::Command(Command::Start));
+        for n in 0..times {
+            if n > 0 {
+                r.state = State::Idle;
+                step(&mut r, 0, Event::Command(Command::Start));
+            }
+            let failed = Fact::Unstartable(Failure::crash(Exit::Code(1)));
+            let event = Event::Engine(r.generation, failed);
+            step(&mut r, 0, event);
+        }
+        r
+    }
+
+    fn again(r: &Replica, now: u64) -> Replica {
+        Replica::resume(r.generation, r.past(), Tick(now), &Policy::default())
+    }
+
+    #[test]
+    fn a_backoff_delay_is_waited_out_by_the_next_daemon() {
+        let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
+        for stopped_in_order in [false, true] {
+            let mut r = failed(3);
+            if stopped_in_order {
+                step(&mut r, 1_000, Event::Command(stop));
+            }
+            let mut r = again(&r, 1_500);
+            step(&mut r, 1_500, Event::Command(Command::Wake));
+            assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
+            step(&mut r, 4_000, Event::Timer);
+            assert_eq!(
+                (r.state.code(), r.restarts, r.backoff.failures(), r.past().not_before),
+                ("staging", 1, 3, None)
+            );
+        }
+    }
+
+    #[test]
+    fn an_open_breaker_stays_open_for_the_rest_of_its_pause() {
+        let mut r = again(&failed(5), 20_000);
+        step(&mut r, 20_000, Event::Command(Command::Wake));
+        assert!(matches!(r.state, State::Waiting { why: Wait::Breaker { until: Tick(30_000) }, .. }), "{r:?}");
+        step(&mut r, 30_000, Event::Timer);
+        assert_eq!((r.state.code(), r.breaker.code()), ("staging", "half_open"));
+        // The daemon dies during the trial: the next one makes it again, and knows how often it has opened.
+        let mut r = again(&r, 31_000);
+        step(&mut r, 31_000, Event::Command(Command::Wake));
+        assert_eq!(r.breaker.state(), BreakerState::HalfOpen { trips: 1 });
+    }
+
+    #[test]
+    fn a_person_need_not_wait() {
+        let mut r = again(&failed(1), 10);
+        step(&mut r, 10, Event::Command(Command::Start));
+        assert_eq!((r.state.code(), r.restarts), ("staging", 0));
+        let mut r = again(&failed(1), 10);
+        step(&mut r, 10, Event::Command(Command::ResetBreaker));
+        assert_eq!(r.past(), Past::default());
+    }
+
+    #[test]
+    fn after_a_reboot_waits_go_on_with_what_was_left_and_never_exceed_the_policy() {
+        let open = Past { breaker: BreakerState::Open { until: Tick(90_000), trips: 2 }, ..Past::default() };
+        let past = Past { not_before: Some(Tick(65_000)), ..open }.carried_over(Tick(60_000), Tick(100));
+        assert_eq!(past.not_before, Some(Tick(5_100)));
+        assert_eq!(past.breaker, BreakerState::Open { until: Tick(30_100), trips: 2 });
+        // A clock that cannot be, or a policy that became shorter.
+        let r = Replica::resume(
+            Generation(7),
+            Past {
+                not_before: Some(Tick(u64::MAX)),
+                breaker: BreakerState::Open { until: Tick(u64::MAX), trips: 9 },
+                ..past
+            },
+            Tick(100),
+            &Policy::default(),
+        );
+        assert_eq!((r.past().not_before, r.breaker.open_until()), (Some(Tick(60_100)), Some(Tick(300_100))));
+        // What is over is over.
+        let r = Replica::resume(Generation(7), past, Tick(5_100), &Policy::default());
+        assert_eq!(r.past().not_before, None);
+    }
+
+    #[test]
+    fn ten_minutes_ready_leave_no_past() {
+        let mut r = failed(2);
+        r.state = State::Ready {
+            since: Tick(0),
+            proof: super::super::Proof { residency: "vram", model: "m".into(), slots: 1, first_unit_ms: 1 },
+            misses: 0,
+        };
+        step(&mut r, 600_000, Event::Timer);
+        assert_eq!(r.past(), Past::default());
+    }
+}

@@ -1,0 +1,91 @@
+//! Devices on which something may be wrong: who is kept away, who is told, and how they come back.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use pool_domain::{DeviceHealth, PoolId};
+use pool_services::{ControlError, Event, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
+use pool_testkit::{FakeNode, gpu, spec, until};
+use tokio::sync::mpsc;
+
+/// A pool on the first device alone.
+fn on_first(id: &str) -> PoolSpec {
+    PoolSpec { devices: vec!["0".parse().unwrap()], ..spec(id) }
+}
+
+fn state(s: &PoolSnapshot) -> &'static str {
+    s.replicas[0].state
+}
+
+async fn health(m: &PoolManager, index: usize) -> DeviceHealth {
+    m.node().await.unwrap().devices[index].0.health.clone()
+}
+
+fn told(events: &mut mpsc::Receiver<Event>) -> Vec<&'static str> {
+    std::iter::from_fn(|| events.try_recv().ok()).map(|e| e.code()).collect()
+}
+
+/// A node whose first device is fenced by the pool `sick`; what leaves nothing behind is launched from now on.
+async fn fenced() -> (FakeNode, PoolManager, mpsc::Receiver<Event>, PoolId) {
+    let node = FakeNode::default();
+    node.engines.script(|s| {
+        s.leaves_child = true;
+        s.killable = false;
+    });
+    let (m, events) = node.manage(vec![on_first("sick")]).await;
+    let sick: PoolId = "sick".parse().unwrap();
+    until(&m, &sick, PoolSnapshot::ready).await;
+    node.engines.script(|s| {
+        s.leaves_child = false;
+        s.killable = true;
+    });
+    node.engines.crash_all();
+    until(&m, &sick, |s| state(s) == "fenced").await;
+    // The steward hears of it a moment later.
+    tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    (node, m, events, sick)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fence_is_visible_and_ends_when_nothing_is_left_after_all() {
+    let (node, m, mut events, sick) = fenced().await;
+    let DeviceHealth::Fenced(why) = health(&m, 0).await else { panic!("not fenced") };
+    assert!(why.contains("`sick`"), "{why}");
+    assert_eq!(health(&m, 1).await, DeviceHealth::Ok);
+    let on_both = PoolSpec { devices: vec!["0,1".parse().unwrap()], ..spec("other") };
+    let plan = m.plan(pool_services::control::PlanRequest::Spec(Box::new(on_both))).await.unwrap();
+    assert!(!plan.fits && plan.reason.contains("fenced"), "{plan:?}");
+    node.engines.leftovers_end();
+    let again = until(&m, &sick, PoolSnapshot::ready).await;
+    assert_eq!((again.replicas[0].restart_count, health(&m, 0).await), (1, DeviceHealth::Ok));
+    let told = told(&mut events);
+    assert!(told.contains(&"fenced") && told.contains(&"stopped") && !told.contains(&"unfenced"), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn unfence_believes_a_person_and_saying_it_twice_is_fine() {
+    let (node, m, mut events, sick) = fenced().await;
+    assert_eq!(m.unfence("7").await, Err(ControlError::DeviceNotFound("7".into())));
+    assert_eq!(m.unfence("all").await, Err(ControlError::DeviceNotFound("all".into())));
+    m.unfence("1").await.unwrap();
+    assert_eq!(state(&m.pool(&sick).await.unwrap()), "fenced", "another device");
+    m.unfence(&gpu(0, 0).uuid).await.unwrap();
+    let again = until(&m, &sick, PoolSnapshot::ready).await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Ok);
+    m.unfence("0").await.unwrap();
+    // What was left ends now, and concerns nobody any more.
+    let generation = again.replicas[0].generation;
+    tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+    let still = m.pool(&sick).await.unwrap();
+    assert_eq!((still.ready(), still.replicas[0].generation), (true, generation));
+    let told = told(&mut events);
+    assert!(told.contains(&"unfenced") && !told.contains(&"stopped"), "{told:?}");
+    assert_eq!(node.engines.launches().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fenced_device_that_is_gone_from_the_bus_can_be_unfenced() {
+    let (node, m, _events, sick) = fenced().await;
+    node.gpus.change(|i| i.devices.retain(|d| d.index != 0));
+    m.unfence(&gpu(0, 0).uuid).await.unwrap();
+    // It goes on to its next start, which finds no such device.
+    until(&m, &sick, |s| state(s) != "fenced").await;
+}
