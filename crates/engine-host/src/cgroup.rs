@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::memory_cgroup::counted;
+
 /// How often to look whether a cgroup has emptied: its file tells of that by poll(2) only.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Names tried for one cgroup.
-const TRIES: u32 = 16;
-const PREFIX: &str = "pool-managerd-";
+pub(crate) const TRIES: u32 = 16;
+pub(crate) const PREFIX: &str = "pool-managerd-";
 
 /// Where this process makes its cgroups.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ impl Parent {
         let parent = Self { dir };
         let writable = rustix::fs::access(parent.dir.join("cgroup.procs"), rustix::fs::Access::WRITE_OK);
         writable.map_err(io::Error::from)?;
+        // So that kills for memory are counted for each engine, where we were given that to divide.
+        let _not_ours = fs::write(parent.dir.join("cgroup.subtree_control"), "+memory");
         Ok(Arc::new(parent))
     }
 
@@ -57,7 +61,7 @@ impl Drop for Parent {
     }
 }
 
-fn create_new_or_existing(dir: &Path) -> io::Result<()> {
+pub(crate) fn create_new_or_existing(dir: &Path) -> io::Result<()> {
     match fs::create_dir(dir) {
         Err(error) if error.kind() != ErrorKind::AlreadyExists => Err(error),
         _ => Ok(()),
@@ -65,7 +69,7 @@ fn create_new_or_existing(dir: &Path) -> io::Result<()> {
 }
 
 /// Removes the empty cgroups of daemons that are no more. One with processes in it cannot be removed.
-fn remove_leftovers(own: &Path) {
+pub(crate) fn remove_leftovers(own: &Path) {
     for entry in fs::read_dir(own).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
@@ -94,7 +98,7 @@ fn own_cgroup(mounts: &str, cgroups: &str) -> Option<PathBuf> {
 }
 
 /// Mountinfo writes blanks and the like as `\040`.
-fn unescape(field: &str) -> String {
+pub(crate) fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
         .fold(field.to_owned(), |field, (from, to)| field.replace(from, to))
@@ -128,8 +132,7 @@ impl Cgroup {
 
     /// Whether the kernel killed here for memory.
     pub(crate) fn oom_killed(&self) -> bool {
-        let events = fs::read_to_string(self.dir.join("memory.events")).unwrap_or_default();
-        events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+        counted(&fs::read_to_string(self.dir.join("memory.events")).unwrap_or_default())
     }
 
     fn is_empty(&self) -> bool {

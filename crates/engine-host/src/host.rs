@@ -22,6 +22,7 @@ use tokio::time::timeout;
 
 use crate::cgroup::{Cgroup, Parent};
 use crate::external::ExternalEngine;
+use crate::memory_cgroup::{MemoryCgroup, MemoryParent};
 use crate::running::{Launched, Reports, ShimEngine};
 use crate::text::{config, tidy};
 use crate::tree::Root;
@@ -63,8 +64,11 @@ pub struct HostOptions {
 pub struct ProcessHost {
     options: HostOptions,
     cgroups: Option<Arc<Parent>>,
+    /// Where version 1 counts memory.
+    memory: Option<Arc<MemoryParent>>,
     /// Whether engines could not join their cgroups, though these could be made.
     cgroups_closed: AtomicBool,
+    memory_closed: AtomicBool,
 }
 
 /// Why an engine was not launched.
@@ -95,7 +99,9 @@ impl ProcessHost {
                 None
             }
         });
-        Self { options, cgroups, cgroups_closed: AtomicBool::new(false) }
+        let memory = options.cgroup.then(MemoryParent::create).flatten();
+        let open = || AtomicBool::new(false);
+        Self { options, cgroups, memory, cgroups_closed: open(), memory_closed: open() }
     }
 
     /// Where the log of a generation is; the part before it has `.1` appended.
@@ -119,6 +125,11 @@ impl ProcessHost {
         }
     }
 
+    fn memory_cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<MemoryCgroup> {
+        let parent = self.memory.as_ref().filter(|_| !self.memory_closed.load(Ordering::Relaxed))?;
+        parent.engine(&format!("{key}-{generation}"))
+    }
+
     fn close_cgroups(&self, error: &str) {
         if !self.cgroups_closed.swap(true, Ordering::Relaxed) {
             tracing::warn!(error, "engines get no cgroups");
@@ -131,6 +142,7 @@ impl ProcessHost {
         program: &Path,
         engine: &PreparedEngine,
         cgroup: Option<Cgroup>,
+        memory: Option<MemoryCgroup>,
     ) -> Result<ShimEngine, NotLaunched> {
         let log = dir.join(ENGINE_LOG);
         let spec = LaunchSpec {
@@ -144,7 +156,7 @@ impl ProcessHost {
             scrub: Vec::new(),
             exit_record: dir.join("exit.json"),
             start_record: dir.join("start.json"),
-            cgroup_procs: cgroup.iter().map(Cgroup::procs).collect(),
+            cgroup_procs: cgroup.iter().map(Cgroup::procs).chain(memory.iter().map(MemoryCgroup::procs)).collect(),
             nofile: None,
             run_as: None,
             stop_when_parent_gone: true,
@@ -178,14 +190,16 @@ impl ProcessHost {
             // It has been read, and it may hold secrets.
             let _left = fs::remove_file(&spec_path);
             let kind = engine.endpoint.kind;
-            let launched = Launched { shim: handle, root, main, kind, log, cgroup };
+            let launched = Launched { shim: handle, root, main, kind, log, cgroup, memory };
             return Ok(ShimEngine::supervise(launched, shim, reports));
         }
 
         let _ended = pidfd_send_signal(&handle, Signal::USR1);
         clear_up(&mut shim, cgroup.as_ref()).await;
         Err(match report {
-            Some(Report::Failed { step, message, .. }) if step == "cgroup" && cgroup.is_some() => {
+            Some(Report::Failed { step, message, .. })
+                if step == "cgroup" && (cgroup.is_some() || memory.is_some()) =>
+            {
                 NotLaunched::Cgroup(message)
             }
             Some(Report::Failed { step, message, .. }) => refused(&step, &message).into(),
@@ -219,10 +233,17 @@ impl EngineHost for ProcessHost {
         };
         let dir = self.dir(key, generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let mut started = self.start(&dir, program, engine, self.cgroup(key, generation)).await;
+        let (cgroup, memory) = (self.cgroup(key, generation), self.memory_cgroup(key, generation));
+        let with_memory = memory.is_some();
+        let mut started = self.start(&dir, program, engine, cgroup, memory).await;
+        if let (Err(NotLaunched::Cgroup(error)), true) = (&started, with_memory) {
+            self.memory_closed.store(true, Ordering::Relaxed);
+            tracing::warn!(error, "engines get no memory cgroups");
+            started = self.start(&dir, program, engine, self.cgroup(key, generation), None).await;
+        }
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
-            started = self.start(&dir, program, engine, None).await;
+            started = self.start(&dir, program, engine, None, None).await;
         }
         match started {
             Ok(engine) => Ok(Arc::new(engine)),

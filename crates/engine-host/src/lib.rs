@@ -12,6 +12,7 @@ mod host;
 mod http;
 mod kinds;
 mod log_patterns;
+mod memory_cgroup;
 mod probe;
 mod provision;
 mod running;

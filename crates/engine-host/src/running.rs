@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::cgroup::Cgroup;
 use crate::log_patterns;
+use crate::memory_cgroup::MemoryCgroup;
 use crate::tree::{self, Root};
 
 /// The shim's reports.
@@ -40,6 +41,8 @@ pub(crate) struct Launched {
     pub(crate) kind: &'static str,
     pub(crate) log: PathBuf,
     pub(crate) cgroup: Option<Cgroup>,
+    /// Where version 1 counts its memory.
+    pub(crate) memory: Option<MemoryCgroup>,
 }
 
 /// A launched engine.
@@ -101,16 +104,29 @@ impl State {
                 return;
             }
         }
+        if let Some(memory) = &self.launched.memory {
+            memory.remove();
+        }
         self.gone.send_replace(true);
     }
 
     async fn classify(self: &Arc<Self>, exit: Exit) -> Failure {
-        if exit == Exit::Signal(SIGKILL) && self.launched.cgroup.as_ref().is_some_and(Cgroup::oom_killed) {
+        let oom = self.launched.cgroup.as_ref().is_some_and(Cgroup::oom_killed)
+            || self.launched.memory.as_ref().is_some_and(MemoryCgroup::oom_killed);
+        if oom && exit == Exit::Signal(SIGKILL) {
             return Failure::new(FailureClass::HostOom, "the kernel ended the engine for memory of the host");
         }
         let state = Arc::clone(self);
         let look = move || log_patterns::classify(state.launched.kind, &state.launched.log, exit);
-        tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| Failure::crash(exit))
+        let failure = tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| Failure::crash(exit));
+        match failure.class {
+            // One of its processes was ended, and its main process gave up.
+            FailureClass::Crash(_) if oom => {
+                let detail = format!("the kernel ended a part of it for memory of the host; {}", failure.detail);
+                Failure::new(FailureClass::HostOom, detail)
+            }
+            _ => failure,
+        }
     }
 
     fn signal(&self, signal: i32) {

@@ -1,0 +1,102 @@
+//! Kills of the kernel for memory, made by a real memory limit on the cgroup of an engine.
+#![expect(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine_host::{HostOptions, ProcessHost, ShimCommand};
+use pool_domain::failure::Exit;
+use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_services::Workload;
+use pool_services::ports::{Endpoint, EngineHost, PreparedEngine, RunningEngine};
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn testbin() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().and_then(Path::parent).unwrap().join("examples/engine_host_testbin")
+}
+
+/// The file that limits the memory of this process's own cgroup, made by the host for it alone.
+fn limit_of(pid: u32) -> Option<PathBuf> {
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let files = cgroups.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+        match controllers {
+            "memory" => Some(format!("/sys/fs/cgroup/memory{path}/memory.limit_in_bytes")),
+            "" => Some(format!("/sys/fs/cgroup{path}/memory.max")),
+            _ => None,
+        }
+    });
+    files.filter(|f| f.contains("/pool-managerd-")).map(PathBuf::from).find(|f| f.exists())
+}
+
+/// Launches a shell that runs `then` once its memory is limited, and tells how it ended; nothing where memory cannot be
+/// limited here.
+async fn end_of(then: &str) -> Option<Failure> {
+    let dir = tempfile::tempdir().unwrap();
+    let shim = ShimCommand { program: testbin(), args: vec!["engine-shim".into()] };
+    let run = dir.path().join("run");
+    let host = ProcessHost::new(HostOptions { runtime_dir: run, shim, log_max_bytes: 1 << 20, cgroup: true });
+    let gate = dir.path().join("gate");
+    assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
+    let grow = "grow() { x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done; }";
+    let engine = PreparedEngine {
+        entry: Some("/bin/sh".into()),
+        args: vec!["-c".into(), format!("{grow}; read _ < \"$0\"; {then}"), gate.to_str().unwrap().into()],
+        env: vec![("PATH".into(), "/usr/bin:/bin".into())],
+        endpoint: Endpoint {
+            addr: "127.0.0.1:1".parse().unwrap(),
+            kind: "stub",
+            model: "m".into(),
+            model_path: None,
+            workload: Workload::Generate,
+        },
+        engine_version: String::new(),
+    };
+    let key = ReplicaKey { pool: "chat".parse().unwrap(), replica: ReplicaId(0) };
+    let running: Arc<dyn RunningEngine> = host.launch(&key, Generation(1), &engine).await.unwrap();
+    let limit = limit_of(running.pid().unwrap());
+    match &limit {
+        Some(limit) => {
+            fs::write(limit, (64 << 20).to_string()).unwrap();
+            fs::write(&gate, "go\n").unwrap();
+        }
+        None => {
+            #[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
+            eprintln!("skipped: no cgroup of this machine counts the memory of an engine alone");
+            running.kill();
+        }
+    }
+    let failure = tokio::time::timeout(LIMIT, running.exited()).await.unwrap();
+    running.kill();
+    tokio::time::timeout(LIMIT, running.gone()).await.unwrap();
+    let limit = limit?;
+    assert!(!limit.exists(), "its cgroup is left");
+    Some(failure)
+}
+
+#[tokio::test]
+async fn an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory() {
+    if let Some(failure) = end_of("grow").await {
+        assert_eq!(failure.class, FailureClass::HostOom, "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn so_did_one_that_gave_up_because_a_part_of_it_was_killed_so() {
+    if let Some(failure) = end_of("(grow); exit 3").await {
+        assert_eq!(failure.class, FailureClass::HostOom, "{failure}");
+        assert!(failure.detail.contains("exit status 3"), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn a_sigkill_of_somebody_is_a_crash() {
+    if let Some(failure) = end_of("kill -KILL $$").await {
+        assert_eq!(failure.class, FailureClass::Crash(Exit::Signal(9)), "{failure}");
+    }
+}
