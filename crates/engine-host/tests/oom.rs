@@ -1,4 +1,5 @@
 //! Kills of the kernel for memory, made by a real memory limit on the cgroup of an engine.
+#![allow(clippy::print_stderr, reason = "a test that is skipped says why")]
 #![expect(clippy::unwrap_used, reason = "a test may panic, its helpers too")]
 
 use std::fs;
@@ -66,7 +67,6 @@ async fn end_of(then: &str) -> Option<Failure> {
             fs::write(&gate, "go\n").unwrap();
         }
         None => {
-            #[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
             eprintln!("skipped: no cgroup of this machine counts the memory of an engine alone");
             running.kill();
         }
