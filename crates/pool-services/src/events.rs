@@ -84,6 +84,16 @@ pub enum EventKind {
     Fenced,
     /// A person says that nothing is.
     Unfenced,
+    /// Engines of several pools failed on a device: nothing new starts there for now.
+    DeviceSuspected {
+        /// Its UUID.
+        device: String,
+    },
+    /// It is used again.
+    DeviceReadmitted {
+        /// Its UUID.
+        device: String,
+    },
     /// A lease was granted.
     LeaseGranted,
     /// A lease was refused.
@@ -144,6 +154,10 @@ impl Event {
             EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
             EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
             EventKind::Unfenced => format!("Somebody says that nothing of the {pool} pool's engine is left"),
+            EventKind::DeviceSuspected { .. } => {
+                "Engines of several pools failed on one GPU: nothing new starts there for now".into()
+            }
+            EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
             EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
         };
@@ -169,6 +183,8 @@ impl Event {
             EventKind::Stopped => "stopped",
             EventKind::Fenced => "fenced",
             EventKind::Unfenced => "unfenced",
+            EventKind::DeviceSuspected { .. } => "device_suspected",
+            EventKind::DeviceReadmitted { .. } => "device_readmitted",
             EventKind::LeaseGranted => "lease_granted",
             EventKind::LeaseRefused { .. } => "lease_refused",
         }

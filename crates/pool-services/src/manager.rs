@@ -175,6 +175,8 @@ impl Builder {
             promised: promised_tx,
             commands,
             conditions: conditions_tx,
+            clock,
+            events: events.clone(),
         };
         tokio::spawn(steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);

@@ -137,7 +137,9 @@ impl Metrics {
             | EventKind::DrainStarted { .. }
             | EventKind::Stopped
             | EventKind::Fenced
-            | EventKind::Unfenced => {}
+            | EventKind::Unfenced
+            | EventKind::DeviceSuspected { .. }
+            | EventKind::DeviceReadmitted { .. } => {}
         }
     }
 

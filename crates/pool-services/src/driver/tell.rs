@@ -110,6 +110,7 @@ impl Driver {
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
             next_start: next_start(&self.replica.state),
+            accused: self.accused,
             verbs: self.verbs,
         };
         let changed = self.published.send_if_modified(|p| {
