@@ -30,7 +30,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
     let human = (format == LogFormat::Json).then_some(sentence.as_str());
     let (backoff_ms, failure) = match &event.kind {
         EventKind::RestartPlanned { delay, failure, .. } => (Some(*delay), Some(failure)),
-        EventKind::BreakerOpened { pause } => (Some(*pause), None),
+        EventKind::BreakerOpened { pause: delay } | EventKind::StartDelayed { delay } => (Some(*delay), None),
         EventKind::EngineFailed { failure, .. } => (None, Some(failure)),
         _ => (None, None),
     };

@@ -55,6 +55,11 @@ pub enum EventKind {
         /// Failures in a row.
         nth: u32,
     },
+    /// A start has to wait for what failures earned before it was asked for, perhaps those of an earlier daemon.
+    StartDelayed {
+        /// How long.
+        delay: Duration,
+    },
     /// The breaker opened.
     BreakerOpened {
         /// For how long.
@@ -140,6 +145,9 @@ impl Event {
                 failure.class.human(),
                 ordinal(*nth)
             ),
+            EventKind::StartDelayed { delay } => {
+                format!("Starting the {pool} pool in {}: its engine failed before", seconds(*delay))
+            }
             EventKind::BreakerOpened { pause } => {
                 format!("Not restarting the {pool} pool for {}: its engine keeps failing", seconds(*pause))
             }
@@ -175,6 +183,7 @@ impl Event {
             EventKind::Suspected { .. } => "suspected",
             EventKind::Restarting => "restarting",
             EventKind::RestartPlanned { .. } => "restart_planned",
+            EventKind::StartDelayed { .. } => "start_delayed",
             EventKind::BreakerOpened { .. } => "breaker_opened",
             EventKind::BreakerHalfOpen => "breaker_half_open",
             EventKind::BreakerClosed => "breaker_closed",

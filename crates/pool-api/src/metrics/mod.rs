@@ -138,6 +138,7 @@ impl Metrics {
             | EventKind::Stopped
             | EventKind::Fenced
             | EventKind::Unfenced
+            | EventKind::StartDelayed { .. }
             | EventKind::DeviceSuspected { .. }
             | EventKind::DeviceReadmitted { .. } => {}
         }
