@@ -35,6 +35,11 @@ fn limit_of(pid: u32) -> Option<PathBuf> {
     files.filter(|f| f.contains("/pool-managerd-")).map(PathBuf::from).find(|f| f.exists())
 }
 
+#[expect(clippy::print_stderr, reason = "a test that is skipped says why")]
+fn skipped() {
+    eprintln!("skipped: no cgroup of this machine counts the memory of an engine alone");
+}
+
 /// Launches a shell that runs `then` once its memory is limited, and tells how it ended; nothing where memory cannot be
 /// limited here.
 async fn end_of(then: &str) -> Option<Failure> {
@@ -67,7 +72,7 @@ async fn end_of(then: &str) -> Option<Failure> {
             fs::write(&gate, "go\n").unwrap();
         }
         None => {
-            eprintln!("skipped: no cgroup of this machine counts the memory of an engine alone");
+            skipped();
             running.kill();
         }
     }

@@ -21,6 +21,7 @@ pub mod plan;
 pub mod rank;
 pub mod reserve;
 pub mod split;
+pub mod suspicion;
 pub mod tick;
 
 pub use backoff::{Backoff, BackoffPolicy};

@@ -30,9 +30,13 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
     let human = (format == LogFormat::Json).then_some(sentence.as_str());
     let (backoff_ms, failure) = match &event.kind {
         EventKind::RestartPlanned { delay, failure, .. } => (Some(*delay), Some(failure)),
-        EventKind::BreakerOpened { pause } => (Some(*pause), None),
+        EventKind::BreakerOpened { pause: delay } | EventKind::StartDelayed { delay } => (Some(*delay), None),
         EventKind::EngineFailed { failure, .. } => (None, Some(failure)),
         _ => (None, None),
+    };
+    let device = match &event.kind {
+        EventKind::DeviceSuspected { device } | EventKind::DeviceReadmitted { device } => Some(device.as_str()),
+        _ => None,
     };
     let backoff_ms = backoff_ms.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
     let last_error = failure.map(ToString::to_string);
@@ -48,6 +52,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
                 generation = event.generation.0,
                 engine,
                 model_id,
+                device,
                 backoff_ms,
                 last_error,
                 human,
@@ -59,6 +64,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         EventKind::EngineFailed { .. }
         | EventKind::BreakerOpened { .. }
         | EventKind::Fenced
+        | EventKind::DeviceSuspected { .. }
         | EventKind::LeaseRefused { .. } => line!(warn),
         EventKind::StateChanged { .. } | EventKind::LeaseGranted => line!(debug),
         _ => line!(info),

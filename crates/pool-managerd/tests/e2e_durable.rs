@@ -38,6 +38,7 @@ open_for = "290s"
         }
         daemon = Daemon::start_in(daemon.end(signal), config);
         let after = daemon.until("loop", opens);
+        daemon.wait_log("its engine failed before");
         assert_eq!(number(&after, "generation"), number(&before, "generation"), "{signal}: {after:#}");
         assert_eq!(number(&after, "restart_count"), number(&before, "restart_count"), "{signal}: {after:#}");
         assert!(rest(&after) <= rest(&before), "{signal}: {after:#}");

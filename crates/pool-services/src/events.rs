@@ -55,6 +55,11 @@ pub enum EventKind {
         /// Failures in a row.
         nth: u32,
     },
+    /// A start has to wait for what failures earned before it was asked for, perhaps those of an earlier daemon.
+    StartDelayed {
+        /// How long.
+        delay: Duration,
+    },
     /// The breaker opened.
     BreakerOpened {
         /// For how long.
@@ -84,6 +89,16 @@ pub enum EventKind {
     Fenced,
     /// A person says that nothing is.
     Unfenced,
+    /// Engines of several pools failed on a device: nothing new starts there for now.
+    DeviceSuspected {
+        /// Its UUID.
+        device: String,
+    },
+    /// It is used again.
+    DeviceReadmitted {
+        /// Its UUID.
+        device: String,
+    },
     /// A lease was granted.
     LeaseGranted,
     /// A lease was refused.
@@ -130,6 +145,9 @@ impl Event {
                 failure.class.human(),
                 ordinal(*nth)
             ),
+            EventKind::StartDelayed { delay } => {
+                format!("Starting the {pool} pool in {}: its engine failed before", seconds(*delay))
+            }
             EventKind::BreakerOpened { pause } => {
                 format!("Not restarting the {pool} pool for {}: its engine keeps failing", seconds(*pause))
             }
@@ -144,6 +162,10 @@ impl Event {
             EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
             EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
             EventKind::Unfenced => format!("Somebody says that nothing of the {pool} pool's engine is left"),
+            EventKind::DeviceSuspected { .. } => {
+                "Engines of several pools failed on one GPU: nothing new starts there for now".into()
+            }
+            EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
             EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
         };
@@ -161,6 +183,7 @@ impl Event {
             EventKind::Suspected { .. } => "suspected",
             EventKind::Restarting => "restarting",
             EventKind::RestartPlanned { .. } => "restart_planned",
+            EventKind::StartDelayed { .. } => "start_delayed",
             EventKind::BreakerOpened { .. } => "breaker_opened",
             EventKind::BreakerHalfOpen => "breaker_half_open",
             EventKind::BreakerClosed => "breaker_closed",
@@ -169,6 +192,8 @@ impl Event {
             EventKind::Stopped => "stopped",
             EventKind::Fenced => "fenced",
             EventKind::Unfenced => "unfenced",
+            EventKind::DeviceSuspected { .. } => "device_suspected",
+            EventKind::DeviceReadmitted { .. } => "device_readmitted",
             EventKind::LeaseGranted => "lease_granted",
             EventKind::LeaseRefused { .. } => "lease_refused",
         }

@@ -179,6 +179,8 @@ impl Builder {
             told,
             commands,
             conditions: conditions_tx,
+            clock,
+            events: events.clone(),
         };
         watched(&broken, "steward", steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);

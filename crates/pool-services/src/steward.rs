@@ -10,12 +10,15 @@ use std::time::Duration;
 use pool_domain::lifecycle::{State, Wait};
 use pool_domain::plan::fit;
 use pool_domain::reserve::Refusal;
+use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
+use crate::clock::Clock;
 use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
-use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
+use crate::driver::{Accused, Denied, DriverCommand, Grant, Published, Want};
+use crate::events::{EventKind, EventSink};
 use crate::ports::{EngineHost, Inventory};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -59,6 +62,10 @@ struct Book {
     homes: BTreeMap<ReplicaKey, Reservation>,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
+    suspicions: Suspicions,
+    /// The newest accusation that was heard of each replica, and of each device its last accuser.
+    heard: BTreeMap<ReplicaKey, Accused>,
+    accusers: BTreeMap<String, (ReplicaKey, Generation)>,
 }
 
 /// Bytes promised by us on each device, by UUID.
@@ -85,23 +92,25 @@ pub(crate) struct Steward {
     pub(crate) told: watch::Sender<Ledgered>,
     pub(crate) commands: mpsc::Receiver<StewardCommand>,
     pub(crate) conditions: watch::Sender<Conditions>,
+    pub(crate) clock: Clock,
+    pub(crate) events: EventSink,
 }
 
 impl Steward {
-    /// Runs until every driver is gone.
+    /// Runs until every driver is gone, and nobody can ask for anything any more.
     pub(crate) async fn run(mut self) {
         let mut book = Book::default();
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
-        while self.wards.is_empty() || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
+        while commanded || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 () = self.bell.notified() => false,
                 changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); false }
                 _ = look_again.tick() => true,
                 command = self.commands.recv(), if commanded => {
                     match command {
-                        Some(command) => self.carry_out(command, &book).await,
+                        Some(command) => self.carry_out(command, &mut book).await,
                         None => commanded = false,
                     }
                     false
@@ -110,6 +119,7 @@ impl Steward {
             let inventory = self.inventory.borrow_and_update().clone();
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
+            self.judge(&mut book);
             self.unblock(&inventory, &book, next_port, retry).await;
             for i in 0..self.wards.len() {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
@@ -147,7 +157,7 @@ impl Steward {
         }
     }
 
-    async fn carry_out(&self, command: StewardCommand, book: &Book) {
+    async fn carry_out(&self, command: StewardCommand, book: &mut Book) {
         let StewardCommand::Unfence { device, answer } = command;
         let named = pool_domain::mask::named(&device, &self.inventory.borrow().devices).map(|d| d.uuid.clone());
         // One that is gone from the bus can be named by its UUID still, while something is held there.
@@ -156,6 +166,10 @@ impl Steward {
             Some(uuid) => {
                 for (ward, _) in self.fenced(book).filter(|(_, held)| held.on(&uuid).is_some()) {
                     ward.tell(DriverCommand::Unfence).await;
+                }
+                // Whoever says so has looked at the device.
+                if book.suspicions.acquit(&uuid) {
+                    self.readmit(book, uuid);
                 }
                 Ok(())
             }
@@ -180,7 +194,40 @@ impl Steward {
                 found.entry(uuid.clone()).or_insert_with(|| DeviceHealth::Fenced(left_by(&ward.key.pool)));
             }
         }
+        for (uuid, why) in book.suspicions.suspects() {
+            found.entry(uuid.to_owned()).or_insert(DeviceHealth::Suspect(why));
+        }
         found
+    }
+
+    /// Hears what failures say of devices, and readmits those whose probation is over.
+    fn judge(&self, book: &mut Book) {
+        let policy = SuspicionPolicy::default();
+        for ward in &self.wards {
+            let Some(accused) = ward.published.borrow().accused else { continue };
+            if book.heard.insert(ward.key.clone(), accused) == Some(accused) {
+                continue;
+            }
+            // Where it was when it failed; who failed before it had devices accuses none.
+            let Some(home) = book.homes.get(&ward.key).filter(|r| r.generation == accused.generation) else { continue };
+            for uuid in &home.devices.uuids {
+                let by = Accusation { pool: ward.key.pool.clone(), class: accused.class, at: accused.at };
+                if book.suspicions.accuse(uuid, by, &policy) {
+                    book.accusers.insert(uuid.clone(), (ward.key.clone(), accused.generation));
+                    let kind = EventKind::DeviceSuspected { device: uuid.clone() };
+                    self.events.send(&ward.key, accused.generation, kind);
+                }
+            }
+        }
+        for uuid in book.suspicions.readmit(self.clock.now(), &policy) {
+            self.readmit(book, uuid);
+        }
+    }
+
+    fn readmit(&self, book: &mut Book, uuid: String) {
+        if let Some((key, generation)) = book.accusers.remove(&uuid) {
+            self.events.send(&key, generation, EventKind::DeviceReadmitted { device: uuid });
+        }
     }
 
     /// Takes back what nobody holds any more.
@@ -252,6 +299,11 @@ impl Steward {
         let mut devices = inventory.devices.clone();
         for device in &mut devices {
             device.vram_foreign = device.vram_foreign.max(book.foreign.get(&device.uuid).copied().unwrap_or(0));
+        }
+        for (uuid, why) in book.suspicions.suspects() {
+            for device in devices.iter_mut().filter(|d| d.uuid == uuid && d.health.admits()) {
+                device.health = DeviceHealth::Suspect(why.clone());
+            }
         }
         for device in devices.iter_mut().filter(|d| d.health.admits()) {
             let Some(by) = fenced.get(device.uuid.as_str()) else { continue };

@@ -1,10 +1,13 @@
 //! Devices on which something may be wrong: who is kept away, who is told, and how they come back.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use pool_domain::{DeviceHealth, PoolId};
-use pool_services::{ControlError, Event, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
+use std::time::Duration;
+
+use pool_domain::{DeviceHealth, FailureClass, PoolId};
+use pool_services::{Activation, ControlError, Event, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// A pool on the first device alone.
 fn on_first(id: &str) -> PoolSpec {
@@ -40,7 +43,7 @@ async fn fenced() -> (FakeNode, PoolManager, mpsc::Receiver<Event>, PoolId) {
     node.engines.crash_all();
     until(&m, &sick, |s| state(s) == "fenced").await;
     // The steward hears of it a moment later.
-    tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
     (node, m, events, sick)
 }
 
@@ -73,7 +76,7 @@ async fn unfence_believes_a_person_and_saying_it_twice_is_fine() {
     m.unfence("0").await.unwrap();
     // What was left ends now, and concerns nobody any more.
     let generation = again.replicas[0].generation;
-    tokio::time::sleep(std::time::Duration::from_secs(60)).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
     let still = m.pool(&sick).await.unwrap();
     assert_eq!((still.ready(), still.replicas[0].generation), (true, generation));
     let told = told(&mut events);
@@ -88,4 +91,73 @@ async fn a_fenced_device_that_is_gone_from_the_bus_can_be_unfenced() {
     m.unfence(&gpu(0, 0).uuid).await.unwrap();
     // It goes on to its next start, which finds no such device.
     until(&m, &sick, |s| state(s) != "fenced").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_several_pools_accuse_gets_nothing_new_until_its_probation_is_over() {
+    let node = FakeNode::default();
+    let asked = |id: &str| PoolSpec { activation: Activation::OnDemand, ..on_first(id) };
+    let auto = PoolSpec { activation: Activation::OnDemand, ..spec("auto") };
+    let (m, mut events) = node.manage(vec![on_first("well"), asked("a"), asked("b"), asked("late"), auto]).await;
+    let [well, a, b, late, auto]: [PoolId; 5] = ["well", "a", "b", "late", "auto"].map(|id| id.parse().unwrap());
+    let first = until(&m, &well, PoolSnapshot::ready).await;
+    node.engines.script(|s| {
+        s.crash_after = Some(Duration::from_secs(30));
+        s.dies_of = Some(FailureClass::DriverError);
+    });
+    m.preload(&a).await.unwrap();
+    until(&m, &a, |s| s.replicas[0].restart_count == 1).await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Ok, "one pool alone");
+    m.preload(&b).await.unwrap();
+    until(&m, &b, PoolSnapshot::ready).await;
+    until(&m, &b, |s| s.last_error().is_some()).await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let began = Instant::now();
+    let DeviceHealth::Suspect(why) = health(&m, 0).await else { panic!("{:?}", health(&m, 0).await) };
+    assert!(why.contains("`a` (driver_error), `b` (driver_error)"), "{why}");
+    node.engines.script(|s| {
+        s.crash_after = None;
+        s.dies_of = None;
+    });
+
+    m.preload(&late).await.unwrap();
+    let waits = until(&m, &late, |s| state(s) == "waiting").await;
+    assert!(waits.replicas[0].reason.contains("suspect"), "{}", waits.replicas[0].reason);
+    m.preload(&auto).await.unwrap();
+    let elsewhere = until(&m, &auto, PoolSnapshot::ready).await;
+    assert_eq!(elsewhere.replicas[0].device_mask, gpu(1, 0).uuid);
+
+    until(&m, &late, PoolSnapshot::ready).await;
+    let away = began.elapsed();
+    // A crash of an engine that ran there already would have made it longer.
+    assert!((Duration::from_secs(115)..Duration::from_secs(180)).contains(&away), "{away:?}");
+    for id in [&a, &b] {
+        until(&m, id, PoolSnapshot::ready).await;
+    }
+    assert_eq!(health(&m, 0).await, DeviceHealth::Ok);
+    let still = m.pool(&well).await.unwrap();
+    assert_eq!((still.ready(), still.replicas[0].generation), (true, first.replicas[0].generation));
+    let told = told(&mut events);
+    let count = |code| told.iter().filter(|t| **t == code).count();
+    assert_eq!((count("device_suspected"), count("device_readmitted")), (1, 1), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_person_may_readmit_a_suspect_device() {
+    let node = FakeNode::default();
+    node.engines.script(|s| {
+        s.crash_after = Some(Duration::from_secs(30));
+        s.dies_of = Some(FailureClass::GpuLost);
+    });
+    let (m, mut events) = node.manage(vec![on_first("a"), on_first("b")]).await;
+    let a: PoolId = "a".parse().unwrap();
+    until(&m, &a, |s| s.last_error().is_some()).await;
+    node.engines.script(|s| s.crash_after = None);
+    let waits = until(&m, &a, |s| s.replicas[0].reason_code == "devices").await;
+    assert!(waits.replicas[0].reason.contains("suspect"), "{waits:?}");
+    let began = Instant::now();
+    m.unfence("0").await.unwrap();
+    until(&m, &a, PoolSnapshot::ready).await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    assert!(told(&mut events).contains(&"device_readmitted"));
 }

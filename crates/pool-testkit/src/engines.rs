@@ -37,6 +37,8 @@ pub struct Script {
     pub listener: Listener,
     /// It crashes this long after its launch.
     pub crash_after: Option<Duration>,
+    /// What it dies of, other than a crash.
+    pub dies_of: Option<FailureClass>,
     /// Whether it ends when asked.
     pub obeys_term: bool,
     /// Whether something outlives its main process until it is killed.
@@ -64,6 +66,7 @@ impl Default for Script {
             model: None,
             listener: Listener::Own,
             crash_after: None,
+            dies_of: None,
             obeys_term: true,
             leaves_child: false,
             killable: true,
@@ -171,9 +174,13 @@ impl RunningEngine for FakeEngine {
             }
         };
         let ended = async { exit.wait_for(Option::is_some).await.ok().and_then(|e| *e).unwrap_or(Exit::Unknown) };
-        tokio::select! {
-            e = ended => Failure::crash(e),
-            () = crash => { self.end(Exit::Code(1)); Failure::crash(Exit::Code(1)) }
+        let exit = tokio::select! {
+            exit = ended => exit,
+            () = crash => { self.end(Exit::Code(1)); Exit::Code(1) }
+        };
+        match &self.script.dies_of {
+            Some(class) => Failure::new(class.clone(), "as it was told"),
+            None => Failure::crash(exit),
         }
     }
     async fn gone(&self) {

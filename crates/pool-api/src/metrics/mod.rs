@@ -137,7 +137,10 @@ impl Metrics {
             | EventKind::DrainStarted { .. }
             | EventKind::Stopped
             | EventKind::Fenced
-            | EventKind::Unfenced => {}
+            | EventKind::Unfenced
+            | EventKind::StartDelayed { .. }
+            | EventKind::DeviceSuspected { .. }
+            | EventKind::DeviceReadmitted { .. } => {}
         }
     }
 

@@ -37,12 +37,10 @@ impl Replica {
     #[must_use]
     pub fn resume(generation: Generation, past: Past, now: Tick, policy: &Policy) -> Self {
         let capped = |until: Tick, longest: Duration| until.min(now + longest);
-        let mut breaker = CircuitBreaker::resume(past.breaker, now + policy.breaker.max_open_for());
-        // The trial of an earlier daemon ended without a verdict.
-        breaker.inconclusive(now);
         Self {
             backoff: Backoff::resume(past.failures),
-            breaker,
+            // A trial stays one: its engine may be adopted. If it is not, the next start makes it again.
+            breaker: CircuitBreaker::resume(past.breaker, now + policy.breaker.max_open_for()),
             restarts: past.restarts,
             not_before: past.not_before.map(|t| capped(t, policy.backoff.max())).filter(|t| *t > now),
             ..Self::new(generation)
@@ -69,7 +67,7 @@ impl Replica {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Command, Event, Fact, OnDeadline, Wait};
+    use super::super::{Command, Event, Fact, OnDeadline, Proof, Wait};
     use super::*;
     use crate::failure::Exit;
     use crate::{Draw, Failure};
@@ -128,6 +126,15 @@ mod tests {
         let mut r = again(&r, 31_000);
         step(&mut r, 31_000, Event::Command(Command::Wake));
         assert_eq!(r.breaker.state(), BreakerState::HalfOpen { trips: 1 });
+        // Or the engine of the trial lives on, and its time Ready counts.
+        let mut r = again(&r, 32_000);
+        let generation = r.generation;
+        step(&mut r, 32_000, Event::Command(Command::Adopt { generation }));
+        let proof = Proof { residency: "vram", model: "m".into(), slots: 1, first_unit_ms: 1 };
+        let event = Event::Engine(r.generation, Fact::Adopted(Some(proof)));
+        step(&mut r, 32_000, event);
+        step(&mut r, 92_000, Event::Timer);
+        assert_eq!((r.state.code(), r.breaker.code()), ("ready", "closed"));
     }
 
     #[test]
@@ -168,7 +175,7 @@ mod tests {
         let mut r = failed(2);
         r.state = State::Ready {
             since: Tick(0),
-            proof: super::super::Proof { residency: "vram", model: "m".into(), slots: 1, first_unit_ms: 1 },
+            proof: Proof { residency: "vram", model: "m".into(), slots: 1, first_unit_ms: 1 },
             misses: 0,
         };
         step(&mut r, 600_000, Event::Timer);

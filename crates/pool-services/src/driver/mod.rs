@@ -97,8 +97,17 @@ pub(crate) struct Published {
     pub(crate) taken: Option<u64>,
     /// When the next start is due, where one is planned.
     pub(crate) next_start: Option<pool_domain::Tick>,
+    pub(crate) accused: Option<Accused>,
     /// Verbs taken in so far: what is older than a verb is no answer to it.
     pub(crate) verbs: u64,
+}
+
+/// The newest failure that throws suspicion on the devices it met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Accused {
+    pub(crate) generation: Generation,
+    pub(crate) class: &'static str,
+    pub(crate) at: pool_domain::Tick,
 }
 
 /// Results of work, told to the driver.
@@ -174,6 +183,7 @@ pub(crate) struct Driver {
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
     failed_at: Option<SystemTime>,
+    accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
 }
@@ -213,6 +223,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
         blocked: None,
         taken: None,
         next_start: None,
+        accused: None,
         verbs: 0,
     }
 }
@@ -242,6 +253,7 @@ impl Driver {
             scribe: Vec::new(),
             last_check: None,
             failed_at: None,
+            accused: None,
             attempt_began: now,
             verbs: 0,
         }
@@ -354,16 +366,26 @@ impl Driver {
 
     fn step(&mut self, event: Event) {
         let before = tell::Before::of(&self.replica);
-        let now = self.clock.now();
+        let (now, generation) = (self.clock.now(), self.replica.generation);
         let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
             self.failed_at = Some(self.clock.wall());
+            self.accuse(generation);
         }
         self.memory.keep(self.replica.past());
         self.tell(&before, now, by_hand);
         for action in actions {
             self.act(action);
+        }
+    }
+
+    /// Of the generation that failed: the next one may have begun already.
+    fn accuse(&mut self, generation: Generation) {
+        if let Some((at, failure)) = &self.replica.last_failure
+            && failure.class.policy().accuses_device
+        {
+            self.accused = Some(Accused { generation, class: failure.class.code(), at: *at });
         }
     }
 

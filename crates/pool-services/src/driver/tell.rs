@@ -82,6 +82,9 @@ impl Driver {
                 let leases = u32::from(self.admission.in_use());
                 self.emit(EventKind::DrainStarted { leases, deadline: deadline.since(now) });
             }
+            (State::Idle, State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. }) => {
+                self.emit(EventKind::StartDelayed { delay: until.since(now) });
+            }
             (_, State::Waiting { why: Wait::Backoff { until }, .. }) if from != to => {
                 if let Some((_, failure)) = &r.last_failure {
                     self.emit(EventKind::RestartPlanned { delay: until.since(now), failure: failure.clone(), nth });
@@ -111,6 +114,7 @@ impl Driver {
             blocked: self.attempt.blocked.clone(),
             taken: self.attempt.taken,
             next_start: next_start(&self.replica.state),
+            accused: self.accused,
             verbs: self.verbs,
         };
         let changed = self.published.send_if_modified(|p| {
