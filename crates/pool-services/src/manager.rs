@@ -12,24 +12,28 @@ use async_trait::async_trait;
 use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, rank};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::admission::{Admission, Refused, SlotGuard};
+use crate::boot::{self, Boot};
 use crate::clock::Clock;
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
-use crate::driver::{Driver, DriverParts, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
 use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Inventory, ModelStore, StateLedger};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::{Promised, Steward, Ward};
+use crate::steward::{Promised, Steward, Ward, promised_to};
 
 /// Commands that may wait for a task; more are refused.
 const QUEUE: usize = 32;
 /// Leases the desk may be asked for at once.
 const DESK_QUEUE: usize = 1024;
+/// What a killed engine gets to be gone before the daemon is.
+const LAST_CALL: Duration = Duration::from_secs(2);
 
 /// Why no manager could be built.
 #[derive(Debug, Error)]
@@ -146,12 +150,16 @@ impl Builder {
         let (events, events_rx) = EventSink::channel();
         let node_bell = Arc::new(Notify::new());
         let (mut pools, mut wards) = (BTreeMap::new(), Vec::new());
+        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &node_bell).await;
+        let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
+        let node = Node { ports, clock, seed: self.seed, events, bell: node_bell, last_call: CancellationToken::new() };
         for spec in self.pools {
             let spec = Arc::new(spec);
-            let handle = spawn_pool(&spec, &ports, clock, self.seed, &events, &node_bell, &mut wards).await;
+            let handle = spawn_pool(&spec, &node, &mut found, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
         }
-        let (promised_tx, promised) = watch::channel(Promised::new());
+        let Node { ports, events, bell: node_bell, last_call, .. } = node;
+        let (promised_tx, promised) = watch::channel(promised_to(&records));
         let steward = Steward {
             wards,
             inventory: ports.gpu.inventory(),
@@ -160,6 +168,8 @@ impl Builder {
             ports: self.ports,
             bell: node_bell,
             promised: promised_tx,
+            found: records,
+            closed,
         };
         tokio::spawn(steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
@@ -175,21 +185,32 @@ impl Builder {
             seed: self.seed,
             leases: AtomicU64::new(0),
             ports,
+            last_call,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
 }
 
-async fn spawn_pool(
-    spec: &Arc<PoolSpec>,
-    ports: &Ports,
+/// What every pool of the node is given.
+struct Node {
+    ports: Ports,
     clock: Clock,
     seed: u64,
-    events: &EventSink,
-    node_bell: &Arc<Notify>,
+    events: EventSink,
+    bell: Arc<Notify>,
+    last_call: CancellationToken,
+}
+
+async fn spawn_pool(
+    spec: &Arc<PoolSpec>,
+    node: &Node,
+    found: &mut BTreeMap<ReplicaKey, Found>,
     wards: &mut Vec<Ward>,
 ) -> PoolHandle {
+    let Node { ports, clock, seed, events, bell: node_bell, last_call } = node;
+    let (clock, seed) = (*clock, *seed);
     let bell = Arc::new(Notify::new());
+    let hold = ports.ledger.held(&spec.id).await;
     let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..spec.replicas {
         let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
@@ -199,7 +220,7 @@ async fn spawn_pool(
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
-        let driver = Driver::new(DriverParts {
+        let mut driver = Driver::new(DriverParts {
             key: key.clone(),
             spec: Arc::clone(spec),
             ports: ports.clone(),
@@ -211,14 +232,17 @@ async fn spawn_pool(
             bells: [Arc::clone(&bell), Arc::clone(node_bell)],
             events: events.clone(),
             generation,
+            last_call: last_call.clone(),
         });
+        if let Some(found) = found.remove(&key) {
+            driver.take_over(found, hold);
+        }
         tokio::spawn(driver.run());
         wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
         drivers.push(tx);
         replicas.push(seen);
         admissions.push((key, admission));
     }
-    let hold = ports.ledger.held(&spec.id).await;
     let snapshot = PoolSnapshot {
         pool_id: spec.id.clone(),
         snapshot: 1,
@@ -246,6 +270,7 @@ async fn spawn_pool(
         hold,
         verbs: 0,
         ending: false,
+        left: false,
     };
     tokio::spawn(conductor.run());
     PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
@@ -271,6 +296,8 @@ struct Inner {
     leases: AtomicU64,
     /// Also held because the ledger is what keeps other daemons out.
     ports: Ports,
+    /// For engines that are left when time is up.
+    last_call: CancellationToken,
 }
 
 /// The pools of one node. Clones share it.
@@ -360,12 +387,27 @@ impl PoolManager {
         snapshot
     }
 
-    /// Stops every engine and waits until nothing is left, at most `deadline`. Says whether it was in time.
+    /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
+    /// it was in time.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
+        // Not `stop`: that would leave a hold behind.
+        let in_time = self.end(Wish::Shutdown, deadline).await;
+        if !in_time {
+            self.inner.last_call.cancel();
+            // Nothing is waited for any more, but the signals have to be sent.
+            let _ = self.end(Wish::Shutdown, LAST_CALL).await;
+        }
+        in_time
+    }
+
+    /// Ends the management and leaves every engine as it is, for a later daemon to take over.
+    pub async fn leave(&self, deadline: Duration) -> bool {
+        self.end(Wish::Leave, deadline).await
+    }
+
+    async fn end(&self, wish: Wish, deadline: Duration) -> bool {
         for (id, handle) in &self.inner.pools {
-            // Not `stop`: that would leave a hold behind.
             let (answer, _) = oneshot::channel();
-            let wish = Wish::Shutdown;
             if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }

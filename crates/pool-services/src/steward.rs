@@ -14,7 +14,8 @@ use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generatio
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
-use crate::ports::{EngineHost, Inventory};
+use crate::boot::Closed;
+use crate::ports::{EngineHost, EngineRecord, Inventory};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -68,12 +69,18 @@ pub(crate) struct Steward {
     pub(crate) ports: RangeInclusive<u16>,
     pub(crate) bell: Arc<Notify>,
     pub(crate) promised: watch::Sender<Promised>,
+    /// What replicas hold from before this daemon.
+    pub(crate) found: Vec<EngineRecord>,
+    /// Devices on which something of earlier engines may be left.
+    pub(crate) closed: watch::Receiver<Closed>,
 }
 
 impl Steward {
     /// Runs until every driver is gone.
     pub(crate) async fn run(mut self) {
-        let mut book = Book::default();
+        // Before anything else is granted.
+        let held = reservations(&self.found);
+        let mut book = Book { homes: held.clone(), held };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let mut inventory_lives = true;
@@ -160,9 +167,10 @@ impl Steward {
             .filter_map(|ward| book.held.get(&ward.key))
             .flat_map(|held| &held.devices.uuids)
             .collect();
+        let closed = self.closed.borrow();
         let home = book.homes.get(key);
         let mut devices = inventory.devices.clone();
-        for device in devices.iter_mut().filter(|d| d.health.admits() && fenced.contains(&&d.uuid)) {
+        for device in devices.iter_mut().filter(|d| d.health.admits() && (fenced.contains(&&d.uuid) || closed.contains(&d.uuid))) {
             match home.and_then(|home| home.on(&device.uuid)) {
                 Some(had) => {
                     let ours = promised.get(&device.uuid).copied().unwrap_or(0).saturating_add(had);
@@ -232,6 +240,22 @@ impl Steward {
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
     }
+}
+
+/// What engines hold that were found.
+fn reservations(found: &[EngineRecord]) -> BTreeMap<ReplicaKey, Reservation> {
+    let reservation = |r: &EngineRecord| Reservation {
+        generation: r.generation,
+        devices: r.devices.clone(),
+        bytes: r.bytes.clone(),
+        port: Some(r.endpoint.addr.port()),
+    };
+    found.iter().map(|r| (r.key.clone(), reservation(r))).collect()
+}
+
+/// What is promised already by engines that were found.
+pub(crate) fn promised_to(found: &[EngineRecord]) -> Promised {
+    promised(&reservations(found))
 }
 
 fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {

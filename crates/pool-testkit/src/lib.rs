@@ -12,6 +12,7 @@ pub use engines::{FakeEngines, Script};
 pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pool_services::events::Event;
 use pool_services::{PoolManager, PoolSpec};
@@ -47,6 +48,14 @@ impl FakeNode {
     /// # Panics
     /// When the pools cannot be managed at all.
     pub async fn manage(&self, pools: Vec<PoolSpec>) -> (PoolManager, mpsc::Receiver<Event>) {
+        self.manage_at(pools, Duration::ZERO).await
+    }
+
+    /// The same, this long after the boot of the machine.
+    ///
+    /// # Panics
+    /// When the pools cannot be managed at all.
+    pub async fn manage_at(&self, pools: Vec<PoolSpec>, uptime: Duration) -> (PoolManager, mpsc::Receiver<Event>) {
         let engines = &self.engines;
         PoolManager::builder()
             .gpu(Arc::clone(&self.gpus) as _)
@@ -57,6 +66,7 @@ impl FakeNode {
             .ledger(Arc::clone(&self.ledger) as _)
             .pools(pools)
             .seed(7)
+            .boot_ms(u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX))
             .start()
             .await
             .expect("a complete set of fakes")
