@@ -10,7 +10,9 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Proof};
 use pool_domain::plan::EngineMemory;
-use pool_domain::{DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick};
+use pool_domain::{
+    DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
+};
 use thiserror::Error;
 use tokio::sync::watch;
 

@@ -13,8 +13,8 @@ use pool_domain::reserve::Refusal;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
-use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
 use crate::boot::Closed;
+use crate::driver::{Denied, DriverCommand, Grant, Published, Want};
 use crate::ports::{EngineHost, EngineRecord, Inventory};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -170,7 +170,9 @@ impl Steward {
         let closed = self.closed.borrow();
         let home = book.homes.get(key);
         let mut devices = inventory.devices.clone();
-        for device in devices.iter_mut().filter(|d| d.health.admits() && (fenced.contains(&&d.uuid) || closed.contains(&d.uuid))) {
+        for device in
+            devices.iter_mut().filter(|d| d.health.admits() && (fenced.contains(&&d.uuid) || closed.contains(&d.uuid)))
+        {
             match home.and_then(|home| home.on(&device.uuid)) {
                 Some(had) => {
                     let ours = promised.get(&device.uuid).copied().unwrap_or(0).saturating_add(had);

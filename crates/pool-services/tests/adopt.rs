@@ -88,7 +88,9 @@ async fn an_exit_while_nobody_looked_is_a_crash_and_then_there_is_one_new_genera
     assert_eq!((back.replicas[0].generation, back.replicas[0].restart_count), (Generation(2), 1));
     assert!(matches!(back.replicas[0].last_error.as_ref().unwrap().class, FailureClass::Crash(_)));
     assert_eq!((back.replicas[0].backoff_failures, node.engines.running().len()), (1, 1));
-    assert!(std::iter::from_fn(|| events.try_recv().ok()).any(|e| e.kind.clone() == pool_services::EventKind::Restarting));
+    assert!(
+        std::iter::from_fn(|| events.try_recv().ok()).any(|e| e.kind.clone() == pool_services::EventKind::Restarting)
+    );
 }
 
 #[tokio::test(start_paused = true)]

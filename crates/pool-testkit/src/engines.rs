@@ -226,7 +226,7 @@ impl RunningEngine for Stranger {
         std::future::pending().await
     }
     async fn gone(&self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
     fn terminate(&self) {}
     fn kill(&self) {}
@@ -274,11 +274,7 @@ impl EngineHost for FakeEngines {
     fn port_free(&self, addr: SocketAddr) -> bool {
         !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
     }
-    async fn launch(
-        &self,
-        record: &EngineRecord,
-        engine: &PreparedEngine,
-    ) -> Result<Arc<dyn RunningEngine>, Failure> {
+    async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
         let script = lock(&self.script).clone();
         lock(&self.launches).push((Instant::now(), record.generation));
         if let Some(f) = script.launch {

@@ -83,7 +83,8 @@ impl StateDir {
     /// When another daemon holds the lock, or the file system refuses.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, StateDirError> {
         let root = path.into();
-        let paths = Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
+        let paths =
+            Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
         for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.root.join("run")] {

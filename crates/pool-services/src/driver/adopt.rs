@@ -9,7 +9,9 @@ use pool_domain::{Failure, FailureClass};
 use super::work::prove;
 use super::{Driver, Grant, Report, Scribe};
 use crate::admission::SlotGuard;
-use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine};
+use crate::ports::{
+    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
+};
 
 /// Between two questions of one check, and of how busy an engine is.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -190,7 +192,7 @@ impl Driver {
                     record.executable = self.attempt.engine.as_ref().and_then(|e| e.executable());
                 }
                 record.phase = phase;
-                self.scribe.push(Scribe::Record(record.clone()));
+                self.scribe.push(Scribe::Record(Box::new(record.clone())));
             }
             None => {
                 self.attempt.record = None;

@@ -21,8 +21,8 @@ use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::events::EventSink;
 use crate::ports::{
-    EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine, ResolvedModel,
-    RunningEngine, StateLedger,
+    EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
+    ResolvedModel, RunningEngine, StateLedger,
 };
 use crate::snapshot::ReplicaSnapshot;
 use crate::spec::PoolSpec;
@@ -107,7 +107,7 @@ pub(crate) enum Report {
     /// With the bytes it holds on its one device, if that is known.
     Proved(Proof, Option<u64>),
     Preflighted,
-    Prepared(PreparedEngine, EngineRecord),
+    Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
     Checked(Fact),
 }
@@ -134,7 +134,7 @@ struct Attempt {
 enum Scribe {
     Publish,
     Withdraw,
-    Record(EngineRecord),
+    Record(Box<EngineRecord>),
     Forget(Generation),
 }
 
@@ -344,7 +344,8 @@ impl Driver {
                 }
                 return;
             }
-            Report::Prepared(prepared, record) => {
+            Report::Prepared(both) => {
+                let (prepared, record) = *both;
                 self.attempt.prepared = Some(prepared);
                 self.attempt.record = Some(record);
                 Fact::Prepared

@@ -145,13 +145,15 @@ impl Driver {
             {
                 return unwritten(e);
             }
-            Report::Prepared(prepared, record)
+            Report::Prepared(Box::new((prepared, record)))
         });
     }
 
     /// Not cancellable: a launch that was begun is always answered, so that what it brings can be stopped.
     pub(super) fn launch(&mut self) {
-        let (Some(prepared), Some(record)) = (self.attempt.prepared.clone(), self.attempt.record.clone()) else { return };
+        let (Some(prepared), Some(record)) = (self.attempt.prepared.clone(), self.attempt.record.clone()) else {
+            return;
+        };
         let (host, generation) = (Arc::clone(&self.ports.host), self.replica.generation);
         let tx = self.reports_tx.clone();
         tokio::spawn(async move {
