@@ -200,3 +200,13 @@ async fn an_engine_is_on_record_before_it_is_launched_or_it_is_not() {
     let record = &node.ledger.recorded().await[0];
     assert!(matches!(record.phase, Phase::Ready { .. }) && record.executable.is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_left_when_the_time_for_an_orderly_end_is_up_is_killed() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.obeys_term = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert!(!m.shutdown(Duration::from_secs(1)).await);
+    assert!(node.engines.running().is_empty(), "{:?}", node.engines.signals());
+}
