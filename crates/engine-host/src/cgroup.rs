@@ -45,7 +45,7 @@ impl Parent {
         for attempt in 0..TRIES {
             let dir = self.dir.join(if attempt == 0 { name.to_owned() } else { format!("{name}.{attempt}") });
             match fs::create_dir(&dir) {
-                Ok(()) => return Ok(Cgroup { dir, _parent: Arc::clone(self) }),
+                Ok(()) => return Ok(Cgroup { dir, _parent: Some(Arc::clone(self)) }),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),
             }
@@ -108,10 +108,18 @@ pub(crate) fn unescape(field: &str) -> String {
 #[derive(Debug)]
 pub(crate) struct Cgroup {
     dir: PathBuf,
-    _parent: Arc<Parent>,
+    /// Unset for one that an earlier daemon made.
+    _parent: Option<Arc<Parent>>,
 }
 
 impl Cgroup {
+    /// The one that an earlier daemon made for a launch, if it bears the launch's name: then nobody else is in it.
+    pub(crate) fn own(procs: &[PathBuf], nonce: &str) -> Option<Self> {
+        let dir = procs.first()?.parent()?;
+        let ours = !nonce.is_empty() && dir.file_name()?.to_str()?.contains(nonce);
+        ours.then(|| Self { dir: dir.to_owned(), _parent: None })
+    }
+
     /// The file by which a process joins.
     pub(crate) fn procs(&self) -> PathBuf {
         self.dir.join("cgroup.procs")

@@ -55,4 +55,8 @@ impl RunningEngine for ExternalEngine {
     fn listener(&self, _addr: SocketAddr) -> Listener {
         Listener::Own
     }
+
+    fn executable(&self) -> Option<String> {
+        None
+    }
 }

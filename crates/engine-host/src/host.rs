@@ -7,21 +7,23 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use engine_shim::{LaunchSpec, Report};
 use pool_domain::failure::Exit;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
-use pool_services::ports::{EngineHost, PreparedEngine, RunningEngine};
+use pool_services::ports::{EngineHost, EngineRecord, NotAdopted, PreparedEngine, RunningEngine};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
+use crate::adopt::{self, Files, NONCE_ENV};
 use crate::cgroup::{Cgroup, Parent};
 use crate::external::ExternalEngine;
+use crate::locks::Locks;
 use crate::memory_cgroup::{MemoryCgroup, MemoryParent};
 use crate::running::{Launched, Reports, ShimEngine};
 use crate::text::{config, tidy};
@@ -57,18 +59,24 @@ pub struct HostOptions {
     pub log_max_bytes: u64,
     /// Whether to give each engine a cgroup where that can be done.
     pub cgroup: bool,
+    /// Where the locks lie that engines hold. It has to outlive `runtime_dir`, and is never removed.
+    pub lock_dir: PathBuf,
+    /// Whether engines live on when this process is gone, however that came about, for a later one to take over.
+    pub outlive: bool,
 }
 
 /// Launches engines on this machine.
 #[derive(Debug)]
 pub struct ProcessHost {
     options: HostOptions,
+    locks: Locks,
     cgroups: Option<Arc<Parent>>,
     /// Where version 1 counts memory.
     memory: Option<Arc<MemoryParent>>,
     /// Whether engines could not join their cgroups, though these could be made.
     cgroups_closed: AtomicBool,
     memory_closed: AtomicBool,
+    nonces: AtomicU64,
 }
 
 /// Why an engine was not launched.
@@ -100,8 +108,15 @@ impl ProcessHost {
             }
         });
         let memory = options.cgroup.then(MemoryParent::create).flatten();
-        let open = || AtomicBool::new(false);
-        Self { options, cgroups, memory, cgroups_closed: open(), memory_closed: open() }
+        Self {
+            locks: Locks::in_dir(&options.lock_dir),
+            options,
+            cgroups,
+            memory,
+            cgroups_closed: AtomicBool::new(false),
+            memory_closed: AtomicBool::new(false),
+            nonces: AtomicU64::new(0),
+        }
     }
 
     /// Where the log of a generation is; the part before it has `.1` appended.
@@ -114,9 +129,10 @@ impl ProcessHost {
         self.options.runtime_dir.join(key.to_string()).join(generation.to_string())
     }
 
-    fn cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<Cgroup> {
+    fn cgroup(&self, record: &EngineRecord) -> Option<Cgroup> {
+        let EngineRecord { key, generation, nonce, .. } = record;
         let parent = self.cgroups.as_ref().filter(|_| !self.cgroups_closed.load(Ordering::Relaxed))?;
-        match parent.engine(&format!("{key}-{generation}")) {
+        match parent.engine(&format!("{key}-{generation}-{nonce}")) {
             Ok(cgroup) => Some(cgroup),
             Err(error) => {
                 self.close_cgroups(&error.to_string());
@@ -138,15 +154,19 @@ impl ProcessHost {
 
     async fn start(
         &self,
-        dir: &Path,
+        record: &EngineRecord,
         program: &Path,
         engine: &PreparedEngine,
+        lock: fs::File,
         cgroup: Option<Cgroup>,
         memory: Option<MemoryCgroup>,
     ) -> Result<ShimEngine, NotLaunched> {
-        let log = dir.join(ENGINE_LOG);
+        let dir = &self.dir(&record.key, record.generation);
+        let Files { start, exit, log } = files(dir);
+        let shared_locks = self.locks.of_devices(&record.devices.uuids);
+        let shared_locks = shared_locks.map_err(|error| cannot("make the locks of the devices", &error))?;
         let spec = LaunchSpec {
-            nonce: nonce(dir),
+            nonce: record.nonce.clone(),
             program: program.to_path_buf(),
             args: engine.args.clone(),
             env: engine.env.clone(),
@@ -154,20 +174,26 @@ impl ProcessHost {
             log: log.clone(),
             log_max_bytes: self.options.log_max_bytes,
             scrub: Vec::new(),
-            exit_record: dir.join("exit.json"),
-            start_record: dir.join("start.json"),
+            exit_record: exit,
+            start_record: start,
+            start_record_copy: Some(self.locks.start_record(&record.key.to_string())),
+            lock_on_stdin: true,
+            shared_locks,
             cgroup_procs: cgroup.iter().map(Cgroup::procs).chain(memory.iter().map(MemoryCgroup::procs)).collect(),
             nofile: None,
             run_as: None,
-            stop_when_parent_gone: true,
+            stop_when_parent_gone: !self.options.outlive,
         };
         let (spec_path, shim_log) = (dir.join(LAUNCH_SPEC), dir.join(SHIM_LOG));
         let stderr = write_launch(&spec_path, &spec, &shim_log).map_err(|error| cannot("write the launch", &error))?;
 
         let mut command = Command::new(&self.options.shim.program);
-        command.args(&self.options.shim.args).arg(&spec_path).env_clear();
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-        let mut shim = command.spawn().map_err(|error| match error.kind() {
+        command.args(&self.options.shim.args).arg(&spec_path).env_clear().env(NONCE_ENV, &record.nonce);
+        command.stdin(lock).stdout(Stdio::piped()).stderr(stderr);
+        let spawned = command.spawn();
+        // The lock is the shim's from here on.
+        drop(command);
+        let mut shim = spawned.map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied => config(format!("the shim cannot be run: {error}")),
             _ => cannot("start the shim", &error),
         })?;
@@ -189,8 +215,8 @@ impl ProcessHost {
         if let Some(Report::Started { pid: main, .. }) = report {
             // It has been read, and it may hold secrets.
             let _left = fs::remove_file(&spec_path);
-            let kind = engine.endpoint.kind;
-            let launched = Launched { shim: handle, root, main, kind, log, cgroup, memory };
+            let kind = engine.endpoint.kind.clone();
+            let launched = Launched { shim: Some(handle), root, main: Some(main), kind, log, cgroup, memory };
             return Ok(ShimEngine::supervise(launched, shim, reports));
         }
 
@@ -222,28 +248,32 @@ impl EngineHost for ProcessHost {
         TcpListener::bind(addr).is_ok()
     }
 
-    async fn launch(
-        &self,
-        key: &ReplicaKey,
-        generation: Generation,
-        engine: &PreparedEngine,
-    ) -> Result<Arc<dyn RunningEngine>, Failure> {
+    async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
         let Some(program) = &engine.entry else {
             return Ok(Arc::new(ExternalEngine::new()));
         };
-        let dir = self.dir(key, generation);
+        let lock = self.locks.take(&record.key).await.map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => {
+                let detail = "something of an earlier engine of this replica still holds its lock";
+                Failure::new(FailureClass::Crash(Exit::Unknown), detail)
+            }
+            _ => cannot("lock the replica", &error),
+        })?;
+        let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
+        let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let (cgroup, memory) = (self.cgroup(key, generation), self.memory_cgroup(key, generation));
+        let memory = self.memory_cgroup(&record.key, record.generation);
         let with_memory = memory.is_some();
-        let mut started = self.start(&dir, program, engine, cgroup, memory).await;
+        let third = again.try_clone().map_err(|error| cannot("lock the replica", &error))?;
+        let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory).await;
         if let (Err(NotLaunched::Cgroup(error)), true) = (&started, with_memory) {
             self.memory_closed.store(true, Ordering::Relaxed);
             tracing::warn!(error, "engines get no memory cgroups");
-            started = self.start(&dir, program, engine, self.cgroup(key, generation), None).await;
+            started = self.start(record, program, engine, third, self.cgroup(record), None).await;
         }
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
-            started = self.start(&dir, program, engine, None, None).await;
+            started = self.start(record, program, engine, again, None, None).await;
         }
         match started {
             Ok(engine) => Ok(Arc::new(engine)),
@@ -256,6 +286,45 @@ impl EngineHost for ProcessHost {
             }
         }
     }
+
+    fn nonce(&self) -> String {
+        match fs::read_to_string("/proc/sys/kernel/random/uuid") {
+            Ok(uuid) => uuid.trim().to_owned(),
+            Err(_) => {
+                let n = self.nonces.fetch_add(1, Ordering::Relaxed);
+                let boot = engine_shim::boot_id().unwrap_or_default();
+                let own = Root::of(std::process::id());
+                format!("{boot}-{}-{n}", own.map(Root::name).unwrap_or_default())
+            }
+        }
+    }
+
+    async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted> {
+        let files = files(&self.dir(&record.key, record.generation));
+        let engine = adopt::find(&self.locks, &files, record).await?;
+        Ok(Arc::new(engine))
+    }
+
+    async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String> {
+        let keys: Vec<String> = known.iter().map(|record| record.key.to_string()).collect();
+        let mut left = false;
+        for key in self.locks.replicas() {
+            if !keys.contains(&key) && self.locks.replica_held(&key) {
+                left |= !adopt::end_holder(&self.locks, &key).await;
+            }
+        }
+        // The engines on record hold the locks of their devices, so there only what was found otherwise counts.
+        let on_record = |uuid: &String| known.iter().any(|record| record.devices.uuids.contains(uuid));
+        devices.iter().filter(|uuid| (left || !on_record(uuid)) && self.locks.device_held(uuid)).cloned().collect()
+    }
+
+    fn device_clear(&self, device: &str) -> bool {
+        !self.locks.device_held(device)
+    }
+}
+
+fn files(dir: &Path) -> Files {
+    Files { start: dir.join("start.json"), exit: dir.join("exit.json"), log: dir.join(ENGINE_LOG) }
 }
 
 /// Waits for a shim that was told to end everything, and ends it if it does not.
@@ -318,12 +387,4 @@ fn write_launch(spec_path: &Path, spec: &LaunchSpec, shim_log: &Path) -> io::Res
     let open = |path| fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
     open(spec_path)?.write_all(&serde_json::to_vec(spec)?)?;
     open(shim_log)
-}
-
-/// Names one start on this machine.
-fn nonce(dir: &Path) -> String {
-    match fs::read_to_string("/proc/sys/kernel/random/uuid") {
-        Ok(uuid) => uuid.trim().to_owned(),
-        Err(_) => format!("{}-{}", dir.display(), std::process::id()),
-    }
 }

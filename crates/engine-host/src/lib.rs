@@ -1,9 +1,10 @@
 //! Engines: found and checked ([`Provisioner`]), launched and ended ([`ProcessHost`]), asked ([`HttpProbe`]).
 //!
-//! Every engine is a child of an `engine-shim`, which is a child of this process. Only that shim is ever signalled,
-//! through its pidfd; nothing here sends a signal to a bare pid.
+//! Every engine is a child of an `engine-shim`, which is a child of this process or of a daemon before it. Only that shim is
+//! ever signalled, through its pidfd; nothing here sends a signal to a bare pid.
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod cgroup;
 mod decl;
 mod discover;
@@ -11,6 +12,7 @@ mod external;
 mod host;
 mod http;
 mod kinds;
+mod locks;
 mod log_patterns;
 mod memory_cgroup;
 mod probe;

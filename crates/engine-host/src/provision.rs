@@ -112,7 +112,7 @@ impl EngineProvisioner for Provisioner {
         let (kind, mode) = self.engine(spec)?;
         let endpoint = |addr, model_path| Endpoint {
             addr,
-            kind: kind.code(),
+            kind: kind.code().to_owned(),
             model: request.model.id.clone(),
             model_path,
             workload: spec.workload,

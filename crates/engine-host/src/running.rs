@@ -4,21 +4,26 @@ use std::fs;
 use std::future::pending;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use engine_shim::Report;
 use pool_domain::failure::Exit;
 use pool_domain::{Failure, FailureClass};
 use pool_services::ports::{Listener, RunningEngine};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
-use tokio::io::{BufReader, Lines};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{BufReader, Interest, Lines};
 use tokio::process::{Child, ChildStdout};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
+use crate::adopt::ExitFile;
 use crate::cgroup::Cgroup;
 use crate::log_patterns;
 use crate::memory_cgroup::MemoryCgroup;
@@ -28,17 +33,19 @@ use crate::tree::{self, Root};
 pub(crate) type Reports = Lines<BufReader<ChildStdout>>;
 
 const SIGKILL: i32 = 9;
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// What is known of a shim and of the engine below it.
 #[derive(Debug)]
 pub(crate) struct Launched {
-    /// The shim. It is our child, so the descriptor cannot mean another process.
-    pub(crate) shim: OwnedFd,
+    /// The shim, unless it is gone. The descriptor cannot mean another process: the shim is our child, or was found to be
+    /// the right one after it was pinned.
+    pub(crate) shim: Option<OwnedFd>,
     /// The shim, as the root of the engine's processes.
     pub(crate) root: Option<Root>,
-    /// The engine's main process.
-    pub(crate) main: u32,
-    pub(crate) kind: &'static str,
+    /// The engine's main process, unless it is gone.
+    pub(crate) main: Option<u32>,
+    pub(crate) kind: String,
     pub(crate) log: PathBuf,
     pub(crate) cgroup: Option<Cgroup>,
     /// Where version 1 counts its memory.
@@ -61,6 +68,22 @@ impl ShimEngine {
     pub(crate) fn supervise(launched: Launched, shim: Child, reports: Reports) -> Self {
         let state = Arc::new(State { launched, exited: watch::Sender::new(None), gone: watch::Sender::new(false) });
         tokio::spawn(Arc::clone(&state).follow(shim, reports));
+        Self(state)
+    }
+
+    /// Takes over what an earlier daemon launched; `main` pins its main process, unless that is gone.
+    pub(crate) fn found(launched: Launched, main: Option<OwnedFd>, exit: ExitFile) -> Self {
+        let state = Arc::new(State { launched, exited: watch::Sender::new(None), gone: watch::Sender::new(false) });
+        tokio::spawn(Arc::clone(&state).follow_found(main, exit));
+        Self(state)
+    }
+
+    /// Something that is not taken over, with what may be used to end it.
+    pub(crate) fn remains(shim: Option<OwnedFd>, cgroup: Option<Cgroup>) -> Self {
+        let launched =
+            Launched { shim, root: None, main: None, kind: String::new(), log: PathBuf::new(), cgroup, memory: None };
+        let state = Arc::new(State { launched, exited: watch::Sender::new(None), gone: watch::Sender::new(false) });
+        tokio::spawn(Arc::clone(&state).follow_remains());
         Self(state)
     }
 }
@@ -89,6 +112,50 @@ impl State {
         if unseen {
             self.exited.send_replace(Some(Failure::crash(Exit::Unknown)));
         }
+        self.prove_gone(gone).await;
+    }
+
+    /// The same for an engine of which no reports come: its exit and its end are on record.
+    async fn follow_found(self: Arc<Self>, main: Option<OwnedFd>, record: ExitFile) {
+        if let Some(main) = main {
+            ended(&main).await;
+        }
+        // The shim writes it down after the end.
+        let exit = loop {
+            let (exit, Some(shim)) = (record.read(), &self.launched.shim) else { break record.read() };
+            if exit.is_some() {
+                break exit;
+            }
+            if timeout(LOOK_AGAIN, ended(shim)).await.is_ok() {
+                break record.read();
+            }
+        };
+        let failure = match exit.map(|exit| (exit.code, exit.signal)) {
+            Some((code, signal)) => {
+                self.classify(code.map(Exit::Code).or(signal.map(Exit::Signal)).unwrap_or(Exit::Unknown)).await
+            }
+            None => Failure::crash(Exit::Unknown),
+        };
+        self.exited.send_replace(Some(failure));
+        if let Some(shim) = &self.launched.shim {
+            ended(shim).await;
+        }
+        self.prove_gone(record.read().is_some_and(|exit| exit.gone)).await;
+    }
+
+    /// For what is only to be ended. Without a cgroup nothing proves that it has.
+    async fn follow_remains(self: Arc<Self>) {
+        let Some(cgroup) = &self.launched.cgroup else { return };
+        if let Some(shim) = &self.launched.shim {
+            ended(shim).await;
+        }
+        cgroup.emptied().await;
+        cgroup.remove();
+        self.gone.send_replace(true);
+    }
+
+    /// `gone`: the shim said that no descendant was left.
+    async fn prove_gone(&self, gone: bool) {
         match &self.launched.cgroup {
             Some(cgroup) => {
                 if !gone {
@@ -117,7 +184,7 @@ impl State {
             return Failure::new(FailureClass::HostOom, "the kernel ended the engine for memory of the host");
         }
         let state = Arc::clone(self);
-        let look = move || log_patterns::classify(state.launched.kind, &state.launched.log, exit);
+        let look = move || log_patterns::classify(&state.launched.kind, &state.launched.log, exit);
         let failure = tokio::task::spawn_blocking(look).await.unwrap_or_else(|_| Failure::crash(exit));
         match failure.class {
             // One of its processes was ended, and its main process gave up.
@@ -131,7 +198,8 @@ impl State {
 
     fn signal(&self, signal: i32) {
         let Some(signal) = Signal::from_named_raw(signal) else { return };
-        match pidfd_send_signal(&self.launched.shim, signal) {
+        let Some(shim) = &self.launched.shim else { return };
+        match pidfd_send_signal(shim, signal) {
             // Nobody is left to be told.
             Ok(()) | Err(Errno::SRCH) => {}
             Err(error) => tracing::warn!(%error, ?signal, "the shim cannot be signalled"),
@@ -154,7 +222,7 @@ impl State {
 #[async_trait]
 impl RunningEngine for ShimEngine {
     fn pid(&self) -> Option<u32> {
-        Some(self.0.launched.main)
+        self.0.launched.main
     }
 
     fn pids(&self) -> Vec<u32> {
@@ -207,5 +275,31 @@ impl RunningEngine for ShimEngine {
             stats.iter().map(|stat| stat.pid.cast_unsigned()).collect()
         };
         tree::listener(addr, [&quick, &|| self.0.pids()])
+    }
+
+    fn executable(&self) -> Option<String> {
+        self.0.launched.main.and_then(engine_shim::executable)
+    }
+}
+
+/// Returns when a pinned process has ended. Its pid may be in use again by then.
+#[expect(
+    deprecated,
+    reason = "its successor is unsafe for the sake of types without I/O safety; a borrowed descriptor has it"
+)]
+pub(crate) async fn ended(process: &OwnedFd) {
+    // The descriptor becomes readable at the end and stays so.
+    match AsyncFd::with_interest(process.as_fd(), Interest::READABLE) {
+        Ok(watched) => drop(watched.readable().await),
+        Err(error) => {
+            tracing::warn!(%error, "the end of a process has to be looked for");
+            let has_ended = || {
+                let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+                poll(&mut [PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
+            };
+            while !has_ended() {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+        }
     }
 }

@@ -22,6 +22,16 @@ impl Root {
         Some(Self { pid, start_time: stat.starttime })
     }
 
+    /// A name that no later process has.
+    pub(crate) fn name(self) -> String {
+        format!("{}-{}", self.pid, self.start_time)
+    }
+
+    /// Names a process whose start time is known.
+    pub(crate) fn known(pid: u32, start_time: u64) -> Option<Self> {
+        Some(Self { pid: i32::try_from(pid).ok()?, start_time })
+    }
+
     /// What is below it, found quickly: from parent to child, whatever else runs here. While children come and go the
     /// kernel may skip one (proc_pid_task_tid_children(5)).
     pub(crate) fn descendants_at_a_glance(self) -> Vec<Stat> {

@@ -15,8 +15,8 @@ use pool_domain::failure::Exit;
 use pool_domain::lifecycle::{OnDeadline, Policy};
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey, ResolvedMask};
 use pool_services::ports::{
-    Endpoint, EngineHost, EngineProbe, EngineProvisioner, Listener, PrepareRequest, PreparedEngine, ResolvedModel,
-    RunningEngine, Up,
+    Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Listener, Phase, PrepareRequest,
+    PreparedEngine, ResolvedModel, RunningEngine, Up,
 };
 use pool_services::{Activation, PoolSpec, Workload};
 use tempfile::TempDir;
@@ -85,7 +85,14 @@ impl Bench {
     fn new(cgroup: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let shim = ShimCommand { program: testbin(), args: vec!["engine-shim".into()] };
-        let options = HostOptions { runtime_dir: dir.path().join("run"), shim, log_max_bytes: 1 << 20, cgroup };
+        let options = HostOptions {
+            runtime_dir: dir.path().join("run"),
+            shim,
+            log_max_bytes: 1 << 20,
+            cgroup,
+            lock_dir: dir.path().join("locks"),
+            outlive: false,
+        };
         Self { dir, host: ProcessHost::new(options), probe: HttpProbe::new(), launched: Mutex::default() }
     }
 
@@ -113,7 +120,20 @@ impl Bench {
     async fn launch(&self, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
         let mut launched = self.launched.lock().await;
         let generation = Generation(launched.len() as u64 + 1);
-        let running = in_time(self.host.launch(&Self::key(), generation, engine)).await?;
+        // Each is a replica of its own: some of them live side by side.
+        let record = EngineRecord {
+            key: ReplicaKey { pool: "chat".parse().unwrap(), replica: ReplicaId(launched.len() as u16) },
+            generation,
+            nonce: self.host.nonce(),
+            fingerprint: String::new(),
+            endpoint: engine.endpoint.clone(),
+            engine_version: engine.engine_version.clone(),
+            devices: ResolvedMask::default(),
+            bytes: Vec::new(),
+            executable: None,
+            phase: Phase::Starting,
+        };
+        let running = in_time(self.host.launch(&record, engine)).await?;
         launched.push(Arc::clone(&running));
         Ok(running)
     }

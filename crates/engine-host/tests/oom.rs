@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use engine_host::{HostOptions, ProcessHost, ShimCommand};
 use pool_domain::failure::Exit;
-use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey, ResolvedMask};
 use pool_services::Workload;
-use pool_services::ports::{Endpoint, EngineHost, PreparedEngine, RunningEngine};
+use pool_services::ports::{Endpoint, EngineHost, EngineRecord, Phase, PreparedEngine, RunningEngine};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -46,7 +46,14 @@ async fn end_of(then: &str) -> Option<Failure> {
     let dir = tempfile::tempdir().unwrap();
     let shim = ShimCommand { program: testbin(), args: vec!["engine-shim".into()] };
     let run = dir.path().join("run");
-    let host = ProcessHost::new(HostOptions { runtime_dir: run, shim, log_max_bytes: 1 << 20, cgroup: true });
+    let host = ProcessHost::new(HostOptions {
+        runtime_dir: run,
+        shim,
+        log_max_bytes: 1 << 20,
+        cgroup: true,
+        lock_dir: dir.path().join("locks"),
+        outlive: false,
+    });
     let gate = dir.path().join("gate");
     assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
     let grow = "grow() { x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done; }";
@@ -56,15 +63,26 @@ async fn end_of(then: &str) -> Option<Failure> {
         env: vec![("PATH".into(), "/usr/bin:/bin".into())],
         endpoint: Endpoint {
             addr: "127.0.0.1:1".parse().unwrap(),
-            kind: "stub",
+            kind: "stub".into(),
             model: "m".into(),
             model_path: None,
             workload: Workload::Generate,
         },
         engine_version: String::new(),
     };
-    let key = ReplicaKey { pool: "chat".parse().unwrap(), replica: ReplicaId(0) };
-    let running: Arc<dyn RunningEngine> = host.launch(&key, Generation(1), &engine).await.unwrap();
+    let record = EngineRecord {
+        key: ReplicaKey { pool: "chat".parse().unwrap(), replica: ReplicaId(0) },
+        generation: Generation(1),
+        nonce: host.nonce(),
+        fingerprint: String::new(),
+        endpoint: engine.endpoint.clone(),
+        engine_version: String::new(),
+        devices: ResolvedMask::default(),
+        bytes: Vec::new(),
+        executable: None,
+        phase: Phase::Starting,
+    };
+    let running: Arc<dyn RunningEngine> = host.launch(&record, &engine).await.unwrap();
     let limit = limit_of(running.pid().unwrap());
     match &limit {
         Some(limit) => {

@@ -13,6 +13,7 @@
 //! calls [`run_if_asked`] first in `main`, before it starts a thread.
 
 mod born;
+mod locks;
 mod log;
 mod reaper;
 mod record;
@@ -27,7 +28,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::process::ExitCode;
 
-pub use record::{ExitRecord, StartRecord};
+pub use record::{ExitRecord, StartRecord, boot_id, executable, pid_namespace};
 pub use report::Report;
 pub use run::run;
 pub use signals::{KILL, TERMINATE};

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -28,6 +29,18 @@ pub struct StartRecord {
     pub shim_start_time: u64,
     /// `/proc/sys/kernel/random/boot_id`.
     pub boot_id: String,
+    /// The PID namespace, in which alone the pids mean anything (`/proc/self/ns/pid`).
+    #[serde(default)]
+    pub pid_namespace: String,
+    /// The engine's executable right after its exec, as [`executable`] tells it.
+    #[serde(default)]
+    pub executable: Option<String>,
+    /// The shim's.
+    #[serde(default)]
+    pub shim_executable: Option<String>,
+    /// The `cgroup.procs` files that the engine joined.
+    #[serde(default)]
+    pub cgroup_procs: Vec<PathBuf>,
 }
 
 /// How the main process ended.
@@ -41,10 +54,34 @@ pub struct ExitRecord {
     pub signal: Option<i32>,
     /// When the shim saw it, in milliseconds of unix time.
     pub exited_at_ms: u64,
+    /// Whether, after that, the last descendant has ended too.
+    #[serde(default)]
+    pub gone: bool,
+}
+
+/// Names the file that a process runs, whatever has become of its path since: its device and inode.
+#[must_use]
+pub fn executable(pid: u32) -> Option<String> {
+    let file = fs::metadata(format!("/proc/{pid}/exe")).ok()?;
+    Some(format!("{}:{}", file.dev(), file.ino()))
+}
+
+/// Names the PID namespace of the caller.
+#[must_use]
+pub fn pid_namespace() -> String {
+    fs::read_link("/proc/self/ns/pid").map(|link| link.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// Names this boot of the machine.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_owned())
 }
 
 impl StartRecord {
-    pub(crate) fn of(nonce: &str, pid: u32) -> io::Result<Self> {
+    pub(crate) fn of(nonce: &str, cgroup_procs: &[PathBuf], pid: u32) -> io::Result<Self> {
         let shim_pid = raw_pid(rustix::process::getpid());
         Ok(Self {
             nonce: nonce.to_owned(),
@@ -52,7 +89,11 @@ impl StartRecord {
             start_time: stat_field(pid, 22)?,
             shim_pid,
             shim_start_time: stat_field(shim_pid, 22)?,
-            boot_id: fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim_end().to_owned(),
+            boot_id: boot_id()?,
+            pid_namespace: pid_namespace(),
+            executable: executable(pid),
+            shim_executable: executable(shim_pid),
+            cgroup_procs: cgroup_procs.to_vec(),
         })
     }
 }
@@ -61,7 +102,7 @@ impl ExitRecord {
     pub(crate) fn now(nonce: &str, code: Option<i32>, signal: Option<i32>) -> Self {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let exited_at_ms = u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX);
-        Self { nonce: nonce.to_owned(), code, signal, exited_at_ms }
+        Self { nonce: nonce.to_owned(), code, signal, exited_at_ms, gone: false }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The shim's life: start the engine, then one loop over signals, output and the report pipe.
 
 use std::io::{self, PipeReader, Read};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitStatus};
 
+use crate::locks;
 use crate::log::EngineLog;
 use crate::reaper::{self, Reaped};
 use crate::record::{self, ExitRecord, StartRecord};
@@ -59,6 +60,9 @@ struct Shim {
     kill_at: Option<Instant>,
     /// Why the engine has to go again though its exec succeeded.
     failure: Option<Report>,
+    /// How the main process ended.
+    exit: Option<ExitRecord>,
+    _locks: Vec<OwnedFd>,
 }
 
 /// What poll found.
@@ -75,6 +79,7 @@ impl Shim {
         become_parent().map_err(|errno| Report::failed("shim", &errno.into()))?;
         let log = EngineLog::open(spec.log.clone(), spec.log_max_bytes, &spec.scrub)
             .map_err(|error| Report::failed("log", &error))?;
+        let locks = locks::take(&spec).map_err(|error| Report::failed("lock", &error))?;
         // Before the engine: a signal that comes while it starts is acted on once it has.
         let signals = Signals::install().map_err(|error| Report::failed("signals", &error))?;
         let Engine { pid, output } = spawn(&spec)?;
@@ -82,8 +87,9 @@ impl Shim {
         spec.env = Vec::new();
         spec.scrub = Vec::new();
 
-        let recorded = StartRecord::of(&spec.nonce, raw_pid(pid)).and_then(|start| {
+        let recorded = StartRecord::of(&spec.nonce, &spec.cgroup_procs, raw_pid(pid)).and_then(|start| {
             record::write(&spec.start_record, &start)?;
+            spec.start_record_copy.as_ref().map_or(Ok(()), |copy| record::write(copy, &start))?;
             Ok(start)
         });
         let failure = match recorded {
@@ -103,6 +109,8 @@ impl Shim {
             killing: failure.is_some(),
             kill_at: None,
             failure,
+            exit: None,
+            _locks: locks,
         })
     }
 
@@ -144,6 +152,13 @@ impl Shim {
             }
         }
         self.pump(LAST_OUTPUT);
+        if let Some(exit) = &mut self.exit {
+            // For a daemon that comes later: nobody else can tell it that nothing is left.
+            exit.gone = true;
+            if let Err(error) = record::write(&self.spec.exit_record, exit) {
+                self.log.note(&format!("the exit record could not be completed: {error}"));
+            }
+        }
         self.log.finish();
     }
 
@@ -232,6 +247,7 @@ impl Shim {
         if let Err(error) = record::write(&self.spec.exit_record, &exit) {
             self.log.note(&format!("the exit record could not be written: {error}"));
         }
+        self.exit = Some(exit);
         // Its last words, so that who reads the report finds them in the log. It does not wait for any.
         self.pump(LAST_OUTPUT);
         reports.send(&Report::Exited { code, signal });

@@ -33,6 +33,15 @@ pub struct LaunchSpec {
     pub exit_record: PathBuf,
     /// Where the [`StartRecord`](crate::StartRecord) is written.
     pub start_record: PathBuf,
+    /// Where it is written a second time: a place that outlives the first.
+    #[serde(default)]
+    pub start_record_copy: Option<PathBuf>,
+    /// Whether stdin is a locked file. It stays open in the shim and in the engine, so the lock holds as long as they.
+    #[serde(default)]
+    pub lock_on_stdin: bool,
+    /// Files that are locked in shared mode before the start, for as long as shim and engine live. They must exist.
+    #[serde(default)]
+    pub shared_locks: Vec<PathBuf>,
     /// The `cgroup.procs` files the engine joins before exec. The shim stays where it was started.
     #[serde(default)]
     pub cgroup_procs: Vec<PathBuf>,

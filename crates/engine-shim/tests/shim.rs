@@ -52,6 +52,9 @@ impl Bench {
             scrub: Vec::new(),
             exit_record: self.path("exit.json"),
             start_record: self.path("start.json"),
+            start_record_copy: None,
+            lock_on_stdin: false,
+            shared_locks: Vec::new(),
             cgroup_procs: Vec::new(),
             nofile: None,
             run_as: None,
@@ -432,4 +435,45 @@ fn the_engine_dies_with_the_shim() {
     shim.child.kill().unwrap();
     assert_eq!(life.read_to_end(&mut Vec::new()).unwrap(), 0);
     shim.child.wait().unwrap();
+}
+
+#[test]
+fn locks_hold_while_shim_or_engine_lives_and_the_end_is_on_record() {
+    let bench = Bench::new();
+    bench.fifo("go");
+    let (own, shared) = (bench.path("own.lock"), bench.path("shared.lock"));
+    let lock = fs::File::create(&own).unwrap();
+    lock.try_lock().unwrap();
+    fs::write(&shared, "").unwrap();
+    let spec = LaunchSpec {
+        lock_on_stdin: true,
+        shared_locks: vec![shared.clone()],
+        start_record_copy: Some(bench.path("copy.json")),
+        ..bench.script("read line < go; exit 3")
+    };
+    let mut command = bench.command(&spec);
+    // Nobody reads the reports, as when the daemon has died.
+    let mut shim = command.stdin(lock).stdout(Stdio::piped()).spawn().unwrap();
+    drop(command);
+    let mut reports = BufReader::new(shim.stdout.take().unwrap());
+    reports.read_line(&mut String::new()).unwrap();
+    drop(reports);
+    let try_own = || fs::File::open(&own).unwrap().try_lock().is_ok();
+    let try_shared = || fs::File::open(&shared).unwrap().try_lock().is_ok();
+    assert!(!try_own() && !try_shared(), "shim and engine hold both");
+    fs::File::open(&shared).unwrap().try_lock_shared().unwrap();
+    let start: StartRecord = record(&bench.path("start.json"));
+    assert_eq!(start, record(&bench.path("copy.json")));
+    let open = |pid: u32| {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        fds.filter_map(|fd| fs::read_link(fd.path()).ok()).filter(|path| *path == own || *path == shared).count()
+    };
+    assert_eq!(open(start.pid), 2, "the engine has both too");
+    assert_eq!(start.executable, engine_shim::executable(start.pid));
+
+    fs::write(bench.path("go"), "now\n").unwrap();
+    assert_eq!(shim.wait().unwrap().code(), Some(0));
+    let exit: ExitRecord = record(&bench.path("exit.json"));
+    assert_eq!((exit.nonce.as_str(), exit.code, exit.gone), ("nonce-1", Some(3), true));
+    assert!(try_own() && try_shared());
 }

@@ -15,7 +15,7 @@ use pool_services::{BuildError, Event, PoolManager};
 use state_dir::{StateDir, StateDirError};
 use tokio::sync::mpsc;
 
-use crate::config::{Config, Engine, EngineKind, EngineMode, Gpu};
+use crate::config::{Config, Engine, EngineKind, EngineMode, Gpu, OnExit};
 use crate::exit::{BUG, CONFIG, Exit, IN_USE, NO_GPU};
 
 /// Most bytes of one engine's log, and again of the part before.
@@ -158,7 +158,14 @@ pub async fn start(
     gpus: Arc<dyn GpuProbe>,
 ) -> Result<(PoolManager, mpsc::Receiver<Event>), Exit> {
     let shim = ShimCommand { program: own_program()?, args: vec![engine_shim::SUBCOMMAND.to_owned()] };
-    let host = HostOptions { runtime_dir: state.runtime_dir(), shim, log_max_bytes: LOG_MAX_BYTES, cgroup: true };
+    let host = HostOptions {
+        runtime_dir: state.runtime_dir(),
+        shim,
+        log_max_bytes: LOG_MAX_BYTES,
+        cgroup: true,
+        lock_dir: state.lock_dir(),
+        outlive: config.node.on_exit != OnExit::Bound,
+    };
     PoolManager::builder()
         .gpu(gpus)
         .models(Arc::new(models(config)))

@@ -57,7 +57,9 @@ pub async fn demo(listen: SocketAddr) -> Result<(), Exit> {
     fs::write(&file, CONFIG).map_err(failed)?;
     fs::write(dir.path().join("two-gpus.toml"), gpu_sim::TWO_GPUS).map_err(failed)?;
     let overrides = Overrides { listen: Some(listen.to_string()), ..Overrides::default() };
-    let config = config::load(Some(&file), &overrides)?;
+    let mut config = config::load(Some(&file), &overrides)?;
+    // Its state directory is never opened again, so nobody would find its engines.
+    config.node.on_exit = config::OnExit::Bound;
     let ended = serve(config, |started| {
         tokio::spawn(introduce(started));
     })

@@ -13,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::Config;
+use crate::config::{Config, OnExit};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
 use crate::{compose, logging, tell};
@@ -72,7 +72,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
     app.state.flags.set_accepting(false);
     let in_time = tokio::select! {
-        in_time = manager.shutdown(deadline) => in_time,
+        in_time = end(&manager, config.node.on_exit, deadline) => in_time,
         // A signal that is repeated changes nothing.
         () = signals.ignore() => false,
     };
@@ -89,6 +89,13 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     } else {
         Err(Exit::new(BUG, format!("not every engine ended within {}", humantime::format_duration(deadline)))
             .hinting("look for processes of engines that are left, and raise [node] shutdown_deadline"))
+    }
+}
+
+async fn end(manager: &PoolManager, on_exit: OnExit, deadline: Duration) -> bool {
+    match on_exit {
+        OnExit::Keep => manager.leave(deadline).await,
+        OnExit::Stop | OnExit::Bound => manager.shutdown(deadline).await,
     }
 }
 

@@ -36,7 +36,7 @@ open_for = "290s"
             let record = daemon.dir().join("state/ledger/loop.json.copy");
             eventually(|| fs::read_to_string(&record).ok().filter(|text| text.contains("\"open\"")));
         }
-        daemon = Daemon::start_in(daemon.end(signal), config);
+        daemon = Daemon::start_in(daemon.end_by(signal), config);
         let after = daemon.until("loop", opens);
         daemon.wait_log("its engine failed before");
         assert_eq!(number(&after, "generation"), number(&before, "generation"), "{signal}: {after:#}");

@@ -152,18 +152,6 @@ fn a_drain_with_stuck_leases_ends_in_time_and_resume_cancels_one() {
 }
 
 #[test]
-fn a_daemon_that_is_killed_leaves_no_engine() {
-    let mut daemon = Daemon::start(&stub("orphan", r#""--fork-children", "1""#, ""));
-    let ready = daemon.until("orphan", |p| p["ready"] == true);
-    let main = u32::try_from(ready["replicas"][0]["pid"].as_u64().unwrap()).unwrap();
-    let mut family = descendants_of_shim(main);
-    family.push(main);
-    daemon.signal("KILL");
-    daemon.wait();
-    support::eventually(|| family.iter().all(|p| !alive(*p)).then_some(()));
-}
-
-#[test]
 fn memory_that_is_claimed_is_shown_and_given_back() {
     let daemon = Daemon::start(&stub("claim", r#""--vram", "3 GiB""#, "vram = \"4 GiB\"\ndevices = \"1\""));
     daemon.until("claim", |p| p["ready"] == true);

@@ -31,6 +31,8 @@ pub(crate) enum Wish {
     ResetBreaker,
     /// The daemon ends: stop without leaving a hold.
     Shutdown,
+    /// The daemon ends and its engines live on.
+    Leave,
 }
 
 pub(crate) type Answer = Result<Operation, ControlError>;
@@ -65,6 +67,8 @@ pub(crate) struct Conductor {
     pub(crate) verbs: u64,
     /// The daemon is ending: nothing is started any more.
     pub(crate) ending: bool,
+    /// Its drivers have ended and left their engines as they are.
+    pub(crate) left: bool,
 }
 
 impl Conductor {
@@ -88,7 +92,7 @@ impl Conductor {
                 },
             }
             self.publish();
-            if self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
+            if self.left || self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
                 return;
             }
         }
@@ -120,6 +124,15 @@ impl Conductor {
                 self.ending = true;
                 self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
                 "shutdown"
+            }
+            Wish::Leave => {
+                self.ending = true;
+                for d in &self.drivers {
+                    let _ = d.send(DriverCommand::Leave).await;
+                    d.closed().await;
+                }
+                self.left = true;
+                "leave"
             }
             Wish::Preload => {
                 self.set_hold(false).await;

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admission;
+mod boot;
 pub mod clock;
 mod conditions;
 mod conductor;

@@ -17,25 +17,28 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{Admission, Refused, SlotGuard};
+use crate::boot::{self, Boot};
 use crate::clock::Clock;
 use crate::conditions::{self, Conditions, StewardCommand};
 use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{
     ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
 };
-use crate::driver::{Driver, DriverParts, Memory, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
 use crate::lease_desk::{self, DeskCommand};
 use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Inventory, ModelStore, StateLedger};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::{Ledgered, Steward, Ward};
+use crate::steward::{Ledgered, Steward, Ward, told_of};
 
 /// Commands that may wait for a task; more are refused.
 const QUEUE: usize = 32;
 /// Leases the desk may be asked for at once.
 const DESK_QUEUE: usize = 1024;
+/// What a killed engine gets to be gone before the daemon is.
+const LAST_CALL: Duration = Duration::from_secs(2);
 
 /// Why no manager could be built.
 #[derive(Debug, Error)]
@@ -152,6 +155,9 @@ impl Builder {
         let (events, events_rx) = EventSink::channel();
         let (bell, broken) = (Arc::new(Notify::new()), CancellationToken::new());
         let (mut pools, mut wards, memories) = (BTreeMap::new(), Vec::new(), TaskTracker::new());
+        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &bell).await;
+        let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
+        let last_call = CancellationToken::new();
         for spec in self.pools {
             let spec = Arc::new(spec);
             let node = NodeParts {
@@ -162,11 +168,12 @@ impl Builder {
                 bell: &bell,
                 memories: &memories,
                 broken: &broken,
+                last_call: &last_call,
             };
-            let handle = spawn_pool(&spec, node, &mut wards).await;
+            let handle = spawn_pool(&spec, node, &mut found, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
         }
-        let (told, ledgered) = watch::channel(Ledgered::default());
+        let (told, ledgered) = watch::channel(told_of(&records));
         let (conditions_tx, conditions) = watch::channel(Conditions::new());
         let (steward_commands, commands) = mpsc::channel(QUEUE);
         let steward = Steward {
@@ -181,6 +188,8 @@ impl Builder {
             conditions: conditions_tx,
             clock,
             events: events.clone(),
+            found: records,
+            closed,
         };
         watched(&broken, "steward", steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
@@ -200,6 +209,7 @@ impl Builder {
             leases: AtomicU64::new(0),
             memories,
             ports,
+            last_call,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
@@ -217,6 +227,7 @@ struct NodeParts<'a> {
     memories: &'a TaskTracker,
     /// Cancelled by a bug.
     broken: &'a CancellationToken,
+    last_call: &'a CancellationToken,
 }
 
 /// Runs a task whose panic must not pass unnoticed.
@@ -230,9 +241,15 @@ fn watched(broken: &CancellationToken, name: &'static str, task: impl Future<Out
     });
 }
 
-async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<Ward>) -> PoolHandle {
-    let NodeParts { ports, clock, seed, events, memories, .. } = node;
+async fn spawn_pool(
+    spec: &Arc<PoolSpec>,
+    node: NodeParts<'_>,
+    found: &mut BTreeMap<ReplicaKey, Found>,
+    wards: &mut Vec<Ward>,
+) -> PoolHandle {
+    let NodeParts { ports, clock, seed, events, memories, last_call, .. } = node;
     let bell = Arc::new(Notify::new());
+    let hold = ports.ledger.held(&spec.id).await;
     let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..spec.replicas {
         let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
@@ -244,7 +261,7 @@ async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<W
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
-        let driver = Driver::new(DriverParts {
+        let mut driver = Driver::new(DriverParts {
             key: key.clone(),
             spec: Arc::clone(spec),
             ports: ports.clone(),
@@ -257,14 +274,17 @@ async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<W
             events: events.clone(),
             replica,
             memory,
+            last_call: last_call.clone(),
         });
+        if let Some(found) = found.remove(&key) {
+            driver.take_over(found, hold);
+        }
         watched(node.broken, "driver", driver.run());
         wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
         drivers.push(tx);
         replicas.push(seen);
         admissions.push((key, admission));
     }
-    let hold = ports.ledger.held(&spec.id).await;
     let snapshot = PoolSnapshot {
         pool_id: spec.id.clone(),
         snapshot: 1,
@@ -292,6 +312,7 @@ async fn spawn_pool(spec: &Arc<PoolSpec>, node: NodeParts<'_>, wards: &mut Vec<W
         hold,
         verbs: 0,
         ending: false,
+        left: false,
     };
     watched(node.broken, "conductor", conductor.run());
     PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
@@ -322,6 +343,8 @@ struct Inner {
     memories: TaskTracker,
     /// Also held because the ledger is what keeps other daemons out.
     ports: Ports,
+    /// For engines that are left when time is up.
+    last_call: CancellationToken,
 }
 
 /// The pools of one node. Clones share it.
@@ -419,12 +442,27 @@ impl PoolManager {
         snapshot
     }
 
-    /// Stops every engine and waits until nothing is left, at most `deadline`. Says whether it was in time.
+    /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
+    /// it was in time.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
+        // Not `stop`: that would leave a hold behind.
+        let in_time = self.end(Wish::Shutdown, deadline).await;
+        if !in_time {
+            self.inner.last_call.cancel();
+            // Nothing is waited for any more, but the signals have to be sent.
+            let _ = self.end(Wish::Shutdown, LAST_CALL).await;
+        }
+        in_time
+    }
+
+    /// Ends the management and leaves every engine as it is, for a later daemon to take over.
+    pub async fn leave(&self, deadline: Duration) -> bool {
+        self.end(Wish::Leave, deadline).await
+    }
+
+    async fn end(&self, wish: Wish, deadline: Duration) -> bool {
         for (id, handle) in &self.inner.pools {
-            // Not `stop`: that would leave a hold behind.
             let (answer, _) = oneshot::channel();
-            let wish = Wish::Shutdown;
             if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }

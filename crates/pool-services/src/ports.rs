@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::Past;
+use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::plan::EngineMemory;
 use pool_domain::{
     DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
@@ -105,7 +105,7 @@ pub struct Endpoint {
     /// Where it listens.
     pub addr: SocketAddr,
     /// Kind of engine, for example `llama.cpp`.
-    pub kind: &'static str,
+    pub kind: String,
     /// Model name it must serve.
     pub model: String,
     /// Model file it must serve, where the kind tells.
@@ -172,18 +172,85 @@ pub enum Listener {
     None,
 }
 
+/// How far an engine had come when its record was written.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Phase {
+    /// It has proved nothing yet.
+    Starting,
+    /// It serves.
+    Ready {
+        /// Since when, in ticks of this boot.
+        since: Tick,
+        /// What it proved.
+        proof: Proof,
+    },
+    /// It serves those that are there.
+    Draining {
+        /// Ready since when.
+        ready_since: Tick,
+        /// What it proved.
+        proof: Proof,
+        /// Absolute end of the drain.
+        deadline: Tick,
+        /// What happens then.
+        on_deadline: OnDeadline,
+    },
+    /// It is being ended.
+    Stopping,
+}
+
+/// What has to be known of an engine to find it again and go on with it: written down before its launch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineRecord {
+    /// Its replica.
+    pub key: ReplicaKey,
+    /// Its generation.
+    pub generation: Generation,
+    /// Names this one launch, here and for ever.
+    pub nonce: String,
+    /// What of the spec it was made from, as [`PoolSpec::fingerprint`] tells it.
+    pub fingerprint: String,
+    /// Where it is reached.
+    pub endpoint: Endpoint,
+    /// Engine version.
+    pub engine_version: String,
+    /// Its devices.
+    pub devices: ResolvedMask,
+    /// Bytes promised on each of them.
+    pub bytes: Vec<u64>,
+    /// The program it runs, as [`RunningEngine::executable`] told; unset = whatever it was launched as.
+    pub executable: Option<String>,
+    /// How far it had come.
+    pub phase: Phase,
+}
+
+/// Why an engine that is on record is not taken over.
+#[derive(Debug)]
+pub struct NotAdopted {
+    /// What does not match.
+    pub why: Failure,
+    /// What can still be done about it: `kill` reaches only what is provably its own, `gone` tells when nothing is left.
+    /// `None`: nothing is left.
+    pub rest: Option<Arc<dyn RunningEngine>>,
+}
+
 /// Launches engines.
 #[async_trait]
 pub trait EngineHost: fmt::Debug + Send + Sync {
     /// Whether a port could be bound now.
     fn port_free(&self, addr: SocketAddr) -> bool;
-    /// Launches; a failure leaves nothing behind.
-    async fn launch(
-        &self,
-        key: &ReplicaKey,
-        generation: Generation,
-        engine: &PreparedEngine,
-    ) -> Result<Arc<dyn RunningEngine>, Failure>;
+    /// A name for one launch that no other ever has.
+    fn nonce(&self) -> String;
+    /// Launches what is on record; a failure leaves nothing behind.
+    async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure>;
+    /// Finds the engine of an earlier daemon, before anything is launched. One that ended meanwhile is found too, and
+    /// tells so.
+    async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted>;
+    /// Ends whatever engines of earlier daemons no record names, before anything is launched, and tells the devices, of
+    /// all these, on which some may be left.
+    async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String>;
+    /// Whether no engine of an earlier daemon is left on a device, as far as is known of those that no record names.
+    fn device_clear(&self, device: &str) -> bool;
 }
 
 /// A launched engine. Signals are fire and forget; what became of them is told by `exited` and `gone`.
@@ -205,6 +272,8 @@ pub trait RunningEngine: fmt::Debug + Send + Sync {
     fn progress(&self) -> u64;
     /// Whose socket listens at its address.
     fn listener(&self, addr: SocketAddr) -> Listener;
+    /// Names the program that its main process runs now.
+    fn executable(&self) -> Option<String>;
 }
 
 /// An engine's answer about itself.
@@ -295,6 +364,12 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.
     async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError>;
+    /// Writes down an engine, before its launch and whenever it has come further.
+    async fn record(&self, record: &EngineRecord) -> Result<(), LedgerError>;
+    /// Strikes an engine out, once nothing of it is left.
+    async fn forget(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError>;
+    /// The engines that were not struck out.
+    async fn recorded(&self) -> Vec<EngineRecord>;
     /// Tells consumers of a Ready replica.
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError>;
     /// Takes that back.

@@ -82,6 +82,17 @@ pub struct PoolSpec {
 }
 
 impl PoolSpec {
+    /// What of it decides which engine runs with which arguments for the given replica, as text: an engine that was made
+    /// from another one is not what this asks for. Numbers of the lifecycle do not count.
+    #[must_use]
+    pub fn fingerprint(&self, replica: u16) -> String {
+        let Self { model, engine, args, version, workload, context, slots, kv_type, tensor_split, vram, .. } = self;
+        let (mask, workload) = (self.mask_of(replica), workload.code());
+        format!(
+            "{model} {engine} {args:?} {version:?} {workload} {mask:?} {context:?} {slots} {kv_type:?} {tensor_split:?} {vram:?}"
+        )
+    }
+
     /// The mask of the given replica.
     #[must_use]
     pub fn mask_of(&self, replica: u16) -> &DeviceMask {

@@ -14,12 +14,13 @@ use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
+use crate::boot::Closed;
 use crate::clock::Clock;
 use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Published, Want};
 use crate::events::{EventKind, EventSink};
-use crate::ports::{EngineHost, Inventory};
+use crate::ports::{EngineHost, EngineRecord, Inventory};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -94,12 +95,18 @@ pub(crate) struct Steward {
     pub(crate) conditions: watch::Sender<Conditions>,
     pub(crate) clock: Clock,
     pub(crate) events: EventSink,
+    /// What replicas hold from before this daemon.
+    pub(crate) found: Vec<EngineRecord>,
+    /// Devices on which something of earlier engines may be left.
+    pub(crate) closed: watch::Receiver<Closed>,
 }
 
 impl Steward {
     /// Runs until every driver is gone, and nobody can ask for anything any more.
     pub(crate) async fn run(mut self) {
-        let mut book = Book::default();
+        // Before anything else is granted.
+        let held = reservations(&self.found);
+        let mut book = Book { homes: held.clone(), held, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -142,11 +149,10 @@ impl Steward {
                 // The driver never waits for the steward, so this cannot deadlock.
                 self.wards[i].tell(command).await;
             }
-            let held = |r: &Reservation| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
             self.told.send_replace(Ledgered {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
-                held: book.held.iter().map(|(key, r)| (key.clone(), held(r))).collect(),
+                held: by_device(&book.held),
             });
             let conditions = self.conditions(&book);
             self.conditions.send_if_modified(|c| {
@@ -193,6 +199,10 @@ impl Steward {
             for uuid in &held.devices.uuids {
                 found.entry(uuid.clone()).or_insert_with(|| DeviceHealth::Fenced(left_by(&ward.key.pool)));
             }
+        }
+        for uuid in self.closed.borrow().iter() {
+            let why = || DeviceHealth::Fenced("something of an earlier engine may be left there".into());
+            found.entry(uuid.clone()).or_insert_with(why);
         }
         for (uuid, why) in book.suspicions.suspects() {
             found.entry(uuid.to_owned()).or_insert(DeviceHealth::Suspect(why));
@@ -305,6 +315,12 @@ impl Steward {
                 device.health = DeviceHealth::Suspect(why.clone());
             }
         }
+        let closed = self.closed.borrow();
+        for device in devices.iter_mut().filter(|d| d.health.admits() && closed.contains(&d.uuid)) {
+            if home.and_then(|home| home.on(&device.uuid)).is_none() {
+                device.health = DeviceHealth::Fenced("something of an earlier engine may be left there".into());
+            }
+        }
         for device in devices.iter_mut().filter(|d| d.health.admits()) {
             let Some(by) = fenced.get(device.uuid.as_str()) else { continue };
             match home.and_then(|home| home.on(&device.uuid)) {
@@ -376,6 +392,29 @@ impl Steward {
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
     }
+}
+
+/// What engines hold that were found.
+fn reservations(found: &[EngineRecord]) -> BTreeMap<ReplicaKey, Reservation> {
+    let reservation = |r: &EngineRecord| Reservation {
+        generation: r.generation,
+        devices: r.devices.clone(),
+        bytes: r.bytes.clone(),
+        port: Some(r.endpoint.addr.port()),
+    };
+    found.iter().map(|r| (r.key.clone(), reservation(r))).collect()
+}
+
+/// What is promised already by engines that were found.
+/// What is held before the steward runs.
+pub(crate) fn told_of(found: &[EngineRecord]) -> Ledgered {
+    let held = reservations(found);
+    Ledgered { promised: promised(&held), held: by_device(&held), ..Ledgered::default() }
+}
+
+fn by_device(held: &BTreeMap<ReplicaKey, Reservation>) -> BTreeMap<ReplicaKey, Vec<(String, u64)>> {
+    let pairs = |r: &Reservation| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
+    held.iter().map(|(key, r)| (key.clone(), pairs(r))).collect()
 }
 
 fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {

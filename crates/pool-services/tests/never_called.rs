@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use mockall::mock;
-use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
-use pool_services::ports::{EngineHost, PreparedEngine, RunningEngine};
+use pool_domain::{Failure, FailureClass};
+use pool_services::ports::{EngineHost, EngineRecord, NotAdopted, PreparedEngine, RunningEngine};
 use pool_services::{PoolControl, PoolManager};
 use pool_testkit::{FakeNode, spec};
 
@@ -19,14 +19,21 @@ mock! {
     #[async_trait]
     impl EngineHost for Host {
         fn port_free(&self, addr: SocketAddr) -> bool;
-        async fn launch(&self, key: &ReplicaKey, generation: Generation, engine: &PreparedEngine)
+        fn nonce(&self) -> String;
+        async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine)
             -> Result<Arc<dyn RunningEngine>, Failure>;
+        async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted>;
+        async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String>;
+        fn device_clear(&self, device: &str) -> bool;
     }
 }
 
 async fn state_after_an_hour(node: &FakeNode) -> &'static str {
     let mut host = MockHost::new();
     host.expect_port_free().return_const(true);
+    host.expect_nonce().return_const("nonce");
+    host.expect_end_unknown().returning(|_, _| Vec::new());
+    host.expect_device_clear().return_const(true);
     host.expect_launch().never();
     let (m, _events) = PoolManager::builder()
         .gpu(Arc::clone(&node.gpus) as _)

@@ -9,10 +9,10 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
 use pool_domain::plan::EngineMemory;
-use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
+use pool_domain::{Failure, FailureClass, Generation};
 use pool_services::ports::{
-    Endpoint, EngineHost, EngineProbe, EngineProvisioner, Identity, Listener, NotAdmitted, PrepareRequest,
-    PreparedEngine, RunningEngine, Up,
+    Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
+    PrepareRequest, PreparedEngine, RunningEngine, Up,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -84,6 +84,7 @@ struct FakeEngine {
     script: Script,
     began: Instant,
     pid: u32,
+    nonce: String,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
     terms: AtomicU64,
@@ -97,6 +98,8 @@ pub struct FakeEngines {
     by_addr: Mutex<BTreeMap<SocketAddr, Arc<FakeEngine>>>,
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
+    nonces: AtomicU64,
+    unknown: Mutex<Vec<String>>,
 }
 
 fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -131,6 +134,17 @@ impl FakeEngines {
         for e in lock(&self.by_addr).values() {
             e.gone.send_replace(true);
         }
+    }
+
+    /// Devices on which something that no record names is left from now on.
+    pub fn leave_unknown_on(&self, devices: Vec<String>) {
+        *lock(&self.unknown) = devices;
+    }
+
+    /// Pids of the engines that have not ended.
+    #[must_use]
+    pub fn running(&self) -> Vec<u32> {
+        lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.pid).collect()
     }
 
     /// TERM and KILL signals that engines have received so far.
@@ -205,6 +219,40 @@ impl RunningEngine for FakeEngine {
     fn listener(&self, _: SocketAddr) -> Listener {
         self.script.listener
     }
+    fn executable(&self) -> Option<String> {
+        Some("/fake/engine".into())
+    }
+}
+
+/// An engine that cannot be told from a stranger: no signal reaches it, and nothing proves its end.
+#[derive(Debug)]
+struct Stranger;
+
+#[async_trait]
+impl RunningEngine for Stranger {
+    fn pid(&self) -> Option<u32> {
+        None
+    }
+    fn pids(&self) -> Vec<u32> {
+        Vec::new()
+    }
+    async fn exited(&self) -> Failure {
+        std::future::pending().await
+    }
+    async fn gone(&self) {
+        std::future::pending::<()>().await;
+    }
+    fn terminate(&self) {}
+    fn kill(&self) {}
+    fn progress(&self) -> u64 {
+        0
+    }
+    fn listener(&self, _: SocketAddr) -> Listener {
+        Listener::Foreign
+    }
+    fn executable(&self) -> Option<String> {
+        None
+    }
 }
 
 #[async_trait]
@@ -228,7 +276,7 @@ impl EngineProvisioner for FakeEngines {
             env: Vec::new(),
             endpoint: Endpoint {
                 addr: request.listen,
-                kind: "fake",
+                kind: "fake".into(),
                 model: request.model.id.clone(),
                 model_path: None,
                 workload: request.spec.workload,
@@ -243,14 +291,9 @@ impl EngineHost for FakeEngines {
     fn port_free(&self, addr: SocketAddr) -> bool {
         !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
     }
-    async fn launch(
-        &self,
-        _: &ReplicaKey,
-        generation: Generation,
-        engine: &PreparedEngine,
-    ) -> Result<Arc<dyn RunningEngine>, Failure> {
+    async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
         let script = lock(&self.script).clone();
-        lock(&self.launches).push((Instant::now(), generation));
+        lock(&self.launches).push((Instant::now(), record.generation));
         if let Some(f) = script.launch {
             return Err(f);
         }
@@ -259,6 +302,7 @@ impl EngineHost for FakeEngines {
             script,
             began: Instant::now(),
             pid,
+            nonce: record.nonce.clone(),
             exit: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             terms: AtomicU64::new(0),
@@ -266,6 +310,25 @@ impl EngineHost for FakeEngines {
         });
         lock(&self.by_addr).insert(engine.endpoint.addr, Arc::clone(&fake));
         Ok(fake)
+    }
+    fn nonce(&self) -> String {
+        format!("nonce-{}", self.nonces.fetch_add(1, Ordering::Relaxed))
+    }
+    async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted> {
+        let why = |what: &str| Failure::new(FailureClass::Crash(Exit::Unknown), what);
+        match lock(&self.by_addr).get(&record.endpoint.addr).cloned() {
+            Some(engine) if engine.nonce == record.nonce => Ok(engine),
+            Some(engine) if engine.exit.borrow().is_none() => {
+                Err(NotAdopted { why: why("its nonce differs"), rest: Some(Arc::new(Stranger)) })
+            }
+            _ => Err(NotAdopted { why: why("nothing was launched"), rest: None }),
+        }
+    }
+    async fn end_unknown(&self, _: &[EngineRecord], devices: &[String]) -> Vec<String> {
+        lock(&self.unknown).iter().filter(|d| devices.contains(d)).cloned().collect()
+    }
+    fn device_clear(&self, device: &str) -> bool {
+        !lock(&self.unknown).iter().any(|d| d == device)
     }
 }
 

@@ -12,7 +12,6 @@ pub use engines::{FakeEngines, Script};
 pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};
 
 use std::sync::Arc;
-
 use std::time::Duration;
 
 use pool_domain::PoolId;
@@ -65,6 +64,14 @@ impl FakeNode {
     /// # Panics
     /// When the pools cannot be managed at all.
     pub async fn manage(&self, pools: Vec<PoolSpec>) -> (PoolManager, mpsc::Receiver<Event>) {
+        self.manage_at(pools, Duration::ZERO).await
+    }
+
+    /// The same, this long after the boot of the machine.
+    ///
+    /// # Panics
+    /// When the pools cannot be managed at all.
+    pub async fn manage_at(&self, pools: Vec<PoolSpec>, uptime: Duration) -> (PoolManager, mpsc::Receiver<Event>) {
         let engines = &self.engines;
         PoolManager::builder()
             .gpu(Arc::clone(&self.gpus) as _)
@@ -75,7 +82,7 @@ impl FakeNode {
             .ledger(Arc::clone(&self.ledger) as _)
             .pools(pools)
             .seed(7)
-            .boot_ms(u64::try_from(self.ledger.booted().elapsed().as_millis()).unwrap_or(u64::MAX))
+            .boot_ms(u64::try_from(uptime.max(self.ledger.booted().elapsed()).as_millis()).unwrap_or(u64::MAX))
             .start()
             .await
             .expect("a complete set of fakes")

@@ -12,7 +12,7 @@ use pool_domain::{
     DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
+    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
 };
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
@@ -143,6 +143,7 @@ struct Facts {
     past_writes: u64,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
+    records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     broken: bool,
 }
@@ -167,6 +168,11 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// Changes what is on record, as somebody with an editor might.
+    pub fn tamper(&self, change: impl FnOnce(&mut BTreeMap<ReplicaKey, EngineRecord>)) {
+        change(&mut self.facts().records);
     }
 
     /// The handoffs that stand.
@@ -221,6 +227,17 @@ impl StateLedger for FakeLedger {
                 f.held.remove(pool);
             }
         })
+    }
+    async fn record(&self, record: &EngineRecord) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.records.insert(record.key.clone(), record.clone());
+        })
+    }
+    async fn forget(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        self.write(|f| f.records.retain(|k, r| k != key || r.generation > generation))
+    }
+    async fn recorded(&self) -> Vec<EngineRecord> {
+        self.facts().records.values().cloned().collect()
     }
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {
         self.write(|f| {

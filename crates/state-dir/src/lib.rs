@@ -4,6 +4,7 @@
 //! ```text
 //! lock                       held for life, never unlinked
 //! ledger/<pool>.json         hold, generations and what is held against replicas, and <pool>.json.copy with the same content
+//! engines/<pool>-<replica>.json   what a later daemon needs to find the engine and go on with it
 //! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
 //! run/                       whatever engines need while they run
 //! ```
@@ -12,7 +13,9 @@
 
 #![forbid(unsafe_code)]
 
+mod engines;
 mod files;
+mod lock_dir;
 mod past;
 mod record;
 
@@ -26,7 +29,7 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{Handoff, LedgerError, StateLedger};
+use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tracing::error;
@@ -64,6 +67,7 @@ pub struct StateDir {
     turn: Arc<Semaphore>,
     /// Names this boot of the machine: ticks of another one mean nothing here.
     boot_id: String,
+    lock_dir: PathBuf,
     _lock: File,
 }
 
@@ -72,31 +76,45 @@ struct Paths {
     root: PathBuf,
     ledger: PathBuf,
     handoff: PathBuf,
+    engines: PathBuf,
 }
 
 impl StateDir {
     /// Opens the state directory, creating it for this user alone where it is missing, and takes its lock. Handoffs of
-    /// an earlier run are removed: none of its engines lives on.
+    /// an earlier run are removed: a replica whose engine is taken over writes its own again.
     ///
     /// # Errors
     /// When another daemon holds the lock, or the file system refuses.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, StateDirError> {
         let root = path.into();
-        let paths = Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), root };
+        let paths =
+            Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
-        for dir in [&paths.ledger, &paths.handoff, &paths.root.join("run")] {
+        for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.root.join("run")] {
             create_dir(dir)?;
         }
         clear(&paths.handoff, |_| true)?;
         clear(&paths.ledger, files::is_leftover)?;
-        Ok(Self { paths, turn: Arc::new(Semaphore::new(1)), boot_id: boot_id(), _lock: lock })
+        clear(&paths.engines, files::is_leftover)?;
+        let lock_dir = lock_dir::create(&paths.root).map_err(|source| StateDirError::Io {
+            what: "make a directory for the locks of",
+            path: paths.root.clone(),
+            source,
+        })?;
+        Ok(Self { lock_dir, paths, turn: Arc::new(Semaphore::new(1)), boot_id: boot_id(), _lock: lock })
     }
 
     /// Where engines keep what they need while they run.
     #[must_use]
     pub fn runtime_dir(&self) -> PathBuf {
         self.paths.root.join("run")
+    }
+
+    /// Where the locks of engines lie. Not below the state directory, and never removed.
+    #[must_use]
+    pub fn lock_dir(&self) -> PathBuf {
+        self.lock_dir.clone()
     }
 
     /// Runs file work off the async threads, one at a time.
@@ -177,6 +195,27 @@ impl StateLedger for StateDir {
             Ok(())
         })
         .await
+    }
+
+    async fn record(&self, record: &EngineRecord) -> Result<(), LedgerError> {
+        let record = record.clone();
+        self.work(move |paths| engines::store(&paths.engines, &record))
+            .await
+            .map_err(|source| LedgerError { what: "the record of an engine", source })
+    }
+
+    async fn forget(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        let key = key.clone();
+        self.work(move |paths| engines::forget(&paths.engines, &key, generation))
+            .await
+            .map_err(|source| LedgerError { what: "the end of an engine", source })
+    }
+
+    async fn recorded(&self) -> Vec<EngineRecord> {
+        self.work(|paths| engines::load_all(&paths.engines)).await.unwrap_or_else(|error| {
+            error!(%error, "the records of engines cannot be read");
+            Vec::new()
+        })
     }
 
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {

@@ -295,3 +295,65 @@ async fn a_record_of_before_there_was_a_past_is_read() {
     fs::write(dir.path().join("ledger/chat.json"), text).unwrap();
     assert_eq!((state.last_generation(&a).await, state.past(&a, Tick(0)).await), (Generation(5), Past::default()));
 }
+
+#[tokio::test]
+async fn engines_on_record_survive_and_are_struck_out_by_their_generation() {
+    use pool_domain::lifecycle::{OnDeadline, Proof};
+    use pool_domain::{ResolvedMask, Tick};
+    use pool_services::Workload;
+    use pool_services::ports::{Endpoint, Phase};
+    let proof = Proof { residency: "simulated", model: "tiny".into(), slots: 4, first_unit_ms: 7 };
+    let record = |key: ReplicaKey, phase| EngineRecord {
+        key,
+        generation: Generation(3),
+        nonce: "n".into(),
+        fingerprint: "f".into(),
+        endpoint: Endpoint {
+            addr: "127.0.0.1:42000".parse().unwrap(),
+            kind: "stub".into(),
+            model: "tiny".into(),
+            model_path: Some("/m".into()),
+            workload: Workload::Embed,
+        },
+        engine_version: "1".into(),
+        devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
+        bytes: vec![1, 2],
+        executable: Some("1:2".into()),
+        phase,
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let (since, deadline) = (Tick(5), Tick(9));
+    let draining =
+        Phase::Draining { ready_since: since, proof: proof.clone(), deadline, on_deadline: OnDeadline::Abort };
+    let phases = [Phase::Starting, Phase::Ready { since, proof }, draining, Phase::Stopping];
+    let all: Vec<EngineRecord> = (0..).zip(phases).map(|(n, phase)| record(key("chat", n), phase)).collect();
+    for record in &all {
+        state.record(record).await.unwrap();
+    }
+    drop(state);
+    fs::write(dir.path().join("engines/torn-r0.json"), "{").unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    assert_eq!(state.recorded().await, all);
+    state.forget(&all[0].key, Generation(2)).await.unwrap();
+    assert_eq!(state.recorded().await.len(), 4, "a later one is not meant");
+    for record in &all {
+        state.forget(&record.key, Generation(3)).await.unwrap();
+    }
+    assert!(state.recorded().await.is_empty());
+}
+
+#[test]
+fn locks_lie_outside_under_the_name_of_the_directory() {
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let state = StateDir::open(one.path()).unwrap();
+    let locks = state.lock_dir();
+    assert!(locks.is_dir() && !locks.starts_with(one.path()));
+    assert_eq!(fs::metadata(&locks).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_ne!(StateDir::open(two.path()).unwrap().lock_dir(), locks);
+    drop(state);
+    // The same directory by another way.
+    let link = two.path().join("link");
+    std::os::unix::fs::symlink(one.path(), &link).unwrap();
+    assert_eq!(StateDir::open(&link).unwrap().lock_dir(), locks);
+}

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{OnDeadline, Proof};
-use crate::{Failure, Generation};
+use crate::{Failure, Generation, Tick};
 
 /// A wish from above.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,6 +31,8 @@ pub enum Command {
     Adopt {
         /// Its generation.
         generation: Generation,
+        /// Ready since when, if it was.
+        ready_since: Option<Tick>,
     },
 }
 
@@ -67,7 +69,7 @@ pub enum Fact {
     Gone,
     /// No lease is held.
     LeasesDone,
-    /// An adopted engine is what the record says; with its proof if it was Ready.
+    /// An adopted engine is what the record says; with its proof if it was Ready and has proved it again.
     Adopted(Option<Proof>),
     /// It is not, but it is ours to end.
     NotAdopted(Failure),

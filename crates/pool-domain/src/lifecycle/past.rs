@@ -129,7 +129,7 @@ mod tests {
         // Or the engine of the trial lives on, and its time Ready counts.
         let mut r = again(&r, 32_000);
         let generation = r.generation;
-        step(&mut r, 32_000, Event::Command(Command::Adopt { generation }));
+        step(&mut r, 32_000, Event::Command(Command::Adopt { generation, ready_since: None }));
         let proof = Proof { residency: "vram", model: "m".into(), slots: 1, first_unit_ms: 1 };
         let event = Event::Engine(r.generation, Fact::Adopted(Some(proof)));
         step(&mut r, 32_000, event);

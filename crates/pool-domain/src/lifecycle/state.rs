@@ -201,6 +201,8 @@ pub enum State {
     Adopting {
         /// Since when.
         since: Tick,
+        /// Ready since when, if it was.
+        ready_since: Option<Tick>,
     },
 }
 

@@ -58,10 +58,12 @@ impl Replica {
                 State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. } => self.attempt(cx),
                 _ => Vec::new(),
             },
-            Command::Adopt { generation } => match &self.state {
+            Command::Adopt { generation, ready_since } => match &self.state {
                 State::Idle if generation >= self.generation => {
                     self.generation = generation;
-                    self.state = State::Adopting { since: cx.now };
+                    // A record cannot know the future.
+                    let ready_since = ready_since.map(|since| since.min(cx.now));
+                    self.state = State::Adopting { since: cx.now, ready_since };
                     vec![Action::Adopt]
                 }
                 _ => Vec::new(),
@@ -271,11 +273,12 @@ impl Replica {
                 _ => Vec::new(),
             },
             Fact::Proved(proof) => match self.state {
-                State::Warming { .. } => self.become_ready(proof, cx),
+                State::Warming { .. } => self.become_ready(proof, cx.now),
                 _ => Vec::new(),
             },
             Fact::Unproved(failure) => match self.state {
                 State::Warming { .. } => self.end_failed(failure, false, cx),
+                State::Adopting { .. } => self.end_failed(failure, true, cx),
                 _ => Vec::new(),
             },
             Fact::Healthy => self.healthy(cx),
@@ -296,7 +299,10 @@ impl Replica {
                 _ => Vec::new(),
             },
             Fact::Adopted(proof) => match (&self.state, proof) {
-                (State::Adopting { .. }, Some(proof)) => self.become_ready(proof, cx),
+                (State::Adopting { ready_since, .. }, Some(proof)) => {
+                    let since = ready_since.unwrap_or(cx.now);
+                    self.become_ready(proof, since)
+                }
                 (State::Adopting { .. }, None) => {
                     let (stall_at, max_at) = (cx.now + cx.policy.start.stall, cx.now + cx.policy.start.max);
                     self.state = State::Starting { since: cx.now, launch: Launch::Running, stall_at, max_at };
@@ -330,10 +336,10 @@ impl Replica {
         }
     }
 
-    fn become_ready(&mut self, proof: Proof, cx: &Cx<'_>) -> Vec<Action> {
+    fn become_ready(&mut self, proof: Proof, since: Tick) -> Vec<Action> {
         self.breaker.became_ready();
         self.port_conflicts = 0;
-        self.state = State::Ready { since: cx.now, proof, misses: 0 };
+        self.state = State::Ready { since, proof, misses: 0 };
         vec![Action::OpenAdmission, Action::WatchHealth]
     }
 
@@ -377,9 +383,11 @@ impl Replica {
 
     fn exited(&mut self, failure: Failure, cx: &Cx<'_>) -> Vec<Action> {
         match &self.state {
-            State::Starting { .. } | State::Warming { .. } | State::Ready { .. } | State::Suspect { .. } => {
-                self.end_failed(failure, true, cx)
-            }
+            State::Starting { .. }
+            | State::Warming { .. }
+            | State::Ready { .. }
+            | State::Suspect { .. }
+            | State::Adopting { .. } => self.end_failed(failure, true, cx),
             State::Draining { ready_since, .. } => {
                 let ready_for = cx.now.since(*ready_since);
                 self.last_failure = Some((cx.now, failure));
@@ -388,10 +396,6 @@ impl Replica {
                 let mut actions = vec![Action::RevokeLeases];
                 actions.extend(self.kill(Then::Idle, cx));
                 actions
-            }
-            State::Adopting { .. } => {
-                self.last_failure = Some((cx.now, failure));
-                self.kill(Then::Restart, cx)
             }
             // What the main process left behind gets no grace of its own.
             State::Stopping { stage: StopStage::Term { .. }, then, .. } => {
@@ -407,6 +411,7 @@ impl Replica {
         let ready_since = match &self.state {
             State::Ready { since, .. } => Some(*since),
             State::Suspect { ready_since, .. } => Some(*ready_since),
+            State::Adopting { ready_since, .. } => *ready_since,
             _ => None,
         };
         let then = match ready_since {

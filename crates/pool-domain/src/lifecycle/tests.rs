@@ -30,7 +30,10 @@ fn command() -> impl Strategy<Value = Command> {
         1 => Just(Command::ResetBreaker),
         1 => Just(Command::Unfence),
         1 => Just(Command::Unblocked),
-        1 => (0u64..50).prop_map(|g| Command::Adopt { generation: Generation(g) }),
+        1 => (0u64..50, any::<bool>()).prop_map(|(g, ready)| Command::Adopt {
+            generation: Generation(g),
+            ready_since: ready.then_some(Tick(0)),
+        }),
     ]
 }
 
@@ -433,4 +436,34 @@ fn only_starts_after_a_failure_are_restarts() {
     command_at(&mut r, 2_000, Command::Start);
     fact_at(&mut r, 2_000, Fact::Gone);
     assert_eq!((r.state.code(), r.restarts), ("staging", 1));
+}
+
+#[test]
+fn an_engine_that_died_while_nobody_looked_has_crashed_and_a_ready_one_keeps_its_time() {
+    let policy = Policy::default();
+    let now = Tick(700_000);
+    let step = |r: &mut Replica, event| r.step(event, now, Draw::new(0.5), &policy);
+    let adopt = |ready_since| {
+        let mut r = Replica::new(Generation(6));
+        let adopt = Command::Adopt { generation: Generation(7), ready_since };
+        assert_eq!(step(&mut r, Event::Command(adopt)), [Action::Adopt]);
+        r
+    };
+    let mut kept = adopt(Some(Tick(5)));
+    let actions = step(&mut kept, Event::Engine(Generation(7), Fact::Adopted(Some(proof()))));
+    assert_eq!(actions, [Action::OpenAdmission, Action::WatchHealth]);
+    assert!(matches!(kept.state, State::Ready { since: Tick(5), .. }), "{:?}", kept.state);
+
+    let mut unfinished = adopt(None);
+    assert_eq!(step(&mut unfinished, Event::Engine(Generation(7), Fact::Adopted(None))), [Action::WatchStart]);
+
+    for (ready_since, at_once) in [(None, false), (Some(Tick(690_000)), false), (Some(Tick(5)), true)] {
+        let mut dead = adopt(ready_since);
+        let exit = Fact::Exited(Failure::crash(Exit::Signal(9)));
+        assert!(step(&mut dead, Event::Engine(Generation(7), exit)).contains(&Action::AwaitGone));
+        let State::Stopping { then, .. } = &dead.state else { panic!("{:?}", dead.state) };
+        assert_eq!(*then == Then::Restart, at_once, "{then:?}");
+        assert_eq!(dead.backoff.failures() > 0, !at_once);
+        assert_eq!(dead.generation, Generation(7));
+    }
 }

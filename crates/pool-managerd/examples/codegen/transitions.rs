@@ -65,7 +65,7 @@ fn states() -> Vec<State> {
         all.push(State::Fenced { since: at, then });
     }
     all.push(State::Failed { since: at, failure: config() });
-    all.push(State::Adopting { since: at });
+    all.push(State::Adopting { since: at, ready_since: None });
     all
 }
 
@@ -90,7 +90,7 @@ fn events() -> Vec<(&'static str, Event)> {
         command("reset breaker", Command::ResetBreaker),
         command("unfence", Command::Unfence),
         command("unblocked", Command::Unblocked),
-        command("adopt", Command::Adopt { generation: GENERATION }),
+        command("adopt", Command::Adopt { generation: GENERATION, ready_since: None }),
         fact("staged", Fact::Staged),
         fact("prepared", Fact::Prepared),
         fact("blocked", Fact::Blocked(Wait::Vram { detail: String::new() })),

@@ -93,19 +93,6 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
         return Err(source
             .error(At::Key(&at("engine_ports")), format!("the range holds the port of the API, {}", listen.port())));
     }
-    match raw.on_exit.as_str() {
-        "stop" => {}
-        "keep" => {
-            return Err(source
-                .error(At::Key(&at("on_exit")), format!("`keep` {LATER}"))
-                .hinting("write \"stop\": engines end with the daemon"));
-        }
-        other => {
-            return Err(source
-                .error(At::Key(&at("on_exit")), format!("`{other}` is not known"))
-                .hinting("write \"stop\""));
-        }
-    }
     Ok(Node {
         profile: raw.profile,
         listen,
@@ -118,6 +105,7 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
         },
         engine_listen,
         engine_ports,
+        on_exit: raw.on_exit,
         shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
         log: raw.log.unwrap_or(match raw.profile {
             Profile::Home => LogFormat::Pretty,

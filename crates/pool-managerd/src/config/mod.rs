@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
-pub use raw::{LogFormat, Profile, RawConfig};
+pub use raw::{LogFormat, OnExit, Profile, RawConfig};
 pub(crate) use source::{At, Step};
 
 /// No config is larger.
@@ -63,6 +63,8 @@ pub struct Node {
     pub engine_listen: IpAddr,
     /// Ports engines are given.
     pub engine_ports: RangeInclusive<u16>,
+    /// What becomes of engines at the end.
+    pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: Duration,
     /// How the log looks.

@@ -61,6 +61,20 @@ pub enum LogFormat {
     Json,
 }
 
+/// What happens to engines when the daemon is asked to stop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExit {
+    /// They end before it does.
+    #[default]
+    Stop,
+    /// They serve on, and the next daemon takes them over.
+    Keep,
+    /// They end with it also when it is killed: for a daemon whose state directory nobody opens again.
+    #[serde(skip)]
+    Bound,
+}
+
 /// `[node]`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -81,8 +95,9 @@ pub struct RawNode {
     pub engine_listen: String,
     /// Ports engines are given, first and last.
     pub engine_ports: String,
-    /// What happens to engines when the daemon stops: `stop`.
-    pub on_exit: String,
+    /// What happens to engines when the daemon is asked to stop: `stop` ends them, `keep` leaves them serving for the next
+    /// daemon, as for an upgrade. When it is killed, or dies, they serve on in either case, and the next one takes them over.
+    pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: String,
     /// `pretty` or `json`; by default what the profile says.
@@ -100,7 +115,7 @@ impl Default for RawNode {
             state_dir: None,
             engine_listen: "127.0.0.1".into(),
             engine_ports: "42000-42999".into(),
-            on_exit: "stop".into(),
+            on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
             log: None,
         }

@@ -22,7 +22,54 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon's binary.
 pub fn binary() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_pool-managerd"))
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pool-managerd"));
+    // Where the locks of engines lie, by the name of each state directory.
+    command.env("XDG_RUNTIME_DIR", concat!(env!("CARGO_TARGET_TMPDIR"), "/runtime"));
+    command
+}
+
+/// Every engine that was started in a directory; a test that fails leaves none of them.
+pub struct Engines {
+    run: PathBuf,
+    /// Also when the directory is gone by then.
+    seen: std::cell::RefCell<Vec<Value>>,
+}
+
+impl Engines {
+    pub fn of(daemon: &Daemon) -> Self {
+        Self { run: daemon.dir().join("state/run"), seen: Default::default() }
+    }
+
+    /// What the shims say that they started.
+    pub fn starts(&self) -> Vec<Value> {
+        let below =
+            |dir: &Path| fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path()).collect::<Vec<_>>();
+        let generations = below(&self.run).into_iter().flat_map(|replica| below(&replica));
+        let read = |dir: PathBuf| serde_json::from_slice(&fs::read(dir.join("start.json")).ok()?).ok();
+        let starts: Vec<Value> = generations.filter_map(read).collect();
+        self.seen.borrow_mut().extend(starts.iter().cloned());
+        starts
+    }
+
+    /// Main processes that live.
+    pub fn running(&self) -> Vec<u32> {
+        let mains = self.starts().into_iter().filter_map(|s| s["pid"].as_u64()?.try_into().ok());
+        mains.filter(|pid| alive(*pid)).collect()
+    }
+}
+
+impl Drop for Engines {
+    fn drop(&mut self) {
+        self.starts();
+        for start in self.seen.take() {
+            let shim = u32::try_from(start["shim_pid"].as_u64().unwrap_or(0)).unwrap_or(0);
+            let environment = fs::read(format!("/proc/{shim}/environ")).unwrap_or_default();
+            let nonce = start["nonce"].as_str().unwrap_or("none");
+            if alive(shim) && String::from_utf8_lossy(&environment).contains(nonce) {
+                signal(shim, "USR1");
+            }
+        }
+    }
 }
 
 /// A running daemon in a directory of its own.
@@ -92,6 +139,11 @@ impl Daemon {
 
     pub fn start_in(dir: tempfile::TempDir, config: &str) -> Self {
         write_config(dir.path(), config);
+        Self::start_in_place(dir)
+    }
+
+    /// With the config that lies in the directory.
+    pub fn start_in_place(dir: tempfile::TempDir) -> Self {
         let mut child = binary()
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(dir.path().join("pool-managerd.toml"))
@@ -113,6 +165,26 @@ impl Daemon {
         let line = daemon.wait_log("the API listens");
         daemon.addr = line.split("addr=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
         daemon
+    }
+
+    /// Kills it as `kill -9` does, and gives its directory back.
+    pub fn kill(mut self, engines: &Engines) -> tempfile::TempDir {
+        engines.starts();
+        self.signal("KILL");
+        self.child.wait().unwrap();
+        self.into_dir()
+    }
+
+    /// Asks it to stop, and gives its exit code and its directory back.
+    pub fn end(mut self, engines: &Engines) -> (Option<i32>, tempfile::TempDir) {
+        engines.starts();
+        self.signal("TERM");
+        let code = self.child.wait().unwrap().code();
+        (code, self.into_dir())
+    }
+
+    fn into_dir(mut self) -> tempfile::TempDir {
+        std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
     }
 
     /// The next log line that holds `part`.
@@ -188,7 +260,7 @@ impl Daemon {
     }
 
     /// Ends it by this signal, and leaves its directory for another one.
-    pub fn end(mut self, name: &str) -> tempfile::TempDir {
+    pub fn end_by(mut self, name: &str) -> tempfile::TempDir {
         self.signal(name);
         self.wait();
         std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())

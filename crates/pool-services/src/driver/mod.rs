@@ -1,17 +1,19 @@
 //! The driver of a replica: the only writer of its lifecycle. It feeds events to [`pool_domain::lifecycle::Replica`]
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
+mod adopt;
 mod memory;
 mod tell;
 mod work;
 
+pub(crate) use adopt::Found;
 pub(crate) use memory::Memory;
 pub(crate) use work::correction_key;
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use pool_domain::lifecycle::{Action, Command, Event, Fact, Policy, Proof, Replica, State, Wait};
+use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
@@ -21,8 +23,8 @@ use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::events::EventSink;
 use crate::ports::{
-    EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Handoff, ModelStore, PreparedEngine, ResolvedModel,
-    RunningEngine, StateLedger,
+    EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
+    ResolvedModel, RunningEngine, StateLedger,
 };
 use crate::snapshot::ReplicaSnapshot;
 use crate::spec::PoolSpec;
@@ -76,6 +78,8 @@ pub(crate) enum DriverCommand {
     Unblock,
     /// A person says that nothing of the engine is left.
     Unfence,
+    /// The daemon ends and its engines live on: leave everything as it is.
+    Leave,
 }
 
 /// Why the steward gave nothing.
@@ -118,7 +122,7 @@ pub(crate) enum Report {
     /// With the bytes it holds on its one device, if that is known.
     Proved(Proof, Option<u64>),
     Preflighted,
-    Prepared(PreparedEngine),
+    Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
     Checked(Fact),
 }
@@ -135,12 +139,20 @@ struct Attempt {
     grant: Option<Grant>,
     prepared: Option<PreparedEngine>,
     engine: Option<Arc<dyn RunningEngine>>,
+    /// What is written down of it.
+    record: Option<EngineRecord>,
+    /// Why an engine that was found is not taken over.
+    refused: Option<Failure>,
+    /// The drain it was in when it was found: its end and what happens then.
+    drain: Option<(pool_domain::Tick, OnDeadline)>,
 }
 
-/// Handoff work that has to happen in order, after the state was published.
+/// What has to be written in order, after the state was published.
 enum Scribe {
     Publish,
     Withdraw,
+    Record(Box<EngineRecord>),
+    Forget(Generation),
 }
 
 /// Everything a driver is made of.
@@ -159,6 +171,8 @@ pub(crate) struct DriverParts {
     pub(crate) replica: Replica,
     /// Where its past is kept.
     pub(crate) memory: Memory,
+    /// Cancelled when there is no time left: whatever runs is ended at once.
+    pub(crate) last_call: CancellationToken,
 }
 
 pub(crate) struct Driver {
@@ -186,6 +200,7 @@ pub(crate) struct Driver {
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
+    last_call: CancellationToken,
 }
 
 /// What the first picture of a replica shows.
@@ -256,12 +271,13 @@ impl Driver {
             accused: None,
             attempt_began: now,
             verbs: 0,
+            last_call: parts.last_call,
         }
     }
 
     /// Runs until nobody can command it any more and nothing runs.
     pub(crate) async fn run(mut self) {
-        let mut commanded = true;
+        let (mut commanded, mut hurried) = (true, false);
         loop {
             let deadline = self.replica.next_deadline(&self.policy);
             let draining = matches!(self.replica.state, State::Draining { .. });
@@ -271,20 +287,28 @@ impl Driver {
                     if let Some((generation, report)) = report { self.report(generation, report); }
                 }
                 command = self.commands.recv(), if commanded => match command {
+                    Some(DriverCommand::Leave) => {
+                        self.admission.close();
+                        return;
+                    }
                     Some(command) => self.command(command),
                     None => {
                         commanded = false;
-                        let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: pool_domain::lifecycle::OnDeadline::Force };
+                        let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: OnDeadline::Force };
                         self.step(Event::Command(stop));
                     }
                 },
                 () = self.admission.drained(), if draining => {
                     self.step(Event::Engine(self.replica.generation, Fact::LeasesDone));
                 }
+                () = self.last_call.cancelled(), if !hurried => {
+                    hurried = true;
+                    if let Some(engine) = &self.attempt.engine { engine.kill(); }
+                }
                 () = self.clock.sleep_until(deadline) => self.step(Event::Timer),
             }
             self.publish();
-            self.write_handoffs().await;
+            self.write_down().await;
             if !commanded && self.replica.state.at_rest() {
                 return;
             }
@@ -316,7 +340,7 @@ impl Driver {
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
             // An answer to a question that was withdrawn.
-            DriverCommand::Grant(_) | DriverCommand::Deny(..) => {}
+            DriverCommand::Grant(_) | DriverCommand::Deny(..) | DriverCommand::Leave => {}
         }
     }
 
@@ -347,8 +371,10 @@ impl Driver {
                 }
                 return;
             }
-            Report::Prepared(prepared) => {
+            Report::Prepared(both) => {
+                let (prepared, record) = *both;
                 self.attempt.prepared = Some(prepared);
+                self.attempt.record = Some(record);
                 Fact::Prepared
             }
             Report::Launched(engine) => {
@@ -361,7 +387,11 @@ impl Driver {
                 fact
             }
         };
+        let adopted = matches!(fact, Fact::Adopted(_));
         self.step(Event::Engine(generation, fact));
+        if adopted {
+            self.go_on();
+        }
     }
 
     fn step(&mut self, event: Event) {
@@ -375,6 +405,7 @@ impl Driver {
         }
         self.memory.keep(self.replica.past());
         self.tell(&before, now, by_hand);
+        self.note_phase();
         for action in actions {
             self.act(action);
         }
@@ -421,24 +452,24 @@ impl Driver {
                 }
             }
             Action::AwaitGone => self.await_gone(),
-            // Nothing sends `Command::Adopt` in this version: engines do not outlive the daemon yet.
-            Action::Adopt => {
-                let failure = Failure::new(pool_domain::FailureClass::Config, "this version adopts nothing");
-                self.send(Report::Fact(Fact::NotAdopted(failure)));
-            }
+            Action::Adopt => self.check_adopted(),
         }
     }
 
-    /// Tells consumers, after the state was published, so that a slow disk delays nobody.
-    async fn write_handoffs(&mut self) {
+    /// Writes what consumers and a later daemon need to know, after the state was published, so that a slow disk delays
+    /// nobody.
+    async fn write_down(&mut self) {
+        let ledger = Arc::clone(&self.ports.ledger);
         for entry in std::mem::take(&mut self.scribe) {
             let done = match (entry, self.handoff()) {
-                (Scribe::Publish, Some(handoff)) => self.ports.ledger.publish_handoff(&handoff).await,
+                (Scribe::Publish, Some(handoff)) => ledger.publish_handoff(&handoff).await,
                 (Scribe::Publish, None) => Ok(()),
-                (Scribe::Withdraw, _) => self.ports.ledger.withdraw_handoff(&self.key).await,
+                (Scribe::Withdraw, _) => ledger.withdraw_handoff(&self.key).await,
+                (Scribe::Record(record), _) => ledger.record(&record).await,
+                (Scribe::Forget(generation), _) => ledger.forget(&self.key, generation).await,
             };
             if let Err(e) = done {
-                tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "handoff file not written");
+                tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "not written down");
             }
         }
     }

@@ -75,7 +75,7 @@ impl Driver {
             (State::Ready { .. }, State::Suspect { failure, .. }) => {
                 self.emit(EventKind::Suspected { failure: failure.clone() });
             }
-            (State::Warming { .. }, State::Ready { .. }) => {
+            (State::Warming { .. } | State::Adopting { .. }, State::Ready { .. }) => {
                 self.emit(EventKind::BecameReady { took: now.since(self.attempt_began) });
             }
             (_, State::Draining { deadline, .. }) if from != to => {

@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Attempt, Driver, Grant, Report, Want};
 use crate::planning::demand;
-use crate::ports::{Endpoint, Listener, PROBE_TIMEOUT, PrepareRequest, Residency, RunningEngine, Up};
+use crate::ports::{
+    Endpoint, EngineRecord, LedgerError, Listener, PROBE_TIMEOUT, Phase, PrepareRequest, Residency, RunningEngine, Up,
+};
 use crate::spec::PoolSpec;
 
 /// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
@@ -34,7 +36,7 @@ impl Driver {
     }
 
     /// Runs `work` until it is done or the attempt is cancelled.
-    fn run_work(&self, work: impl Future<Output = Report> + Send + 'static) {
+    pub(super) fn run_work(&self, work: impl Future<Output = Report> + Send + 'static) {
         let (tx, generation, cancelled) = (self.reports_tx.clone(), self.replica.generation, self.work.clone());
         tokio::spawn(async move {
             tokio::select! {
@@ -110,24 +112,49 @@ impl Driver {
         };
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
         let (key, generation) = (self.key.clone(), self.replica.generation);
+        let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
         self.run_work(async move {
             // Intent is durable before a spawn; without it no generation may run.
-            if let Err(e) = ledger.intend(&key, generation).await {
+            let unwritten = |e: LedgerError| {
                 tracing::error!(pool_id = %key.pool, error = %e, "the state directory cannot be written");
                 let detail = "the state directory cannot be written".to_owned();
-                return Report::Fact(Fact::Blocked(Wait::Devices { detail }));
+                Report::Fact(Fact::Blocked(Wait::Devices { detail }))
+            };
+            if let Err(e) = ledger.intend(&key, generation).await {
+                return unwritten(e);
             }
-            match provisioner.prepare(&request).await {
-                Ok(prepared) => Report::Prepared(prepared),
-                Err(failure) => Report::Fact(Fact::Unstartable(failure)),
+            let prepared = match provisioner.prepare(&request).await {
+                Ok(prepared) => prepared,
+                Err(failure) => return Report::Fact(Fact::Unstartable(failure)),
+            };
+            let record = EngineRecord {
+                key: key.clone(),
+                generation,
+                nonce: host.nonce(),
+                fingerprint: request.spec.fingerprint(key.replica.0),
+                endpoint: prepared.endpoint.clone(),
+                engine_version: prepared.engine_version.clone(),
+                devices: request.devices,
+                bytes,
+                executable: None,
+                phase: Phase::Starting,
+            };
+            // One that somebody else runs is not ours to find again.
+            if prepared.entry.is_some()
+                && let Err(e) = ledger.record(&record).await
+            {
+                return unwritten(e);
             }
+            Report::Prepared(Box::new((prepared, record)))
         });
     }
 
     /// Not cancellable: a launch that was begun is always answered, so that what it brings can be stopped.
     pub(super) fn launch(&mut self) {
-        let Some(prepared) = self.attempt.prepared.clone() else { return };
-        let (host, key, generation) = (Arc::clone(&self.ports.host), self.key.clone(), self.replica.generation);
+        let (Some(prepared), Some(record)) = (self.attempt.prepared.clone(), self.attempt.record.clone()) else {
+            return;
+        };
+        let (host, generation) = (Arc::clone(&self.ports.host), self.replica.generation);
         let tx = self.reports_tx.clone();
         tokio::spawn(async move {
             let addr = prepared.endpoint.addr;
@@ -135,7 +162,7 @@ impl Driver {
                 let failure = Failure::new(FailureClass::PortConflict, format!("port {} is taken", addr.port()));
                 Report::Fact(Fact::LaunchFailed(failure))
             } else {
-                match host.launch(&key, generation, &prepared).await {
+                match host.launch(&record, &prepared).await {
                     Ok(engine) => Report::Launched(engine),
                     Err(failure) => Report::Fact(Fact::LaunchFailed(failure)),
                 }
@@ -162,7 +189,7 @@ impl Driver {
         });
     }
 
-    fn running(&self) -> Option<(Arc<dyn RunningEngine>, Endpoint)> {
+    pub(super) fn running(&self) -> Option<(Arc<dyn RunningEngine>, Endpoint)> {
         let prepared = self.attempt.prepared.as_ref()?;
         Some((Arc::clone(self.attempt.engine.as_ref()?), prepared.endpoint.clone()))
     }
@@ -292,7 +319,7 @@ async fn tell_progress(
 }
 
 /// Looks at the engine's processes without holding up other tasks. `None` only when the runtime is ending.
-async fn look<T: Send + 'static>(
+pub(super) async fn look<T: Send + 'static>(
     engine: &Arc<dyn RunningEngine>,
     question: impl FnOnce(&dyn RunningEngine) -> T + Send + 'static,
 ) -> Option<T> {
@@ -301,7 +328,7 @@ async fn look<T: Send + 'static>(
 }
 
 /// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices.
-async fn prove(
+pub(super) async fn prove(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
     endpoint: &Endpoint,

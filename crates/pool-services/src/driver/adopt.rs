@@ -1,0 +1,212 @@
+//! Takes over the engine of an earlier daemon, and keeps on record what a later one needs to do the same.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
+use pool_domain::{Failure, FailureClass};
+
+use super::work::prove;
+use super::{Driver, Grant, Report, Scribe};
+use crate::admission::SlotGuard;
+use crate::ports::{
+    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
+};
+
+/// Between two questions of one check, and of how busy an engine is.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// What was found of a recorded engine.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) record: EngineRecord,
+    pub(crate) outcome: Result<Arc<dyn RunningEngine>, NotAdopted>,
+}
+
+impl Driver {
+    /// Begins with this engine instead of at rest. Called before anything else runs, so that nobody ever sees the replica
+    /// without it.
+    /// `hold`: the pool is not to run.
+    pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
+        let Found { record, outcome } = found;
+        let changed = record.fingerprint != self.spec.fingerprint(self.key.replica.0);
+        let (engine, refused) = match outcome {
+            Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
+            Err(NotAdopted { why, rest }) => (rest, Some(why)),
+        };
+        let ready_since = match &record.phase {
+            Phase::Ready { since, .. } => Some(*since),
+            Phase::Draining { ready_since, .. } => Some(*ready_since),
+            Phase::Starting | Phase::Stopping => None,
+        };
+        let generation = record.generation;
+        let end = record.phase == Phase::Stopping || hold && record.phase == Phase::Starting;
+        let drain = match &record.phase {
+            Phase::Draining { deadline, on_deadline, .. } => Some((*deadline, *on_deadline)),
+            Phase::Ready { .. } if hold => Some((self.clock.now() + self.spec.drain_deadline, self.spec.on_deadline)),
+            _ => None,
+        };
+        self.attempt.grant = Some(Grant {
+            generation,
+            devices: record.devices.clone(),
+            listen: Some(record.endpoint.addr),
+            bytes: record.bytes.clone(),
+            tensor_split: None,
+            context: None,
+        });
+        self.attempt.prepared = Some(PreparedEngine {
+            entry: None,
+            args: Vec::new(),
+            env: Vec::new(),
+            endpoint: record.endpoint.clone(),
+            engine_version: record.engine_version.clone(),
+        });
+        self.attempt.engine = engine;
+        self.attempt.record = Some(record);
+        self.attempt.refused = refused;
+        self.step(Event::Command(Command::Adopt { generation, ready_since }));
+        if end && self.attempt.refused.is_none() {
+            let on_deadline = OnDeadline::Force;
+            self.step(Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline }));
+        }
+        self.attempt.drain = drain;
+        self.publish();
+    }
+
+    /// Whether the engine still is what it was.
+    pub(super) fn check_adopted(&mut self) {
+        if let Some(why) = self.attempt.refused.clone() {
+            tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, %why, "an engine of an earlier daemon is not taken over");
+            self.send(Report::Fact(Fact::NotAdopted(why)));
+            return;
+        }
+        let (Some((engine, endpoint)), Some(record)) = (self.running(), &self.attempt.record) else { return };
+        let recorded = match &record.phase {
+            Phase::Ready { proof, .. } | Phase::Draining { proof, .. } => proof.clone(),
+            Phase::Starting => {
+                self.watch_exit(engine);
+                self.send(Report::Fact(Fact::Adopted(None)));
+                return;
+            }
+            Phase::Stopping => {
+                self.watch_exit(engine);
+                return;
+            }
+        };
+        self.watch_exit(Arc::clone(&engine));
+        let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
+        let patience = self.policy.health.timeout * self.policy.health.failures;
+        self.run_work(async move {
+            let check = async {
+                loop {
+                    match prove(&ports, &engine, &endpoint, &devices, false).await {
+                        // The driver may have to come up first, as this daemon had.
+                        Err(failure) if failure.class == FailureClass::DriverError => {
+                            tokio::time::sleep(ASK_AGAIN).await;
+                        }
+                        answer => return answer.map(|(proof, _)| proof),
+                    }
+                }
+            };
+            let checked = tokio::select! {
+                biased;
+                // Of its end the watch tells, and knows why.
+                _ = engine.exited() => std::future::pending().await,
+                checked = tokio::time::timeout(patience, check) => checked,
+            };
+            Report::Fact(match checked {
+                Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
+                Ok(Err(failure)) => Fact::Unproved(failure),
+                // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
+                Err(_) if busy(&*ports.probe, &endpoint).await > 0 => Fact::Adopted(Some(recorded)),
+                Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
+            })
+        });
+    }
+
+    /// After an adoption: what was begun before goes on.
+    pub(super) fn go_on(&mut self) {
+        if !self.replica.state.ready() {
+            return;
+        }
+        self.count_strange_requests();
+        if let Some((deadline, on_deadline)) = self.attempt.drain.take() {
+            let deadline = deadline.since(self.clock.now());
+            self.step(Event::Command(Command::Drain { deadline, on_deadline }));
+        }
+    }
+
+    /// Requests that run since before this daemon have no lease here. Their slots count as taken until the engine says
+    /// that it has less to do, so that nothing is granted twice and a drain waits for them.
+    fn count_strange_requests(&self) {
+        let slots = self.replica.state.proof().map_or(0, |p| p.slots);
+        let mut guards: Vec<SlotGuard> = (0..slots).map_while(|_| self.admission.acquire().ok()).collect();
+        let (probe, admission) = (Arc::clone(&self.ports.probe), Arc::clone(&self.admission));
+        let Some((_, endpoint)) = self.running() else { return };
+        tokio::spawn(async move {
+            while !guards.is_empty() {
+                let ours = usize::from(admission.in_use()).saturating_sub(guards.len());
+                let strange = usize::from(busy(&*probe, &endpoint).await).saturating_sub(ours);
+                guards.retain(SlotGuard::valid);
+                guards.truncate(strange);
+                if !guards.is_empty() {
+                    tokio::time::sleep(ASK_AGAIN).await;
+                }
+            }
+        });
+    }
+
+    /// Keeps the record in step with the state. Called before the actions of a step, which may forget the attempt.
+    pub(super) fn note_phase(&mut self) {
+        let Some(record) = &mut self.attempt.record else { return };
+        if self.ports.provisioner.external(&self.spec).is_some() {
+            return;
+        }
+        let generation = record.generation;
+        let phase = match &self.replica.state {
+            _ if self.replica.generation != generation => None,
+            State::Starting { .. } | State::Warming { .. } => Some(Phase::Starting),
+            State::Adopting { .. } => return,
+            State::Ready { since, proof, .. } => Some(Phase::Ready { since: *since, proof: proof.clone() }),
+            State::Suspect { ready_since, proof, .. } => {
+                Some(Phase::Ready { since: *ready_since, proof: proof.clone() })
+            }
+            State::Draining { ready_since, proof, deadline, on_deadline, .. } => Some(Phase::Draining {
+                ready_since: *ready_since,
+                proof: proof.clone(),
+                deadline: *deadline,
+                on_deadline: *on_deadline,
+            }),
+            State::Stopping { .. } | State::Fenced { .. } => Some(Phase::Stopping),
+            State::Idle
+            | State::Staging { .. }
+            | State::Preparing { .. }
+            | State::Waiting { .. }
+            | State::Failed { .. } => None,
+        };
+        match phase {
+            Some(phase) if phase == record.phase => {}
+            Some(phase) => {
+                if matches!(phase, Phase::Ready { .. }) {
+                    // A script may have become another program since its launch.
+                    record.executable = self.attempt.engine.as_ref().and_then(|e| e.executable());
+                }
+                record.phase = phase;
+                self.scribe.push(Scribe::Record(Box::new(record.clone())));
+            }
+            None => {
+                self.attempt.record = None;
+                self.scribe.push(Scribe::Forget(generation));
+            }
+        }
+    }
+}
+
+async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
+    // Who does not say has nothing that could be waited for.
+    tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().unwrap_or(0)
+}
+
+fn config(why: &str) -> Failure {
+    Failure::new(FailureClass::Config, why)
+}
