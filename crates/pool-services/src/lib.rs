@@ -3,6 +3,7 @@
 
 pub mod admission;
 mod boot;
+mod builder;
 pub mod clock;
 mod conditions;
 mod conductor;
@@ -18,10 +19,11 @@ pub mod snapshot;
 pub mod spec;
 mod steward;
 
+pub use builder::{BuildError, Builder};
 pub use clock::Clock;
 pub use control::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 pub use events::{Event, EventKind};
-pub use manager::{BuildError, Builder, PoolManager};
+pub use manager::PoolManager;
 pub use planning::{Placed, PlanReport};
 pub use registry::Registry;
 pub use snapshot::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
