@@ -8,7 +8,8 @@ use std::process::{Child, ChildStderr, Command, Output, Stdio};
 
 use tempfile::TempDir;
 
-const NODE: &str = "[node]\nlisten = \"127.0.0.1:0\"\nstate_dir = \"state\"\n";
+/// The ports of engines lie below those that the system gives away: a test that takes one of these must not meet them.
+const NODE: &str = "[node]\nlisten = \"127.0.0.1:0\"\nstate_dir = \"state\"\nengine_ports = \"20000-20063\"\n";
 
 fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pool-managerd"));
@@ -84,7 +85,7 @@ fn a_device_that_is_not_there_is_78() {
     for command in ["serve", "check"] {
         let output = run(&[command, "--config", file.to_str().unwrap()]);
         assert_eq!(code(&output), Some(78), "{}", stderr(&output));
-        assert!(stderr(&output).contains("c.toml:12: pool[0].devices: `7` is not on this node"), "{}", stderr(&output));
+        assert!(stderr(&output).contains("c.toml:13: pool[0].devices: `7` is not on this node"), "{}", stderr(&output));
     }
     // Nothing was launched.
     assert!(!dir.path().join("state/run/a-r0").exists());
@@ -96,7 +97,7 @@ fn a_topology_that_is_none_is_78() {
     fs::write(dir.path().join("two-gpus.toml"), "[[devise]]\n").unwrap();
     let output = serve(&file);
     assert_eq!(code(&output), Some(78));
-    assert!(stderr(&output).contains("c.toml:6: gpu.topology: "), "{}", stderr(&output));
+    assert!(stderr(&output).contains("c.toml:7: gpu.topology: "), "{}", stderr(&output));
     fs::remove_file(dir.path().join("two-gpus.toml")).unwrap();
     assert_eq!(code(&serve(&file)), Some(78));
 }
