@@ -89,7 +89,7 @@ pub enum EventKind {
     Fenced,
     /// A person says that nothing is.
     Unfenced,
-    /// Engines of several pools failed on a device: nothing new starts there for now.
+    /// Engines of several pools failed on a device: nothing new starts there until its probation ends.
     DeviceSuspected {
         /// Its UUID.
         device: String,
@@ -136,7 +136,7 @@ impl Event {
                 format!("The engine of the {pool} pool {} for {}", failure.class.human(), ordinal(*nth))
             }
             EventKind::Suspected { failure } => {
-                format!("The {pool} pool gives no more slots for now: its engine {}", failure.class.human())
+                format!("The {pool} pool gives no slots at present: its engine {}", failure.class.human())
             }
             EventKind::Restarting => format!("Restarting the engine of the {pool} pool"),
             EventKind::RestartPlanned { delay, failure, nth } => format!(
@@ -163,7 +163,7 @@ impl Event {
             EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
             EventKind::Unfenced => format!("Somebody says that nothing of the {pool} pool's engine is left"),
             EventKind::DeviceSuspected { .. } => {
-                "Engines of several pools failed on one GPU: nothing new starts there for now".into()
+                "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
             EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
