@@ -76,6 +76,7 @@ impl Conductor {
         }
         loop {
             tokio::select! {
+                biased;
                 () = self.bell.notified() => {}
                 command = self.commands.recv() => match command {
                     Some(ConductorCommand { wish, answer }) => {

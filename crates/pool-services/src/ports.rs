@@ -191,6 +191,11 @@ pub trait RunningEngine: fmt::Debug + Send + Sync {
     fn progress(&self) -> u64;
     /// Whose socket listens at its address.
     fn listener(&self, addr: SocketAddr) -> Listener;
+    /// Whether the questions above are answered from memory, so that no other thread is needed for them. A simulation
+    /// is repeatable only on one thread.
+    fn answers_at_once(&self) -> bool {
+        false
+    }
 }
 
 /// An engine's answer about itself.

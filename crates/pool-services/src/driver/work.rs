@@ -187,6 +187,7 @@ impl Driver {
                 }
             };
             tokio::select! {
+                biased;
                 report = answers => report,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             }
@@ -202,6 +203,7 @@ impl Driver {
         self.run_work(async move {
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
+                biased;
                 proved = prove(&ports, &engine, &endpoint, &devices, external) => proved,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
@@ -255,6 +257,7 @@ impl Driver {
                 }
             };
             tokio::select! {
+                biased;
                 () = cancelled.cancelled() => {}
                 () = watch => {}
             }
@@ -296,6 +299,9 @@ async fn look<T: Send + 'static>(
     engine: &Arc<dyn RunningEngine>,
     question: impl FnOnce(&dyn RunningEngine) -> T + Send + 'static,
 ) -> Option<T> {
+    if engine.answers_at_once() {
+        return Some(question(&**engine));
+    }
     let engine = Arc::clone(engine);
     tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
 }
