@@ -57,6 +57,8 @@ pub struct Builder {
     pools: Vec<PoolSpec>,
     seed: u64,
     boot_ms: u64,
+    #[cfg(feature = "planted-bugs")]
+    ignore_generations: bool,
 }
 
 macro_rules! setters {
@@ -121,6 +123,14 @@ impl Builder {
         self
     }
 
+    /// A bug on purpose: drivers take facts of old generations for those of the current one.
+    #[cfg(feature = "planted-bugs")]
+    #[must_use]
+    pub fn ignore_generations(mut self) -> Self {
+        self.ignore_generations = true;
+        self
+    }
+
     /// Starts every task. Pools with `activation = preload` and without a hold start their engines.
     ///
     /// # Errors
@@ -136,6 +146,8 @@ impl Builder {
             host: need("the engine processes", self.host)?,
             probe: need("the engine answers", self.probe)?,
             ledger: need("the durable facts", self.ledger)?,
+            #[cfg(feature = "planted-bugs")]
+            ignore_generations: self.ignore_generations,
         };
         for (i, p) in self.pools.iter().enumerate() {
             if self.pools[..i].iter().any(|q| q.id == p.id) {
@@ -295,6 +307,8 @@ impl PoolManager {
             pools: Vec::new(),
             seed: 0,
             boot_ms: 0,
+            #[cfg(feature = "planted-bugs")]
+            ignore_generations: false,
         }
     }
 

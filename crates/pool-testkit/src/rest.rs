@@ -108,12 +108,18 @@ impl GpuProbe for FakeGpus {
 pub struct FakeModels {
     failure: Mutex<Option<Failure>>,
     profile: Mutex<Option<ModelProfile>>,
+    takes: Mutex<Duration>,
 }
 
 impl FakeModels {
     /// What every model's header says from now on.
     pub fn set_profile(&self, profile: ModelProfile) {
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
+    }
+
+    /// How long later requests take.
+    pub fn set_slow(&self, takes: Duration) {
+        *self.takes.lock().unwrap_or_else(PoisonError::into_inner) = takes;
     }
 
     /// Every later request fails with this, or succeeds again.
@@ -125,6 +131,8 @@ impl FakeModels {
 #[async_trait]
 impl ModelStore for FakeModels {
     async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+        let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
+        slowly(takes).await;
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             Some(f) => Err(f),
             None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
@@ -135,6 +143,13 @@ impl ModelStore for FakeModels {
     }
 }
 
+/// Not even a turn of the timer where nothing is to be waited for.
+async fn slowly(takes: Duration) {
+    if !takes.is_zero() {
+        tokio::time::sleep(takes).await;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
@@ -142,6 +157,7 @@ struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     broken: bool,
+    takes: Duration,
 }
 
 /// Durable facts in memory; can be told to refuse writes.
@@ -158,6 +174,16 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// How long later writes take, as on a slow disk.
+    pub fn set_slow(&self, takes: Duration) {
+        self.facts().takes = takes;
+    }
+
+    async fn slowly(&self) {
+        let takes = self.facts().takes;
+        slowly(takes).await;
     }
 
     /// The handoffs that stand.
@@ -182,6 +208,7 @@ impl StateLedger for FakeLedger {
         self.facts().generations.get(key).copied().unwrap_or_default()
     }
     async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.generations.insert(key.clone(), generation);
         })
@@ -190,6 +217,7 @@ impl StateLedger for FakeLedger {
         self.facts().held.contains(pool)
     }
     async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             if held {
                 f.held.insert(pool.clone());
@@ -199,11 +227,13 @@ impl StateLedger for FakeLedger {
         })
     }
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.handoffs.insert(handoff.key.clone(), handoff.clone());
         })
     }
     async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.handoffs.remove(key);
         })

@@ -40,6 +40,9 @@ pub(crate) struct Ports {
     pub(crate) probe: Arc<dyn EngineProbe>,
     /// Durable facts.
     pub(crate) ledger: Arc<dyn StateLedger>,
+    /// Not a port: a bug on purpose.
+    #[cfg(feature = "planted-bugs")]
+    pub(crate) ignore_generations: bool,
 }
 
 /// What a start needs from the node.
@@ -299,6 +302,8 @@ impl Driver {
     }
 
     fn report(&mut self, generation: Generation, report: Report) {
+        #[cfg(feature = "planted-bugs")]
+        let generation = if self.ports.ignore_generations { self.replica.generation } else { generation };
         if generation != self.replica.generation {
             // A late launch cannot happen: its generation stays current until the launch was answered.
             return;
