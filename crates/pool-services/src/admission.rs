@@ -7,6 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pool_domain::Generation;
 use tokio::sync::Notify;
 
+/// The bit that no generation has.
+const REVOKED: u32 = 1 << 31;
+
 /// Why no slot was granted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refused {
@@ -66,7 +69,7 @@ impl Admission {
 
     #[expect(clippy::cast_possible_truncation, reason = "neighbouring generations differ in the low bits")]
     fn tag(generation: Generation) -> u32 {
-        generation.0 as u32
+        generation.0 as u32 & !REVOKED
     }
 
     /// Grants up to `limit` leases of `generation`; those it has already stay counted.
@@ -86,8 +89,9 @@ impl Admission {
 
     /// Takes every lease back; their guards release nothing any more.
     pub fn revoke(&self) {
-        let _ =
-            self.update(|w| Some(Word { generation: w.generation.wrapping_sub(1), open: false, limit: 0, in_use: 0 }));
+        // No guard has this generation, nor ever will: the one before would make its guards valid again.
+        let nobody = |w: Word| w.generation | REVOKED;
+        let _ = self.update(|w| Some(Word { generation: nobody(w), open: false, limit: 0, in_use: 0 }));
         self.idle.notify_one();
     }
 
@@ -169,6 +173,20 @@ mod tests {
         let _g3 = a.acquire().unwrap();
         drop(g1);
         assert_eq!(a.in_use(), 1, "a guard of an older generation releases nothing");
+    }
+
+    #[test]
+    fn what_was_revoked_stays_revoked_when_a_later_generation_is_revoked_too() {
+        let a = Arc::new(Admission::default());
+        a.open(Generation(1), 1);
+        let first = a.acquire().unwrap();
+        a.revoke();
+        a.open(Generation(2), 1);
+        let second = a.acquire().unwrap();
+        a.revoke();
+        assert!(!first.valid() && !second.valid());
+        a.revoke();
+        assert!(!first.valid() && !second.valid());
     }
 
     #[test]
