@@ -444,7 +444,8 @@ impl Replica {
     fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
         let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
         Then::Wait(match self.breaker.open_until() {
-            Some(until) => Wait::Breaker { until },
+            // The longer of the two holds: a driver in trouble may need longer than a breaker's first pause.
+            Some(until) => Wait::Breaker { until: until.max(cx.now + delay) },
             None => Wait::Backoff { until: cx.now + delay },
         })
     }
