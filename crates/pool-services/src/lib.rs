@@ -7,6 +7,7 @@ mod conductor;
 pub mod control;
 mod driver;
 pub mod events;
+mod hold;
 mod lease_desk;
 mod manager;
 pub mod planning;

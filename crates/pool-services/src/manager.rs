@@ -19,6 +19,7 @@ use crate::conductor::{Conductor, ConductorCommand, PoolFacts, Wish};
 use crate::control::{ControlError, DrainOptions, Lease, Operation, OperationState, PlanRequest, PoolControl};
 use crate::driver::{Driver, DriverParts, Ports, at_rest};
 use crate::events::{Event, EventKind, EventSink};
+use crate::hold::Hold;
 use crate::lease_desk::{self, DeskCommand};
 use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, Inventory, ModelStore, StateLedger};
@@ -247,7 +248,6 @@ async fn spawn_pool(
     let (commands, commands_rx) = mpsc::channel(QUEUE);
     let conductor = Conductor {
         spec: Arc::clone(spec),
-        ledger: Arc::clone(&ports.ledger),
         clock,
         drivers,
         replicas,
@@ -255,7 +255,7 @@ async fn spawn_pool(
         commands: commands_rx,
         facts,
         run_id: format!("{:08x}", seed & 0xffff_ffff),
-        hold,
+        hold: Hold::found(spec.id.clone(), Arc::clone(&ports.ledger), hold),
         verbs: 0,
         ending: false,
     };

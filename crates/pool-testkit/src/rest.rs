@@ -186,6 +186,11 @@ impl FakeLedger {
         slowly(takes).await;
     }
 
+    /// A daemon takes the directory over: no handoff of an earlier one stands.
+    pub fn reopen(&self) {
+        self.facts().handoffs.clear();
+    }
+
     /// The handoffs that stand.
     #[must_use]
     pub fn handoffs(&self) -> Vec<Handoff> {

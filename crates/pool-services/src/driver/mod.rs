@@ -1,6 +1,7 @@
 //! The driver of a replica: the only writer of its lifecycle. It feeds events to [`pool_domain::lifecycle::Replica`]
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
+mod scribe;
 mod tell;
 mod work;
 
@@ -123,12 +124,6 @@ struct Attempt {
     engine: Option<Arc<dyn RunningEngine>>,
 }
 
-/// Handoff work that has to happen in order, after the state was published.
-enum Scribe {
-    Publish,
-    Withdraw,
-}
-
 /// Everything a driver is made of.
 pub(crate) struct DriverParts {
     pub(crate) key: ReplicaKey,
@@ -162,7 +157,8 @@ pub(crate) struct Driver {
     events: EventSink,
     attempt: Attempt,
     work: CancellationToken,
-    scribe: Vec<Scribe>,
+    /// The handoff that is to stand.
+    scribe: watch::Sender<Option<Handoff>>,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
     failed_at: Option<SystemTime>,
@@ -215,6 +211,7 @@ impl Driver {
         Self {
             policy: parts.spec.policy,
             replica: Replica::new(parts.generation),
+            scribe: scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
             key: parts.key,
             spec: parts.spec,
             ports: parts.ports,
@@ -229,7 +226,6 @@ impl Driver {
             events: parts.events,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
-            scribe: Vec::new(),
             last_check: None,
             failed_at: None,
             attempt_began: now,
@@ -262,7 +258,6 @@ impl Driver {
                 () = self.clock.sleep_until(deadline) => self.step(Event::Timer),
             }
             self.publish();
-            self.write_handoffs().await;
             if !commanded && self.replica.state.at_rest() {
                 return;
             }
@@ -370,18 +365,18 @@ impl Driver {
             Action::OpenAdmission => {
                 let slots = self.replica.state.proof().map_or(0, |p| p.slots);
                 self.admission.open(self.replica.generation, slots);
-                self.scribe.push(Scribe::Publish);
+                self.scribe.send_replace(self.handoff());
             }
             Action::CloseAdmission => self.admission.close(),
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
-                self.scribe.push(Scribe::Withdraw);
+                self.scribe.send_replace(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
             }
             Action::Kill => {
-                self.scribe.push(Scribe::Withdraw);
+                self.scribe.send_replace(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
@@ -391,20 +386,6 @@ impl Driver {
             Action::Adopt => {
                 let failure = Failure::new(pool_domain::FailureClass::Config, "this version adopts nothing");
                 self.send(Report::Fact(Fact::NotAdopted(failure)));
-            }
-        }
-    }
-
-    /// Tells consumers, after the state was published, so that a slow disk delays nobody.
-    async fn write_handoffs(&mut self) {
-        for entry in std::mem::take(&mut self.scribe) {
-            let done = match (entry, self.handoff()) {
-                (Scribe::Publish, Some(handoff)) => self.ports.ledger.publish_handoff(&handoff).await,
-                (Scribe::Publish, None) => Ok(()),
-                (Scribe::Withdraw, _) => self.ports.ledger.withdraw_handoff(&self.key).await,
-            };
-            if let Err(e) = done {
-                tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "handoff file not written");
             }
         }
     }

@@ -1,0 +1,51 @@
+//! Writes down for consumers which engine is Ready, in a task of its own, so that a slow or full disk delays nobody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_domain::ReplicaKey;
+use tokio::sync::watch;
+
+use crate::ports::{Handoff, StateLedger};
+
+/// Between two tries to write what could not be written.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+
+/// Starts it. What is sent is the handoff that is to stand; it ends when the sender is gone.
+pub(super) fn start(key: ReplicaKey, ledger: Arc<dyn StateLedger>) -> watch::Sender<Option<Handoff>> {
+    let (sender, mut wanted) = watch::channel(None);
+    tokio::spawn(async move {
+        let mut stands: Option<Handoff> = None;
+        let mut open = true;
+        loop {
+            let wish = wanted.borrow_and_update().clone();
+            let mut written = true;
+            if wish != stands {
+                let done = match &wish {
+                    Some(handoff) => ledger.publish_handoff(handoff).await,
+                    None => ledger.withdraw_handoff(&key).await,
+                };
+                match done {
+                    Ok(()) => stands = wish,
+                    Err(e) => {
+                        tracing::warn!(pool_id = %key.pool, replica_id = %key.replica, error = %e, "handoff file not written");
+                        written = false;
+                    }
+                }
+                // What was wished for meanwhile comes first.
+                if wanted.has_changed().unwrap_or(false) {
+                    continue;
+                }
+            }
+            if !open {
+                return;
+            }
+            tokio::select! {
+                biased;
+                changed = wanted.changed() => open = changed.is_ok(),
+                () = tokio::time::sleep(TRY_AGAIN), if !written => {}
+            }
+        }
+    });
+    sender
+}
