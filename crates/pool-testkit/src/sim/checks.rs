@@ -150,7 +150,9 @@ impl Invariant for ReadyIsProved {
     fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
         let What::Granted(pool, pid) = &entry.what else { return Ok(()) };
         match scene.processes.get(pid) {
-            Some(p) if p.identified && p.worked.is_some() && p.signalled.is_none() && !known_dead(p, entry.at) => Ok(()),
+            Some(p) if p.identified && p.worked.is_some() && p.signalled.is_none() && !known_dead(p, entry.at) => {
+                Ok(())
+            }
             other => Err(format!("a slot of {pool} was granted on {other:?}")),
         }
     }
@@ -243,7 +245,6 @@ impl Invariant for NothingForNothing {
         let (What::Term(pid) | What::Kill(pid)) = &entry.what else { return Ok(()) };
         match scene.processes.get(pid) {
             None => Err(format!("process {pid} was signalled, which never existed")),
-            Some(p) if p.gone.is_some_and(|at| at < entry.at) => Err(format!("process {pid} was signalled after its end")),
             Some(p) if p.blameless && p.ended.is_none() => Err(format!("process {pid} was ended for nothing: {p:?}")),
             Some(_) => Ok(()),
         }

@@ -1,6 +1,6 @@
 //! The invariants about time: deadlines, holds, pauses between starts, and that nothing runs in circles.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use pool_domain::{PoolId, ReplicaKey};
@@ -26,11 +26,14 @@ impl Invariant for DrainsEnd {
     }
     fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
         match &entry.what {
-            What::Asked(pool, Verb::Force(deadline), true) => {
+            What::Asked(pool, Verb::Force(_), true) => {
+                self.closed.entry(pool.clone()).or_insert(entry.at);
+            }
+            // Counted from the wish: writing it down is no part of it.
+            What::Asking(pool, Verb::Force(deadline)) => {
                 let due = entry.at.saturating_add(*deadline).saturating_add(AFTER_DEADLINE);
                 let kept = self.due.entry(pool.clone()).or_insert((entry.at, due));
                 kept.1 = kept.1.min(due);
-                self.closed.entry(pool.clone()).or_insert(entry.at);
             }
             What::Asked(pool, Verb::Abort(_), true) => {
                 self.due.remove(pool);
@@ -70,7 +73,14 @@ impl Invariant for DrainsEnd {
 
 /// A pool that was stopped starts nothing until it is preloaded or resumed, whoever asks for a lease.
 #[derive(Debug, Default)]
-pub struct HeldStaysDown(BTreeMap<PoolId, Duration>);
+pub struct HeldStaysDown {
+    since: BTreeMap<PoolId, Duration>,
+    /// Stopped while that could not be written down: a later manager cannot know.
+    unwritten: BTreeSet<PoolId>,
+    broken: bool,
+    writable_since: Duration,
+}
+
 impl Invariant for HeldStaysDown {
     fn name(&self) -> &'static str {
         "held_stays_down"
@@ -78,14 +88,34 @@ impl Invariant for HeldStaysDown {
     fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
         match &entry.what {
             What::Asked(pool, Verb::Force(_), true) => {
-                self.0.entry(pool.clone()).or_insert(entry.at);
+                self.since.entry(pool.clone()).or_insert(entry.at);
+                if self.broken {
+                    self.unwritten.insert(pool.clone());
+                }
+            }
+            // A drain that is given up leaves its engine serving, and so restarted.
+            What::Asked(pool, Verb::Abort(_), _) => {
+                self.since.remove(pool);
             }
             What::Asking(pool, verb) if lifts_hold(*verb) => {
-                self.0.remove(pool);
+                self.since.remove(pool);
+            }
+            What::Writable(yes) => {
+                self.broken = !yes;
+                if *yes {
+                    // Tried again every two seconds.
+                    self.writable_since = entry.at;
+                }
+            }
+            What::Started(_) => {
+                let written = !self.broken && entry.at > self.writable_since + Duration::from_secs(4);
+                for pool in std::mem::take(&mut self.unwritten).into_iter().filter(|_| !written) {
+                    self.since.remove(&pool);
+                }
             }
             What::Launching(key, _) => {
                 // One that was decided in the same moment may still come.
-                if let Some(since) = self.0.get(&key.pool).filter(|since| **since < entry.at) {
+                if let Some(since) = self.since.get(&key.pool).filter(|since| **since < entry.at) {
                     return Err(format!("{key:?} is launched though it was stopped at {since:?}"));
                 }
             }

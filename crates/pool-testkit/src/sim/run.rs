@@ -251,19 +251,15 @@ impl Runner {
             }
             Act::Heal(at) => world.heal(&self.pool(at).0),
             Act::Crash(at) => world.crash(&self.pool(at).0),
-            Act::Health(at, n) => {
-                // Engines on a device that is not well may be ended for that.
-                world.record(if n == 0 { What::Well(None) } else { What::Ill(None) });
-                world.device(at, |d| d.shown.health = health(n));
-            }
-            Act::Present(at, present) => {
-                world.record(if present { What::Well(None) } else { What::Ill(None) });
-                world.device(at, |d| d.present = present);
-            }
+            Act::Health(at, n) => world.device(at, |d| d.shown.health = health(n)),
+            Act::Present(at, present) => world.device(at, |d| d.present = present),
             Act::Foreign(at, gib) => world.device(at, |d| d.foreign = gib << 30),
             Act::Ports(n) => world.take_ports(self.schedule.ports.clone().take(usize::from(n))),
             Act::Blind(blind) => world.blind(blind),
-            Act::LedgerBroken(broken) => world.ledger.set_broken(broken),
+            Act::LedgerBroken(broken) => {
+                world.record(What::Writable(!broken));
+                world.ledger.set_broken(broken);
+            }
             Act::LedgerSlow(takes) => world.ledger.set_slow(takes),
             Act::Models(n) => world.models.fail(match n {
                 0 => None,
@@ -281,6 +277,7 @@ impl Runner {
         for SimPool { spec, .. } in &self.schedule.pools {
             self.world.heal(&spec.id);
         }
+        self.world.ledger.reopen();
         let life = self.watch.lock().life + 1;
         let Some(next) = manager(&self.world, &self.schedule, self.plant, life).await else { return };
         self.manager = next;
@@ -299,6 +296,7 @@ impl Runner {
             world.heal(&spec.id);
         }
         world.blind(false);
+        world.record(What::Writable(true));
         world.ledger.set_broken(false);
         world.ledger.set_slow(Duration::ZERO);
         world.models.fail(None);
@@ -354,9 +352,13 @@ impl Runner {
                 }
             }
         }
-        let running = self.manager.operations().await.unwrap_or_default().into_iter().find(|o| {
-            o.state == OperationState::Running && !(o.verb == "preload" && waiting.contains(&o.pool_id))
-        });
+        let running = self
+            .manager
+            .operations()
+            .await
+            .unwrap_or_default()
+            .into_iter()
+            .find(|o| o.state == OperationState::Running && !(o.verb == "preload" && waiting.contains(&o.pool_id)));
         running.map(|o| format!("operation {} of {} is still running: {}", o.verb, o.pool_id, o.progress))
     }
 

@@ -122,8 +122,7 @@ fn policy(rng: &mut Rng) -> Policy {
     let backoff = BackoffPolicy::new(initial, seconds(rng, 5..=60), 2.0, 0.5, seconds(rng, 30..=600));
     let open_for = seconds(rng, 5..=30);
     let pause = open_for + seconds(rng, 10..=120);
-    let breaker =
-        BreakerPolicy::new(rng.u32(2..=5), rng.u32(1..=3), open_for, pause, seconds(rng, 5..=60));
+    let breaker = BreakerPolicy::new(rng.u32(2..=5), rng.u32(1..=3), open_for, pause, seconds(rng, 5..=60));
     Policy {
         backoff: backoff.unwrap_or_default(),
         breaker: breaker.unwrap_or_default(),
@@ -252,8 +251,19 @@ impl fmt::Display for Schedule {
             writeln!(
                 f,
                 "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
-                spec.id, spec.replicas, spec.devices, spec.vram.map(|v| v / GIB), spec.activation, spec.slots, spec.tensor_split,
-                well.load, well.work_takes, well.busy, spec.drain_deadline, spec.on_deadline, spec.policy,
+                spec.id,
+                spec.replicas,
+                spec.devices,
+                spec.vram.map(|v| v / GIB),
+                spec.activation,
+                spec.slots,
+                spec.tensor_split,
+                well.load,
+                well.work_takes,
+                well.busy,
+                spec.drain_deadline,
+                spec.on_deadline,
+                spec.policy,
             )?;
         }
         for (at, step) in self.steps.iter().enumerate() {

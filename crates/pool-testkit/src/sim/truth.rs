@@ -26,6 +26,8 @@ pub enum What {
     Asked(PoolId, Verb, bool),
     /// The manager was started; how often before.
     Started(u32),
+    /// Facts can be written or not.
+    Writable(bool),
     /// From now on engines of this pool, or of all, may behave badly.
     Ill(Option<PoolId>),
     /// From now on they behave well again.
@@ -131,6 +133,10 @@ pub struct Scene {
     /// Whose engines may behave badly; `None` stands for all.
     pub ill: BTreeSet<Option<PoolId>>,
     began: BTreeMap<ReplicaKey, Duration>,
+    /// When engines were last made well.
+    cured: BTreeMap<Option<PoolId>, Duration>,
+    /// When each pool was last told to end its engines.
+    told_to_end: BTreeMap<PoolId, Duration>,
 }
 
 impl Scene {
@@ -155,17 +161,24 @@ impl Scene {
                 self.ill.insert(pool.clone());
                 self.blame(pool.as_ref());
             }
-            What::Well(pool) => {
-                self.ill.remove(pool);
+            What::Well(pool) if self.ill.remove(pool) => {
+                self.cured.insert(pool.clone(), at);
             }
-            What::Asking(pool, verb) if verb.ends() => self.blame(Some(pool)),
+            What::Asking(pool, verb) | What::Asked(pool, verb, _) if verb.ends() => {
+                self.blame(Some(pool));
+                self.told_to_end.insert(pool.clone(), at);
+            }
             What::Launching(key, _) => {
                 self.began.insert(key.clone(), at);
             }
             What::Launched(launch) => {
-                let blameless = !self.ill.contains(&None) && !self.ill.contains(&Some(launch.key.pool.clone()));
+                let (pool, began) = (&launch.key.pool, self.began.get(&launch.key).copied().unwrap_or(at));
+                let told = self.told_to_end.get(pool).is_some_and(|told| *told >= began);
+                let since = |whose: &Option<PoolId>| self.cured.get(whose).is_some_and(|cured| *cured >= began);
+                let ill = [None, Some(pool.clone())].iter().any(|whose| self.ill.contains(whose) || since(whose));
+                let blameless = !told && !ill;
                 let process = Process {
-                    began: self.began.get(&launch.key).copied().unwrap_or(at),
+                    began,
                     launch: launch.clone(),
                     at,
                     identified: false,
@@ -201,11 +214,14 @@ impl fmt::Display for Entry {
             What::Asking(pool, verb) => write!(f, "asking {pool}: {verb:?}"),
             What::Asked(pool, verb, ok) => write!(f, "answered {pool}: {verb:?} {}", if *ok { "yes" } else { "no" }),
             What::Started(life) => write!(f, "manager {life} starts"),
+            What::Writable(yes) => write!(f, "facts can be written: {yes}"),
             What::Ill(pool) => write!(f, "ill: {}", pool.as_ref().map_or("all", PoolId::as_str)),
             What::Well(pool) => write!(f, "well: {}", pool.as_ref().map_or("all", PoolId::as_str)),
             What::Launching(key, g) => write!(f, "launch of {key:?} generation {} begins", g.0),
             What::LaunchFailed(key, g) => write!(f, "launch of {key:?} generation {} failed", g.0),
-            What::Launched(l) => write!(f, "process {} of {:?} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices),
+            What::Launched(l) => {
+                write!(f, "process {} of {:?} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices)
+            }
             What::Identified(pid) => write!(f, "process {pid} named its model"),
             What::Worked(pid) => write!(f, "process {pid} did one unit of work"),
             What::Term(pid) => write!(f, "TERM to process {pid}"),

@@ -149,7 +149,8 @@ impl World {
             *script = well;
         }
         self.put(&mut inner, What::Well(Some(pool.clone())));
-        let stuck: Vec<usize> = (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
+        let stuck: Vec<usize> =
+            (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
         for at in stuck {
             inner.engines[at].script.unkillable = false;
             if inner.engines[at].doomed {
@@ -164,7 +165,8 @@ impl World {
     pub fn crash(&self, pool: &PoolId) {
         let mut inner = self.lock();
         self.put(&mut inner, What::Ill(Some(pool.clone())));
-        let of_pool: Vec<usize> = (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
+        let of_pool: Vec<usize> =
+            (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
         for at in of_pool {
             self.end(&mut inner, at, Failure::crash(Exit::Signal(9)));
         }
@@ -181,14 +183,14 @@ impl World {
             let at = at % inner.devices.len();
             change(&mut inner.devices[at]);
         }
-        self.tell_gpus(&inner);
+        self.judge_devices(&mut inner);
     }
 
     /// Changes every device.
     pub fn each_device(&self, mut change: impl FnMut(&mut SimDevice)) {
         let mut inner = self.lock();
         inner.devices.iter_mut().for_each(&mut change);
-        self.tell_gpus(&inner);
+        self.judge_devices(&mut inner);
     }
 
     /// The devices as they really are.
@@ -201,8 +203,14 @@ impl World {
     pub fn blind(&self, blind: bool) {
         let mut inner = self.lock();
         inner.blind = blind;
-        self.put(&mut inner, if blind { What::Ill(None) } else { What::Well(None) });
-        self.tell_gpus(&inner);
+        self.judge_devices(&mut inner);
+    }
+
+    /// Engines may be ended for what is wrong with the devices.
+    fn judge_devices(&self, inner: &mut Inner) {
+        let ill = inner.blind || inner.devices.iter().any(|d| !d.present || !d.shown.health.admits());
+        self.put(inner, if ill { What::Ill(None) } else { What::Well(None) });
+        self.tell_gpus(inner);
     }
 
     /// Strangers listen on these ports.
@@ -354,8 +362,7 @@ impl RunningEngine for Handle {
         }
     }
     fn progress(&self) -> u64 {
-        let (progresses, began, load, ended) =
-            self.with(|e| (e.script.progresses, e.began, e.script.load, e.ended));
+        let (progresses, began, load, ended) = self.with(|e| (e.script.progresses, e.began, e.script.load, e.ended));
         let seconds = began.elapsed().min(load.max(Duration::from_secs(1))).as_secs();
         if progresses && !ended { seconds } else { 0 }
     }
@@ -421,6 +428,8 @@ impl EngineHost for World {
         self.record(What::Launching(key.clone(), generation));
         let durable = self.ledger.last_generation(key).await == generation;
         tokio::time::sleep(script.launch_takes).await;
+        // It is born as its pool is now.
+        let script = self.script_of(&key.pool).ok_or_else(gone)?;
         if let Some(failure) = script.launch {
             self.record(What::LaunchFailed(key.clone(), generation));
             return Err(failure);
