@@ -35,8 +35,10 @@ impl Invariant for DrainsEnd {
                 let kept = self.due.entry(pool.clone()).or_insert((entry.at, due));
                 kept.1 = kept.1.min(due);
             }
+            // One that is given up leaves its engine serving.
             What::Asked(pool, Verb::Abort(_), true) => {
                 self.due.remove(pool);
+                self.closed.remove(pool);
             }
             What::Asking(pool, verb) if lifts_hold(*verb) => {
                 self.due.remove(pool);

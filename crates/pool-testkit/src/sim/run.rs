@@ -211,6 +211,12 @@ impl Runner {
                 self.ask(&id, Verb::Force(Duration::ZERO), self.manager.stop(&id)).await;
                 self.wanted.insert(id, Some(false));
             }
+            Act::Bounce(at) => {
+                let id = self.pool(at).0;
+                self.ask(&id, Verb::Force(Duration::ZERO), self.manager.stop(&id)).await;
+                self.ask(&id, Verb::Preload, self.manager.preload(&id)).await;
+                self.wanted.insert(id, Some(true));
+            }
             Act::Reset(at) => {
                 let id = self.pool(at).0;
                 self.ask(&id, Verb::Reset, self.manager.reset_breaker(&id)).await;

@@ -38,6 +38,8 @@ pub enum Act {
     Resume(usize),
     /// Stop a pool.
     Stop(usize),
+    /// Stop a pool and preload it in the same breath.
+    Bounce(usize),
     /// Reset a pool's breaker.
     Reset(usize),
     /// Take some slots of a pool in process.
@@ -161,6 +163,8 @@ fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
     }
     let mut well = Script::well(millis(rng, 10..=3_000), millis(rng, 1..=400));
     well.busy = *rng.choice(&[Some(0), Some(0), None, Some(1)]).unwrap_or(&None);
+    // That the main process ended and that nothing is left are told apart, and in any order.
+    well.exit_lag = millis(rng, 0..=40);
     well.term_takes = Some(millis(rng, 0..=800));
     SimPool { spec, well, memory }
 }
@@ -175,7 +179,8 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
             Act::Drain(at, deadline, end)
         }
         15..=20 => Act::Resume(at),
-        21..=24 => Act::Stop(at),
+        21..=22 => Act::Stop(at),
+        23..=24 => Act::Bounce(at),
         25..=27 => Act::Reset(at),
         28..=37 => Act::Take(at, rng.u32(1..=6)),
         38..=41 => Act::Release(rng.usize(1..=3)),
