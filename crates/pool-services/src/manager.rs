@@ -374,7 +374,8 @@ impl PoolManager {
         snapshot
     }
 
-    /// Stops every engine and waits until nothing is left, at most `deadline`. Says whether it was in time.
+    /// Stops every engine and waits until nothing is left, at most `deadline`. Says whether that is so: what is Fenced is
+    /// not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
         for (id, handle) in &self.inner.pools {
             // Not `stop`: that would leave a hold behind.
@@ -391,7 +392,9 @@ impl PoolManager {
                 while facts.changed().await.is_ok() {}
             }
         };
-        tokio::time::timeout(deadline, all_rest).await.is_ok()
+        let in_time = tokio::time::timeout(deadline, all_rest).await.is_ok();
+        let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
+        in_time && !self.inner.pools.values().any(fenced)
     }
 
     fn find_operation(&self, id: &str) -> Result<(watch::Receiver<PoolFacts>, Operation), ControlError> {

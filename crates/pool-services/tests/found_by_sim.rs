@@ -83,3 +83,18 @@ async fn an_open_breaker_never_shortens_the_backoff() {
     let at = node.engines.launches();
     assert!(at[1].0 - at[0].0 >= s(40), "{:?}", at[1].0 - at[0].0);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_that_may_leave_something_says_so() {
+    let node = FakeNode::default();
+    node.engines.script(|s| {
+        s.leaves_child = true;
+        s.killable = false;
+    });
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let began = Instant::now();
+    assert!(!m.shutdown(Duration::from_secs(600)).await);
+    assert!(began.elapsed() < Duration::from_secs(60), "what is fenced is not waited for: {:?}", began.elapsed());
+}
