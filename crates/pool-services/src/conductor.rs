@@ -93,6 +93,11 @@ impl Conductor {
             }
             self.publish();
             if self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
+                // Without commands drivers end, and with them their channels, once their handoffs are withdrawn.
+                self.drivers.clear();
+                for r in &mut self.replicas {
+                    while r.changed().await.is_ok() {}
+                }
                 return;
             }
         }

@@ -98,3 +98,15 @@ async fn a_shutdown_that_may_leave_something_says_so() {
     assert!(!m.shutdown(Duration::from_secs(600)).await);
     assert!(began.elapsed() < Duration::from_secs(60), "what is fenced is not waited for: {:?}", began.elapsed());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_waits_until_the_handoff_is_withdrawn() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    sleep(Duration::from_millis(1)).await;
+    node.ledger.set_slow(Duration::from_secs(3));
+    assert!(m.shutdown(Duration::from_secs(600)).await);
+    assert!(node.ledger.handoffs().is_empty());
+}

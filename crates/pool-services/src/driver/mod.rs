@@ -7,6 +7,8 @@ mod work;
 
 pub(crate) use work::correction_key;
 
+use scribe::Scribe;
+
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -157,8 +159,7 @@ pub(crate) struct Driver {
     events: EventSink,
     attempt: Attempt,
     work: CancellationToken,
-    /// The handoff that is to stand.
-    scribe: watch::Sender<Option<Handoff>>,
+    scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
     failed_at: Option<SystemTime>,
@@ -211,7 +212,7 @@ impl Driver {
         Self {
             policy: parts.spec.policy,
             replica: Replica::new(parts.generation),
-            scribe: scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
+            scribe: Scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
             key: parts.key,
             spec: parts.spec,
             ports: parts.ports,
@@ -259,9 +260,10 @@ impl Driver {
             }
             self.publish();
             if !commanded && self.replica.state.at_rest() {
-                return;
+                break;
             }
         }
+        self.scribe.finish().await;
     }
 
     fn command(&mut self, command: DriverCommand) {
@@ -365,18 +367,18 @@ impl Driver {
             Action::OpenAdmission => {
                 let slots = self.replica.state.proof().map_or(0, |p| p.slots);
                 self.admission.open(self.replica.generation, slots);
-                self.scribe.send_replace(self.handoff());
+                self.scribe.want(self.handoff());
             }
             Action::CloseAdmission => self.admission.close(),
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
-                self.scribe.send_replace(None);
+                self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
             }
             Action::Kill => {
-                self.scribe.send_replace(None);
+                self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
