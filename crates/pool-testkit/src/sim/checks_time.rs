@@ -143,7 +143,10 @@ impl Invariant for BackoffHolds {
             What::Asking(pool, _) => self.failures.retain(|key, _| key.pool != *pool),
             What::Started(_) => self.failures.clear(),
             What::Ended(pid) => {
-                let Some(p) = scene.processes.get(pid).filter(|p| p.signalled.is_none()) else { return Ok(()) };
+                let Some(p) = scene.processes.get(pid).filter(|p| p.signalled.is_none() && !p.launch.foreign_listener)
+                else {
+                    return Ok(());
+                };
                 let Some(spec) = spec_of(schedule, &p.launch.key.pool) else { return Ok(()) };
                 let served = p.worked.map_or(Duration::ZERO, |since| entry.at.saturating_sub(since));
                 if served + p.launch.exit_lag + Duration::from_secs(1) >= spec.policy.backoff.reset_after() {

@@ -69,6 +69,8 @@ pub struct Launch {
     pub bytes: u64,
     /// Whether the generation was durable at that moment.
     pub durable: bool,
+    /// Whether a stranger listens on its port: whatever becomes of it may be taken for that.
+    pub foreign_listener: bool,
     /// Whether KILL will have no effect.
     pub unkillable: bool,
     /// How late its end will be seen.

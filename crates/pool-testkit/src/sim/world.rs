@@ -445,6 +445,7 @@ impl EngineHost for World {
                 devices: engine.args.iter().skip(1).cloned().collect(),
                 bytes: engine.args.first().and_then(|b| b.parse().ok()).unwrap_or(0),
                 durable,
+                foreign_listener: script.foreign_listener,
                 unkillable: script.unkillable,
                 exit_lag: script.exit_lag,
             };
