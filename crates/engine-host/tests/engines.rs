@@ -68,6 +68,7 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         vram: None,
         aliases: Vec::new(),
         policy: Policy::default(),
+        isolation: Default::default(),
         drain_deadline: Duration::from_secs(1),
         on_deadline: OnDeadline::Force,
     }
