@@ -22,6 +22,9 @@ use pool_services::{Activation, PoolSpec, Workload};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
+#[path = "parts/isolation.rs"]
+mod isolation;
+
 const LIMIT: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
