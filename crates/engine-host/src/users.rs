@@ -85,18 +85,19 @@ mod tests {
         "root:x:0:0:root:/root:/bin/bash\nbroken\n+nis::::::\nllm:x:990:990::/var/lib/llm:/usr/sbin/nologin\n";
     const GROUP: &str = "root:x:0:\nvideo:x:44:llm,other\nllm:x:990:llm\nrender:x:105:other, llm\n";
 
-    fn account(text: &str) -> Option<(String, u32, u32, Vec<u32>, Option<PathBuf>)> {
-        let Account { user, name, home } = find_in(&text.parse().unwrap(), PASSWD, GROUP)?;
-        Some((name, user.uid, user.gid, user.groups, home))
+    fn account(text: &str) -> Option<Account> {
+        find_in(&text.parse().unwrap(), PASSWD, GROUP)
     }
 
     #[test]
     fn a_user_has_its_groups_and_two_numbers_have_one() {
-        let llm = ("llm".to_owned(), 990, 990, vec![44, 105], Some("/var/lib/llm".into()));
-        assert_eq!(account("llm"), Some(llm.clone()));
-        assert_eq!(account("990"), Some(llm));
-        assert_eq!(account("990:7"), Some(("llm".to_owned(), 990, 7, vec![], Some("/var/lib/llm".into()))));
-        assert_eq!(account("5000:5000"), Some(("5000".to_owned(), 5000, 5000, vec![], None)));
+        let user = |gid, groups: &[u32]| User { uid: 990, gid, groups: groups.to_vec() };
+        let llm = |user| Some(Account { user, name: "llm".into(), home: Some("/var/lib/llm".into()) });
+        assert_eq!(account("llm"), llm(user(990, &[44, 105])));
+        assert_eq!(account("990"), llm(user(990, &[44, 105])));
+        assert_eq!(account("990:7"), llm(user(7, &[])));
+        let user = User { uid: 5000, gid: 5000, groups: Vec::new() };
+        assert_eq!(account("5000:5000"), Some(Account { user, name: "5000".into(), home: None }));
         assert_eq!((account("nobody"), account("5000")), (None, None));
     }
 }

@@ -85,13 +85,13 @@ pub(crate) struct Args {
     /// Serve only whoever sends the key in this file, except for /health and /models
     #[arg(long, value_name = "PATH")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// Take this much memory of the host (such as "1 GiB") once the model is loaded
+    /// Take this much memory of the host (such as "1 GiB") before listening
     #[arg(long, value_name = "SIZE")]
     pub(crate) host_memory: Option<ByteSize>,
     /// Make a file of this name in /dev/shm, hold it open and never remove it
     #[arg(long, value_name = "NAME", value_parser = shm_name)]
     pub(crate) shm_file: Option<String>,
-    /// Write the bytes of this hexadecimal number to stderr before listening
+    /// Write the bytes of this hexadecimal number to stderr before anything else
     #[arg(long, value_name = "HEX", value_parser = hex)]
     pub(crate) log_bytes: Option<Bytes>,
 
@@ -111,7 +111,7 @@ pub(crate) struct Args {
 pub(crate) struct Bytes(pub(crate) Vec<u8>);
 
 fn hex(text: &str) -> Result<Bytes, String> {
-    if !text.is_ascii() || text.len() % 2 != 0 {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
         return Err("not an even number of hexadecimal digits".to_owned());
     }
     let digits = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));

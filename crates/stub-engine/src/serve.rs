@@ -26,6 +26,7 @@ pub(crate) fn serve(args: Args) -> ExitCode {
 }
 
 fn try_serve(args: Args) -> io::Result<Death> {
+    faults::say_bytes(&args)?;
     if faults::start_fails(&args)? {
         return Ok(faults::crash(&args));
     }
@@ -40,12 +41,12 @@ async fn live(args: Args) -> io::Result<Death> {
     // Before the line that says it listens: whoever has read it may send a signal.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let _memory = args.host_memory.map(|size| faults::take_memory(size.as_u64()));
     let listener = TcpListener::bind((args.host, args.port)).await?;
     let _claim = faults::claim_vram(&args)?;
     let _family = faults::spawn_family(&args)?;
     let _shared_memory = faults::leave_shared_memory(&args)?;
     let api_key = faults::api_key(&args)?;
-    faults::say_bytes(&args)?;
     log::info(format_args!("listening on http://{}", listener.local_addr()?));
 
     let load = Duration::from_millis(args.load_ms);
@@ -58,7 +59,7 @@ async fn live(args: Args) -> io::Result<Death> {
         _ = interrupt.recv() => Ok(Death::Exit(0)),
         Some(death) = deaths.recv() => Ok(death),
         // Before the crash, so that it is never seen to crash unready.
-        () = announce(load, &args) => Ok(Death::Exit(0)),
+        () = announce(load, args.log_flood) => Ok(Death::Exit(0)),
         () = after(crash_after) => Ok(faults::crash(&args)),
         result = axum::serve(listener, handlers::router(Arc::clone(&engine), api_key)).into_future() => {
             result.map(|()| Death::Exit(1))
@@ -67,11 +68,10 @@ async fn live(args: Args) -> io::Result<Death> {
 }
 
 /// Says when the model is loaded; never ends.
-async fn announce(load: Duration, args: &Args) {
+async fn announce(load: Duration, flood: bool) {
     tokio::time::sleep(load).await;
     log::info(format_args!("model loaded"));
-    let _memory = args.host_memory.map(|size| faults::take_memory(size.as_u64()));
-    if args.log_flood {
+    if flood {
         // Last, since from now on a line of ours might wait for whoever reads the flood.
         faults::flood_log();
     }

@@ -123,7 +123,9 @@ async fn what_the_user_of_an_engine_cannot_reach_is_found_before_it_is_started()
     std::fs::create_dir(dir.path().join("closed")).unwrap();
     std::fs::write(dir.path().join("closed/m.gguf"), "GGUF").unwrap();
     std::fs::write(dir.path().join("engine"), "#!/bin/sh\necho version: 1\n").unwrap();
-    (mode("", 0o755), mode("closed", 0o700), mode("engine", 0o755));
+    mode("", 0o755);
+    mode("closed", 0o700);
+    mode("engine", 0o755);
     let model = dir.path().join("closed/m.gguf");
     let pool = PoolSpec { model: model.to_str().unwrap().parse().unwrap(), ..as_nobody(spec("mine", &[])) };
     let provisioner = provisioner(dir.path());
