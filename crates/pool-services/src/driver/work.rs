@@ -113,6 +113,7 @@ impl Driver {
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
         let (key, generation) = (self.key.clone(), self.replica.generation);
         let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
+        let last_words = self.scribe.tried();
         self.run_work(async move {
             // Intent is durable before a spawn; without it no generation may run.
             let unwritten = |e: LedgerError| {
@@ -139,6 +140,7 @@ impl Driver {
                 executable: None,
                 phase: Phase::Starting,
             };
+            last_words.await;
             // One that somebody else runs is not ours to find again.
             if prepared.entry.is_some()
                 && let Err(e) = ledger.record(&record).await
@@ -214,6 +216,7 @@ impl Driver {
                 }
             };
             tokio::select! {
+                biased;
                 report = answers => report,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             }
@@ -229,6 +232,7 @@ impl Driver {
         self.run_work(async move {
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
+                biased;
                 proved = prove(&ports, &engine, &endpoint, &devices, external) => proved,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
@@ -282,6 +286,7 @@ impl Driver {
                 }
             };
             tokio::select! {
+                biased;
                 () = cancelled.cancelled() => {}
                 () = watch => {}
             }
@@ -323,6 +328,9 @@ pub(super) async fn look<T: Send + 'static>(
     engine: &Arc<dyn RunningEngine>,
     question: impl FnOnce(&dyn RunningEngine) -> T + Send + 'static,
 ) -> Option<T> {
+    if engine.answers_at_once() {
+        return Some(question(&**engine));
+    }
     let engine = Arc::clone(engine);
     tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
 }
