@@ -122,9 +122,9 @@ fn what_a_user_may_not_reach_is_named() {
     let make = |name: &str, mode: u32| {
         let path = bench.path(name);
         if name.ends_with('d') {
-            fs::create_dir(&path).unwrap()
+            fs::create_dir(&path).unwrap();
         } else {
-            fs::write(&path, "x").unwrap()
+            fs::write(&path, "x").unwrap();
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         path
