@@ -5,14 +5,16 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::Tick;
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
+use pool_domain::{ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::clock::Clock;
+use crate::admission::Admission;
 use crate::control::{ControlError, DrainOptions, Operation, OperationState};
 use crate::driver::{DriverCommand, Published};
 use crate::hold::Hold;
+use crate::node::Node;
+use crate::roster::{Roster, Seat};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::{Activation, PoolSpec};
 
@@ -33,6 +35,8 @@ pub(crate) enum Wish {
     Shutdown,
     /// The daemon ends and its engines live on.
     Leave,
+    /// Drain, then end: the pool is no more.
+    Remove,
 }
 
 pub(crate) type Answer = Result<Operation, ControlError>;
@@ -52,19 +56,55 @@ pub(crate) struct PoolFacts {
     pub(crate) next_starts: Vec<Option<Tick>>,
 }
 
+/// A replica of the pool; its driver ends with this.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) key: ReplicaKey,
+    /// Which mask of the spec is its own.
+    pub(crate) place: u16,
+    pub(crate) commands: mpsc::Sender<DriverCommand>,
+    pub(crate) published: watch::Receiver<Published>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) serves: bool,
+    /// Verbs sent to it so far.
+    pub(crate) sent: u64,
+}
+
+impl Member {
+    /// What others see of it.
+    pub(crate) fn seat(&self) -> Seat {
+        Seat {
+            key: self.key.clone(),
+            published: self.published.clone(),
+            commands: self.commands.downgrade(),
+            admission: Arc::clone(&self.admission),
+            serves: self.serves,
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        self.sent += 1;
+        // Drivers never wait for their conductor, so this cannot deadlock.
+        let _ended = self.commands.send(DriverCommand::Verb(command)).await;
+    }
+
+    fn at_rest(&self) -> bool {
+        self.published.borrow().state.at_rest()
+    }
+}
+
 pub(crate) struct Conductor {
     pub(crate) spec: Arc<PoolSpec>,
-    pub(crate) clock: Clock,
-    pub(crate) drivers: Vec<mpsc::Sender<DriverCommand>>,
-    pub(crate) replicas: Vec<watch::Receiver<Published>>,
+    pub(crate) node: Node,
+    pub(crate) members: Vec<Member>,
     pub(crate) bell: Arc<Notify>,
     pub(crate) commands: mpsc::Receiver<ConductorCommand>,
     pub(crate) facts: watch::Sender<PoolFacts>,
-    pub(crate) run_id: String,
+    pub(crate) roster: watch::Sender<Arc<Roster>>,
     pub(crate) hold: Hold,
-    /// Verbs sent so far, to every driver alike.
-    pub(crate) verbs: u64,
-    /// The daemon is ending: nothing is started any more.
+    /// Operations begun so far.
+    pub(crate) made: u64,
+    /// The pool is ending: nothing is started any more.
     pub(crate) ending: bool,
     /// Its drivers have ended and left their engines as they are.
     pub(crate) left: bool,
@@ -73,7 +113,6 @@ pub(crate) struct Conductor {
 impl Conductor {
     /// Runs until nobody can command it any more; the drivers end with it.
     pub(crate) async fn run(mut self) {
-        let mut made = 0u64;
         if self.spec.activation == Activation::Preload && !self.hold.held() {
             self.command_all(Command::Wake).await;
         }
@@ -83,8 +122,7 @@ impl Conductor {
                 () = self.bell.notified() => {}
                 command = self.commands.recv() => match command {
                     Some(ConductorCommand { wish, answer }) => {
-                        made += 1;
-                        let result = self.carry_out(wish, made).await;
+                        let result = self.carry_out(wish).await;
                         let written = self.hold.tried();
                         tokio::spawn(async move {
                             written.await;
@@ -99,11 +137,11 @@ impl Conductor {
             if self.left {
                 return;
             }
-            if self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
+            if self.ending && self.members.iter().all(Member::at_rest) {
                 // Without commands drivers end, and with them their channels, once all was written down.
-                self.drivers.clear();
-                for r in &mut self.replicas {
-                    while r.changed().await.is_ok() {}
+                let ends: Vec<_> = self.members.drain(..).map(|m| m.published).collect();
+                for mut published in ends {
+                    while published.changed().await.is_ok() {}
                 }
                 return;
             }
@@ -111,16 +149,14 @@ impl Conductor {
     }
 
     async fn command_all(&mut self, command: Command) {
-        self.verbs += 1;
-        for d in &self.drivers {
-            // Drivers never wait for their conductor, so this cannot deadlock.
-            let _ = d.send(DriverCommand::Verb(command)).await;
+        for member in self.members.iter_mut().filter(|m| m.serves) {
+            member.command(command).await;
         }
     }
 
-    async fn carry_out(&mut self, wish: Wish, n: u64) -> Answer {
+    async fn carry_out(&mut self, wish: Wish) -> Answer {
         if self.ending {
-            return Err(ControlError::Unreachable("the daemon is stopping".into()));
+            return Err(ControlError::Unreachable("the pool is stopping".into()));
         }
         let verb = match wish {
             Wish::Shutdown => {
@@ -130,12 +166,18 @@ impl Conductor {
             }
             Wish::Leave => {
                 self.ending = true;
-                for d in &self.drivers {
-                    let _ = d.send(DriverCommand::Leave).await;
-                    d.closed().await;
+                for member in &self.members {
+                    let _ended = member.commands.send(DriverCommand::Leave).await;
+                    member.commands.closed().await;
                 }
                 self.left = true;
                 "leave"
+            }
+            Wish::Remove => {
+                self.ending = true;
+                let (deadline, on_deadline) = (self.spec.drain_deadline, OnDeadline::Force);
+                self.command_all(Command::Drain { deadline, on_deadline }).await;
+                "remove"
             }
             Wish::Preload => {
                 self.hold.set(false);
@@ -179,8 +221,9 @@ impl Conductor {
                 "breaker_reset"
             }
         };
+        self.made += 1;
         let operation = Operation {
-            id: format!("op-{}-{}-{n}", self.spec.id, self.run_id),
+            id: format!("op-{}-{:08x}-{}", self.spec.id, self.node.seed & 0xffff_ffff, self.made),
             verb: verb.into(),
             pool_id: self.spec.id.clone(),
             state: match wish {
@@ -190,7 +233,7 @@ impl Conductor {
                 _ => OperationState::Running,
             },
             progress: String::new(),
-            started_at: self.clock.wall(),
+            started_at: self.node.clock.wall(),
         };
         self.facts.send_modify(|f| {
             // The last wish wins: what it contradicts is over.
@@ -204,9 +247,10 @@ impl Conductor {
     }
 
     fn publish(&mut self) {
-        let replicas: Vec<Published> = self.replicas.iter_mut().map(|r| r.borrow_and_update().clone()).collect();
+        let replicas: Vec<Published> =
+            self.members.iter_mut().map(|m| m.published.borrow_and_update().clone()).collect();
         // An operation is judged only once every driver has taken in its command.
-        let settled = replicas.iter().all(|r| r.verbs == self.verbs);
+        let settled = self.members.iter().zip(&replicas).all(|(m, r)| r.verbs == m.sent);
         let hold = self.hold.held();
         self.facts.send_if_modified(|f| {
             let before = f.clone();

@@ -11,7 +11,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::{Admission, Refused, SlotGuard};
+use crate::admission::{Refused, SlotGuard};
+use crate::catalog::Order;
 use crate::clock::Clock;
 use crate::conditions::{self, Conditions, StewardCommand};
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
@@ -23,6 +24,7 @@ use crate::events::{EventKind, EventSink};
 use crate::lease_desk::DeskCommand;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::ports::Inventory;
+use crate::roster::{PoolHandle, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
 use crate::steward::Ledgered;
@@ -32,19 +34,11 @@ use crate::builder::Builder;
 /// What a killed engine gets to be gone before the daemon is.
 const LAST_CALL: Duration = Duration::from_secs(2);
 
-/// What the manager has of a pool.
-#[derive(Debug)]
-pub(crate) struct PoolHandle {
-    pub(crate) spec: Arc<PoolSpec>,
-    pub(crate) commands: mpsc::Sender<ConductorCommand>,
-    pub(crate) facts: watch::Receiver<PoolFacts>,
-    pub(crate) admissions: Vec<(ReplicaKey, Arc<Admission>)>,
-}
-
 /// What clones of a manager share.
 #[derive(Debug)]
 pub(crate) struct Inner {
-    pub(crate) pools: BTreeMap<PoolId, PoolHandle>,
+    pub(crate) table: watch::Receiver<Table>,
+    pub(crate) catalog: mpsc::Sender<Order>,
     pub(crate) inventory: watch::Receiver<Inventory>,
     pub(crate) ledgered: watch::Receiver<Ledgered>,
     pub(crate) conditions: watch::Receiver<Conditions>,
@@ -84,8 +78,13 @@ impl PoolManager {
         inventory
     }
 
-    fn handle(&self, id: &PoolId) -> Result<&PoolHandle, ControlError> {
-        self.inner.pools.get(id).ok_or_else(|| ControlError::PoolNotFound(id.to_string()))
+    /// The pools as they are now.
+    fn table(&self) -> Table {
+        Arc::clone(&self.inner.table.borrow())
+    }
+
+    fn handle(&self, id: &PoolId) -> Result<PoolHandle, ControlError> {
+        self.inner.table.borrow().get(id).cloned().ok_or_else(|| ControlError::PoolNotFound(id.to_string()))
     }
 
     async fn wish(&self, id: &PoolId, wish: Wish) -> Result<Operation, ControlError> {
@@ -104,30 +103,27 @@ impl PoolManager {
     /// When no replica is Ready or every slot is taken.
     pub fn allocate_lease(&self, id: &PoolId) -> Result<(ReplicaKey, SlotGuard), ControlError> {
         let handle = self.handle(id)?;
-        let mut by_room: Vec<_> = handle.admissions.iter().collect();
-        by_room.sort_by_key(|(key, a)| (std::cmp::Reverse(a.free()), key.replica));
+        let roster = handle.roster();
+        let mut by_room: Vec<_> = roster.serving().collect();
+        by_room.sort_by_key(|seat| (std::cmp::Reverse(seat.admission.free()), seat.key.replica));
         let mut saturated = false;
-        for (key, admission) in by_room {
-            match admission.acquire() {
+        for seat in by_room {
+            match seat.admission.acquire() {
                 Ok(guard) => {
-                    let generation = self.generation_of(handle, key);
-                    self.inner.events.send(key, generation, EventKind::LeaseGranted);
-                    return Ok((key.clone(), guard));
+                    let generation = seat.published.borrow().snapshot.generation;
+                    self.inner.events.send(&seat.key, generation, EventKind::LeaseGranted);
+                    return Ok((seat.key.clone(), guard));
                 }
                 Err(Refused::Saturated) => saturated = true,
                 Err(Refused::Closed) => {}
             }
         }
-        let (error, reason) = refusal(&self.picture(handle), saturated);
-        if let Some((key, _)) = handle.admissions.first() {
-            self.inner.events.send(key, self.generation_of(handle, key), EventKind::LeaseRefused { reason });
+        let (error, reason) = refusal(&self.picture(&handle), saturated);
+        if let Some(seat) = roster.serving().next() {
+            let generation = seat.published.borrow().snapshot.generation;
+            self.inner.events.send(&seat.key, generation, EventKind::LeaseRefused { reason });
         }
         Err(error)
-    }
-
-    fn generation_of(&self, handle: &PoolHandle, key: &ReplicaKey) -> Generation {
-        let facts = handle.facts.borrow();
-        facts.snapshot.replicas.iter().find(|r| r.id == key.replica).map_or(Generation(0), |r| r.generation)
     }
 
     fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
@@ -140,8 +136,10 @@ impl PoolManager {
             r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
         }
         // Leases move faster than snapshots are published.
-        for (r, (_, a)) in snapshot.replicas.iter_mut().zip(&handle.admissions) {
-            r.active_leases = u32::from(a.in_use());
+        for seat in &handle.roster().seats {
+            if let Some(r) = snapshot.replicas.iter_mut().find(|r| r.id == seat.key.replica) {
+                r.active_leases = u32::from(seat.admission.in_use());
+            }
         }
         snapshot
     }
@@ -157,7 +155,7 @@ impl PoolManager {
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
-        in_time && !self.inner.pools.values().any(fenced)
+        in_time && !self.table().values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.
@@ -166,14 +164,14 @@ impl PoolManager {
     }
 
     async fn end(&self, wish: Wish, deadline: Duration) -> bool {
-        for (id, handle) in &self.inner.pools {
+        for (id, handle) in &*self.table() {
             let (answer, _) = oneshot::channel();
             if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }
         }
         let all_rest = async {
-            for handle in self.inner.pools.values() {
+            for handle in self.table().values() {
                 let mut facts = handle.facts.clone();
                 // The conductor ends, and with it the channel, once its drivers rest.
                 while facts.changed().await.is_ok() {}
@@ -185,7 +183,7 @@ impl PoolManager {
     }
 
     fn find_operation(&self, id: &str) -> Result<(watch::Receiver<PoolFacts>, Operation), ControlError> {
-        for handle in self.inner.pools.values() {
+        for handle in self.table().values() {
             let found = handle.facts.borrow().operations.iter().find(|o| o.id == id).cloned();
             if let Some(o) = found {
                 return Ok((handle.facts.clone(), o));
@@ -200,7 +198,7 @@ impl PoolManager {
             && matches!(operation.verb.as_str(), "drain" | "stop")
             && let Ok(handle) = self.handle(&operation.pool_id)
         {
-            let leases: u32 = handle.admissions.iter().map(|(_, a)| u32::from(a.in_use())).sum();
+            let leases: u32 = handle.roster().seats.iter().map(|s| u32::from(s.admission.in_use())).sum();
             operation.progress = format!("{}, {leases} leases left", operation.progress);
         }
         operation
@@ -224,6 +222,29 @@ impl PoolManager {
             }
         }
         (devices, told.promised)
+    }
+
+    /// Makes a pool; with `activation = preload` it starts.
+    ///
+    /// # Errors
+    /// When there is one of that name, or the daemon is stopping.
+    pub async fn declare(&self, spec: PoolSpec) -> Result<(), ControlError> {
+        self.order(|answer| Order::Declare { spec: Box::new(spec), answer }).await?
+    }
+
+    /// Drains a pool and forgets it. It is there until nothing of it is left.
+    ///
+    /// # Errors
+    /// When there is no such pool, or the daemon is stopping.
+    pub async fn remove(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.order(|answer| Order::Remove { id: id.clone(), answer }).await?
+    }
+
+    async fn order<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Result<T, ControlError> {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || ControlError::Unreachable("the daemon is stopping".into());
+        self.inner.catalog.send(order(answer)).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())
     }
 
     /// Resolves when a task that the manager cannot do without has met a bug. Nothing is started any more then.
@@ -276,11 +297,11 @@ impl PoolControl for PoolManager {
     }
 
     async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError> {
-        Ok(self.inner.pools.values().map(|h| self.picture(h)).collect())
+        Ok(self.table().values().map(|h| self.picture(h)).collect())
     }
 
     async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError> {
-        Ok(self.picture(self.handle(id)?))
+        Ok(self.picture(&self.handle(id)?))
     }
 
     async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
@@ -288,7 +309,7 @@ impl PoolControl for PoolManager {
         let mut facts = handle.facts.clone();
         // Late or not, the newest picture is the answer.
         let _ = tokio::time::timeout(wait, facts.wait_for(|f| f.snapshot.snapshot > after)).await;
-        Ok(self.picture(handle))
+        Ok(self.picture(&handle))
     }
 
     async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
@@ -321,8 +342,7 @@ impl PoolControl for PoolManager {
 
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
         let mut all: Vec<Operation> = self
-            .inner
-            .pools
+            .table()
             .values()
             .flat_map(|h| h.facts.borrow().operations.iter().cloned().collect::<Vec<_>>())
             .map(|o| self.with_leases(o))
@@ -349,7 +369,7 @@ impl PoolControl for PoolManager {
             Err(e) => {
                 let handle = self.handle(id)?;
                 let rests = handle.facts.borrow().snapshot.replicas.iter().all(|r| r.state == "idle");
-                if handle.spec.activation == Activation::OnDemand && matches!(e, ControlError::Unready(_)) && rests {
+                if handle.spec().activation == Activation::OnDemand && matches!(e, ControlError::Unready(_)) && rests {
                     self.wish(id, Wish::Demand).await?;
                     return Err(ControlError::Unready("it is starting because it was asked for".into()));
                 }
@@ -376,7 +396,7 @@ impl PoolControl for PoolManager {
 
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
         let spec = match what {
-            PlanRequest::Pool(id) => (*self.handle(&id)?.spec).clone(),
+            PlanRequest::Pool(id) => (*self.handle(&id)?.spec()).clone(),
             PlanRequest::Spec(spec) => *spec,
         };
         // What the pool holds already is there for it.
@@ -397,7 +417,8 @@ impl PoolControl for PoolManager {
             self.handle(pool)?;
         }
         let (devices, promised) = self.devices_without(None);
-        let pools = self.inner.pools.values().map(|h| (&*h.spec, self.picture(h)));
+        let pools: Vec<_> = self.table().values().map(|h| (h.spec(), self.picture(h))).collect();
+        let pools = pools.iter().map(|(spec, picture)| (&**spec, picture.clone()));
         planning::placements(pools, &devices, &promised, request)
     }
 

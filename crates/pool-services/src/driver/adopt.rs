@@ -29,7 +29,7 @@ impl Driver {
     /// `hold`: the pool is not to run.
     pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
         let Found { record, outcome } = found;
-        let changed = record.fingerprint != self.spec.fingerprint(self.key.replica.0);
+        let changed = record.fingerprint != self.spec.fingerprint(self.place);
         let (engine, refused) = match outcome {
             Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
             Err(NotAdopted { why, rest }) => (rest, Some(why)),

@@ -80,7 +80,7 @@ impl Driver {
     pub(super) fn want(&self) -> Option<Want> {
         Some(Want {
             generation: self.replica.generation,
-            mask: self.spec.mask_of(self.key.replica.0).clone(),
+            mask: self.spec.mask_of(self.place).clone(),
             demand: Arc::clone(self.attempt.demand.as_ref()?),
             external: self.ports.provisioner.external(&self.spec).is_some(),
         })
@@ -111,7 +111,7 @@ impl Driver {
             context: grant.context,
         };
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
-        let (key, generation) = (self.key.clone(), self.replica.generation);
+        let (key, place, generation) = (self.key.clone(), self.place, self.replica.generation);
         let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
         let last_words = self.scribe.tried();
         self.run_work(async move {
@@ -132,7 +132,7 @@ impl Driver {
                 key: key.clone(),
                 generation,
                 nonce: host.nonce(),
-                fingerprint: request.spec.fingerprint(key.replica.0),
+                fingerprint: request.spec.fingerprint(place),
                 endpoint: prepared.endpoint.clone(),
                 engine_version: prepared.engine_version.clone(),
                 devices: request.devices,
