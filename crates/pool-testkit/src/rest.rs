@@ -13,6 +13,7 @@ use pool_domain::{
 };
 use pool_services::ports::{
     EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
+    StoredPool,
 };
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
@@ -56,6 +57,8 @@ pub fn spec(id: &str) -> PoolSpec {
         devices: vec![DeviceMask::Auto],
         replicas: 1,
         activation: Activation::Preload,
+        idle_ttl: None,
+        pin: false,
         context: None,
         slots: 4,
         kv_type: Default::default(),
@@ -65,6 +68,7 @@ pub fn spec(id: &str) -> PoolSpec {
         policy: Policy::default(),
         drain_deadline: Duration::from_secs(30),
         on_deadline: OnDeadline::Force,
+        reload: Default::default(),
     }
 }
 
@@ -160,6 +164,7 @@ struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
     takes: Duration,
 }
@@ -293,5 +298,28 @@ impl StateLedger for FakeLedger {
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
         self.facts().learnt.insert((pool.clone(), key.clone()), correction);
         Ok(())
+    }
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.facts().stored.values().cloned().collect()
+    }
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.stored.insert(pool.pool.clone(), pool.clone());
+        })
+    }
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.stored.remove(pool);
+        })
+    }
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.held.remove(pool);
+            f.pasts.retain(|key, _| key.pool != *pool);
+            f.learnt.retain(|(of, _), _| of != pool);
+        })
     }
 }
