@@ -11,9 +11,9 @@ use pool_domain::ReplicaKey;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
+use crate::declared::Restored;
 use crate::driver::{Found, Ports};
 use crate::ports::{EngineRecord, NotAdopted, RunningEngine};
-use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
 pub(crate) type Closed = BTreeSet<String>;
@@ -36,7 +36,7 @@ struct Stray {
 }
 
 /// Looks at every record, and at what no record names.
-pub(crate) async fn look(ports: &Ports, pools: &[PoolSpec], bell: &Arc<Notify>) -> Boot {
+pub(crate) async fn look(ports: &Ports, pools: &[Restored], bell: &Arc<Notify>) -> Boot {
     let (mut found, mut strays, mut known) = (BTreeMap::new(), Vec::new(), Vec::new());
     for record in ports.ledger.recorded().await {
         let key = record.key.clone();
@@ -49,7 +49,7 @@ pub(crate) async fn look(ports: &Ports, pools: &[PoolSpec], bell: &Arc<Notify>) 
             continue;
         }
         known.push(record.clone());
-        let wanted = pools.iter().any(|p| p.id == key.pool && key.replica.0 < p.replicas);
+        let wanted = pools.iter().map(|p| &p.declared.spec).any(|p| p.id == key.pool && key.replica.0 < p.replicas);
         // A generation that was followed by another is never taken up again.
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
             found.insert(key, Found { record, outcome });

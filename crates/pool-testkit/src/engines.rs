@@ -95,6 +95,8 @@ struct FakeEngine {
 #[derive(Debug, Default)]
 pub struct FakeEngines {
     script: Mutex<Script>,
+    /// For engines of these models, instead.
+    scripts: Mutex<BTreeMap<String, Script>>,
     by_addr: Mutex<BTreeMap<SocketAddr, Arc<FakeEngine>>>,
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
@@ -110,6 +112,16 @@ impl FakeEngines {
     /// Changes the script for later launches and questions.
     pub fn script(&self, change: impl FnOnce(&mut Script)) {
         change(&mut lock(&self.script));
+    }
+
+    /// Changes the script for engines of one model, which from then on is its own.
+    pub fn script_of(&self, model: &str, change: impl FnOnce(&mut Script)) {
+        let mut scripts = lock(&self.scripts);
+        change(scripts.entry(model.to_owned()).or_insert_with(|| lock(&self.script).clone()));
+    }
+
+    fn script_for(&self, model: &str) -> Script {
+        lock(&self.scripts).get(model).cloned().unwrap_or_else(|| lock(&self.script).clone())
     }
 
     /// When launches happened and of which generation.
@@ -257,8 +269,8 @@ impl RunningEngine for Stranger {
 
 #[async_trait]
 impl EngineProvisioner for FakeEngines {
-    async fn preflight(&self, _: &PoolSpec) -> Result<(), Failure> {
-        lock(&self.script).preflight.clone().map_or(Ok(()), Err)
+    async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure> {
+        self.script_for(&spec.model.model_id()).preflight.map_or(Ok(()), Err)
     }
     fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
         None
@@ -266,8 +278,8 @@ impl EngineProvisioner for FakeEngines {
     fn admits(&self, _: &PoolSpec) -> Result<(), NotAdmitted> {
         Ok(())
     }
-    fn memory(&self, _: &PoolSpec) -> EngineMemory {
-        lock(&self.script).memory
+    fn memory(&self, spec: &PoolSpec) -> EngineMemory {
+        self.script_for(&spec.model.model_id()).memory
     }
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
         Ok(PreparedEngine {
@@ -292,7 +304,7 @@ impl EngineHost for FakeEngines {
         !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
     }
     async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
-        let script = lock(&self.script).clone();
+        let script = self.script_for(&engine.endpoint.model);
         lock(&self.launches).push((Instant::now(), record.generation));
         if let Some(f) = script.launch {
             return Err(f);
@@ -354,7 +366,7 @@ impl EngineProbe for FakeEngines {
     }
     async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
         // Asked of the script, not of the launch, so that a running engine can be told to hang.
-        if lock(&self.script).decodes && self.at(endpoint.addr).is_some() {
+        if self.script_for(&endpoint.model).decodes && self.at(endpoint.addr).is_some() {
             Ok(())
         } else {
             std::future::pending().await

@@ -47,7 +47,10 @@ impl Pool {
             }
             Step::Start(ids) => {
                 for id in part(ids) {
-                    assert!(self.members[&id].new && !self.members[&id].runs, "only what is new and at rest is started");
+                    assert!(
+                        self.members[&id].new && !self.members[&id].runs,
+                        "only what is new and at rest is started"
+                    );
                 }
                 self.each(&part(ids), |m| m.runs = true);
             }

@@ -10,19 +10,20 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
+use pool_domain::lifecycle::{Command, OnDeadline};
 use pool_domain::{ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::Admission;
 use crate::control::{ControlError, DrainOptions, Operation, OperationState};
-use crate::events::EventKind;
+use crate::declared::Source;
 use crate::driver::{DriverCommand, Published};
+use crate::events::EventKind;
 use crate::hold::Hold;
 use crate::node::Node;
 use crate::roster::{Roster, Seat};
 use crate::snapshot::PoolSnapshot;
-use crate::spec::{Activation, PoolSpec};
+use crate::spec::Activation;
 
 /// Operations remembered per pool.
 const REMEMBERED: usize = 32;
@@ -106,6 +107,7 @@ impl Member {
 pub(crate) struct Conductor {
     /// What the pool is made from, and what it was made from before the last reload.
     pub(crate) made: Made,
+    pub(crate) source: Source,
     pub(crate) previous: Option<Made>,
     pub(crate) revision: u64,
     /// The reload under way, and the one that is wanted after it.
@@ -156,7 +158,9 @@ impl Conductor {
             }
             self.advance(found).await;
             self.heed_probation().await;
-            self.let_go();
+            if self.running.is_none() {
+                self.let_go();
+            }
             self.publish();
             if self.left {
                 return;
@@ -184,10 +188,10 @@ impl Conductor {
         }
         self.wish_during_reload(&wish)?;
         let verb = match wish {
-            Wish::Reload(reload) => return self.reload(*reload, "reload"),
+            Wish::Reload(reload) => return Ok(self.reload(*reload, "reload")),
             Wish::Rollback => {
-                let reload = Reload { to: self.before()?, strategy: None, deadline: None, on_deadline: None };
-                return self.reload(reload, "rollback");
+                let reload = Reload::back(self.before()?);
+                return Ok(self.reload(reload, "rollback"));
             }
             Wish::Shutdown => {
                 self.ending = true;

@@ -2,7 +2,7 @@
 
 use pool_domain::lifecycle::{State, Wait};
 
-use super::{Conductor, PoolFacts, REMEMBERED};
+use super::{Conductor, REMEMBERED};
 use crate::control::{Operation, OperationState};
 use crate::driver::Published;
 
@@ -92,7 +92,7 @@ impl Conductor {
 fn judge(o: &mut Operation, replicas: &[&Published]) {
     let count = |p: fn(&State) -> bool| replicas.iter().filter(|r| p(&r.state)).count();
     match o.verb.as_str() {
-        "preload" => {
+        "preload" | "declare" => {
             let ready = count(State::ready);
             o.progress = format!("{ready} of {} ready", replicas.len());
             if ready == replicas.len() {
@@ -109,7 +109,9 @@ fn judge(o: &mut Operation, replicas: &[&Published]) {
         _ => {
             let rest = count(|s| matches!(s, State::Idle | State::Failed { .. }));
             o.progress = format!("{rest} of {} at rest", replicas.len());
-            if rest == replicas.len() {
+            if rest == replicas.len() && o.verb == "remove" {
+                // Over when nothing is left on the disk, either.
+            } else if rest == replicas.len() {
                 o.state = OperationState::Succeeded("drained".into());
             } else if replicas.iter().any(|r| matches!(r.state, State::Fenced { .. })) {
                 o.state = OperationState::Failed("something of an engine may be left: its devices are fenced".into());

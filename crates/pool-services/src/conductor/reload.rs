@@ -9,8 +9,9 @@ use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, pl
 use pool_domain::{Failure, FailureClass, ReplicaId, Tick};
 use tokio::sync::oneshot;
 
-use super::{Answer, Conductor, Member};
-use crate::control::{ControlError, OperationState};
+use super::{Conductor, Member};
+use crate::control::{ControlError, Operation, OperationState};
+use crate::declared::{Source, Standing};
 use crate::driver::{DriverCommand, Published};
 use crate::events::EventKind;
 use crate::node::{Birth, Node};
@@ -22,17 +23,26 @@ use crate::spec::{Activation, PoolSpec};
 #[derive(Debug, Clone)]
 pub(crate) struct Made {
     pub(crate) spec: Arc<PoolSpec>,
-    pub(crate) document: Arc<str>,
+    pub(crate) document: String,
 }
 
 /// A wish for another spec.
 #[derive(Debug, Clone)]
 pub(crate) struct Reload {
     pub(crate) to: Made,
+    /// Who declares it from then on, where that changes.
+    pub(crate) source: Option<Source>,
     /// Unset: what the new spec says.
     pub(crate) strategy: Option<Strategy>,
     pub(crate) deadline: Option<Duration>,
     pub(crate) on_deadline: Option<OnDeadline>,
+}
+
+impl Reload {
+    /// To what was before.
+    pub(super) fn back(to: Made) -> Self {
+        Self { to, source: None, strategy: None, deadline: None, on_deadline: None }
+    }
 }
 
 /// How a replica stood before the reload.
@@ -118,14 +128,11 @@ impl Conductor {
     }
 
     /// Takes in the wish for a reload.
-    pub(super) fn reload(&mut self, reload: Reload, verb: &str) -> Answer {
-        if self.node.ports.provisioner.external(&self.made.spec).is_some() {
-            return Err(ControlError::Conflict("the engine of this pool is run by somebody else".into()));
-        }
+    pub(super) fn reload(&mut self, reload: Reload, verb: &str) -> Operation {
         let operation = self.begin_operation(verb);
         self.begin_reload(reload, operation.id.clone());
         let now = self.facts.borrow().operations.iter().find(|o| o.id == operation.id).cloned();
-        Ok(now.unwrap_or(operation))
+        now.unwrap_or(operation)
     }
 
     /// A new engine that fails within its probation gives way to the old one.
@@ -133,12 +140,12 @@ impl Conductor {
         let Some(to) = self.fails_probation() else { return };
         let operation = self.begin_operation("rollback");
         tracing::warn!(pool_id = %self.made.spec.id, "rolling back: it failed within its probation");
-        self.begin_reload(Reload { to, strategy: None, deadline: None, on_deadline: None }, operation.id);
+        self.begin_reload(Reload::back(to), operation.id);
         self.advance(None).await;
     }
 
     /// Begins a reload, or puts it after the one that is under way, which is given up.
-    pub(super) fn begin_reload(&mut self, reload: Reload, operation: String) {
+    fn begin_reload(&mut self, reload: Reload, operation: String) {
         if let Some(running) = &mut self.running {
             running.rollout.give_up("a newer one is wanted");
             running.begun = false;
@@ -148,11 +155,15 @@ impl Conductor {
             }
             return;
         }
+        // Other words, or another who says them, are written down with the next change.
         if *reload.to.spec == *self.made.spec {
+            self.source = reload.source.unwrap_or_else(|| self.source.clone());
+            self.show();
             self.end_operation(&operation, OperationState::Succeeded("unchanged".into()));
             return;
         }
-        let were: BTreeMap<_, _> = self.serving().map(|m| (m.key.replica, Was::of(&m.published.borrow().state))).collect();
+        let were: BTreeMap<_, _> =
+            self.serving().map(|m| (m.key.replica, Was::of(&m.published.borrow().state))).collect();
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
         let asleep = self.hold.held() || rests && reload.to.spec.activation == Activation::OnDemand;
@@ -260,13 +271,20 @@ impl Conductor {
             }
             Step::Start(ids) => self.command(ids, Command::Start).await,
             Step::Commit => {
-                let previous = Some(self.made.clone());
-                running.work = Some(self.store(running.reload.to.clone(), self.revision + 1, previous));
+                let standing = Standing {
+                    revision: self.revision + 1,
+                    document: reload.to.document.clone(),
+                    source: reload.source.clone().unwrap_or_else(|| self.source.clone()),
+                    previous: Some(self.made.clone()),
+                };
+                // What the file says is not written down a second time.
+                let from_file = matches!(reload.source, Some(Source::File { .. }));
+                running.work = Some(self.store(&standing, from_file));
             }
             Step::Flip { to, from } => {
                 for member in &mut self.members {
-                    member.serves = member.serves && !from.contains(&member.key.replica)
-                        || to.contains(&member.key.replica);
+                    member.serves =
+                        member.serves && !from.contains(&member.key.replica) || to.contains(&member.key.replica);
                 }
                 self.show();
             }
@@ -301,7 +319,8 @@ impl Conductor {
                 let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
                 self.command(ids, stop).await;
             }
-            Step::Commit => running.work = Some(self.store(self.made.clone(), self.revision, self.previous.clone())),
+            // Whether it was written is not known.
+            Step::Commit => running.work = Some(self.store(&self.standing(), false)),
         }
     }
 
@@ -322,7 +341,7 @@ impl Conductor {
             Step::Commit => {
                 let look = waited(found);
                 if matches!(look, Look::Done) {
-                    self.take_up(&running.reload.to);
+                    self.take_up(&running.reload);
                 }
                 look
             }
@@ -360,7 +379,16 @@ impl Conductor {
     fn look_undone(&self, running: &Running, step: &Step, found: Option<Verdict>) -> Look {
         match step {
             Step::Verify | Step::Change(_) | Step::Add(_) | Step::Flip { .. } | Step::Retire(_) => Look::Done,
-            Step::Commit => waited(found),
+            Step::Commit => match found {
+                None => Look::Pending,
+                Some(written) => {
+                    // What stood there stands still, unless the disk lost its answer: then a restart may find the new.
+                    if let Err(why) = written {
+                        tracing::error!(pool_id = %self.made.spec.id, %why, "that the reload was undone is not written down");
+                    }
+                    Look::Done
+                }
+            },
             Step::Start(ids) => self.over(ids, |seen| {
                 if seen.iter().any(|p| matches!(p.state, State::Fenced { .. })) {
                     Look::Failed("something of the new engine may be left".into())
@@ -410,7 +438,8 @@ impl Conductor {
     /// Tells who belongs to the pool now.
     pub(super) fn show(&self) {
         let seats = self.members.iter().map(Member::seat).collect();
-        self.roster.send_replace(Arc::new(Roster { spec: Arc::clone(&self.made.spec), seats }));
+        let (spec, standing) = (Arc::clone(&self.made.spec), Arc::new(self.standing()));
+        self.roster.send_replace(Arc::new(Roster { spec, standing, seats }));
         self.node.bell.notify_one();
     }
 
@@ -425,20 +454,41 @@ impl Conductor {
     }
 
     /// The new spec is the pool's.
-    fn take_up(&mut self, to: &Made) {
-        self.previous = Some(std::mem::replace(&mut self.made, to.clone()));
+    fn take_up(&mut self, reload: &Reload) {
+        self.previous = Some(std::mem::replace(&mut self.made, reload.to.clone()));
+        if let Some(source) = &reload.source {
+            self.source = source.clone();
+        }
         self.revision += 1;
-        let probation = to.spec.reload.probation;
-        let restarts = self.members.iter().map(|m| m.published.borrow().snapshot.restart_count).sum();
-        self.probation = (!probation.is_zero())
-            .then(|| Probation { until: self.node.clock.now() + probation, restarts });
+        let probation = self.made.spec.reload.probation;
+        let restarts = self.members.iter().map(|m| m.published.borrow().snapshot.restart_count).max().unwrap_or(0);
+        self.probation =
+            (!probation.is_zero()).then(|| Probation { until: self.node.clock.now() + probation, restarts });
         self.show();
     }
 
-    fn store(&self, made: Made, revision: u64, previous: Option<Made>) -> oneshot::Receiver<Verdict> {
+    pub(super) fn standing(&self) -> Standing {
+        Standing {
+            revision: self.revision,
+            document: self.made.document.clone(),
+            source: self.source.clone(),
+            previous: self.previous.clone(),
+        }
+    }
+
+    /// Writes down what a later daemon starts from. Without words for it, whoever embeds this keeps it.
+    fn store(&self, standing: &Standing, from_file: bool) -> oneshot::Receiver<Verdict> {
         let (tell, told) = oneshot::channel();
-        let _ = (made, revision, previous);
-        let _ = tell.send(Ok(None));
+        let (ledger, id) = (Arc::clone(&self.node.ports.ledger), self.made.spec.id.clone());
+        let stored = (!standing.document.is_empty()).then(|| standing.stored(&id));
+        tokio::spawn(async move {
+            let written = match stored {
+                None => Ok(()),
+                Some(_) if from_file => ledger.drop_pool(&id).await,
+                Some(stored) => ledger.store_pool(&stored).await,
+            };
+            let _ = tell.send(written.map(|()| None).map_err(|e| format!("{e}: {}", e.source)));
+        });
         told
     }
 
