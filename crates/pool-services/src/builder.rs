@@ -194,12 +194,13 @@ impl Builder {
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
         };
-        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &node.bell).await;
+        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
         let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
             let id = pool.declared.spec.id.clone();
-            pools.insert(id, node.pool(pool, &mut found).await);
+            let places = places.get(&id).cloned().unwrap_or_default();
+            pools.insert(id, node.pool(pool, &places, &mut found).await);
         }
         let (table_tx, table) = watch::channel(Arc::new(pools));
         told.send_replace(told_of(&records));

@@ -107,8 +107,13 @@ impl Node {
     }
 
     /// Starts a pool, with the engines of it that were found.
-    pub(crate) async fn pool(&self, pool: Restored, found: &mut BTreeMap<ReplicaKey, Found>) -> PoolHandle {
-        self.start(pool, found, 0, None).await
+    pub(crate) async fn pool(
+        &self,
+        pool: Restored,
+        places: &[ReplicaId],
+        found: &mut BTreeMap<ReplicaKey, Found>,
+    ) -> PoolHandle {
+        self.start(pool, places, found, 0, None).await
     }
 
     /// Starts a pool that is new, as an operation. Its operations are numbered from here.
@@ -125,12 +130,14 @@ impl Node {
             progress: String::new(),
             started_at: self.clock.wall(),
         };
-        (self.start(pool, &mut BTreeMap::new(), number, Some(operation.clone())).await, operation)
+        let places: Vec<ReplicaId> = (0..spec.replicas).map(ReplicaId).collect();
+        (self.start(pool, &places, &mut BTreeMap::new(), number, Some(operation.clone())).await, operation)
     }
 
     async fn start(
         &self,
         pool: Restored,
+        places: &[ReplicaId],
         found: &mut BTreeMap<ReplicaKey, Found>,
         number: u64,
         begun: Option<Operation>,
@@ -140,8 +147,7 @@ impl Node {
         let bell = Arc::new(Notify::new());
         let hold = self.ports.ledger.held(&spec.id).await;
         let mut members = Vec::new();
-        for place in 0..spec.replicas {
-            let id = ReplicaId(place);
+        for (place, id) in (0..).zip(places.iter().copied()) {
             let found = found.remove(&ReplicaKey { pool: spec.id.clone(), replica: id });
             let birth = Birth { spec: &spec, id, place, bell: &bell, serves: true, found, hold };
             members.push(self.replica(birth).await);

@@ -337,3 +337,50 @@ async fn the_daemon_ends_in_the_middle_of_a_reload_and_nothing_is_left() {
         assert!(node.engines.running().is_empty());
     }
 }
+
+/// The daemon dies at some moment of a reload, and the next one starts from what is written down.
+async fn after_death(
+    strategy: Strategy,
+    dies_after: Duration,
+    replicas: u16,
+) -> (FakeNode, PoolManager, PoolSnapshot, u64) {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.load = Duration::from_secs(2));
+    node.engines.script_of("other", |s| s.load = Duration::from_secs(2));
+    let (m, _events) = node.manage(vec![old(replicas)]).await;
+    all_ready(&m, replicas.into()).await;
+    m.reload(&chat(), to(new(replicas), strategy)).await.unwrap();
+    tokio::time::sleep(dies_after).await;
+    let stored = node.ledger.stored(&chat());
+    // As if it had died: it does nothing more, and its engines live on.
+    assert!(m.leave(LONG).await);
+    let (spec, revision) = if stored.is_some() { (new(replicas), 2) } else { (old(replicas), 1) };
+    let (m, _events) = node.manage(vec![spec]).await;
+    let s = all_ready(&m, replicas.into()).await;
+    tokio::time::sleep(Duration::from_secs(40)).await;
+    (node, m, s, revision)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_daemon_that_dies_in_a_reload_leaves_a_pool_that_is_all_old_or_all_new() {
+    for strategy in STRATEGIES {
+        for replicas in [1, 2] {
+            let (mut old_ones, mut new_ones) = (0, 0);
+            for step in 0..25 {
+                let dies_after = Duration::from_millis(step * 320);
+                let (node, m, s, revision) = after_death(strategy, dies_after, replicas).await;
+                let model = if revision == 2 { "other" } else { "tiny" };
+                assert_eq!(s.model_id, model);
+                let s = all_ready(&m, replicas.into()).await;
+                assert_eq!(
+                    node.engines.running().len(),
+                    usize::from(replicas),
+                    "{strategy} after {dies_after:?}: {s:#?}"
+                );
+                assert_eq!(node.engines.models(), vec![model; replicas.into()], "{strategy} after {dies_after:?}");
+                if revision == 2 { new_ones += 1 } else { old_ones += 1 }
+            }
+            assert!(old_ones > 0 && new_ones > 0, "{strategy}: {old_ones} and {new_ones}");
+        }
+    }
+}

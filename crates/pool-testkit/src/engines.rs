@@ -85,6 +85,7 @@ struct FakeEngine {
     began: Instant,
     pid: u32,
     nonce: String,
+    model: String,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
     terms: AtomicU64,
@@ -157,6 +158,12 @@ impl FakeEngines {
     #[must_use]
     pub fn running(&self) -> Vec<u32> {
         lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.pid).collect()
+    }
+
+    /// The models of the engines that have not ended.
+    #[must_use]
+    pub fn models(&self) -> Vec<String> {
+        lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.model.clone()).collect()
     }
 
     /// TERM and KILL signals that engines have received so far.
@@ -315,6 +322,7 @@ impl EngineHost for FakeEngines {
             began: Instant::now(),
             pid,
             nonce: record.nonce.clone(),
+            model: engine.endpoint.model.clone(),
             exit: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             terms: AtomicU64::new(0),

@@ -207,6 +207,12 @@ impl FakeLedger {
         self.facts().refuses_pools = refuse;
     }
 
+    /// What is written down of what a pool is to be.
+    #[must_use]
+    pub fn stored(&self, pool: &PoolId) -> Option<StoredPool> {
+        self.facts().stored.get(pool).cloned()
+    }
+
     /// Changes what is on record, as somebody with an editor might.
     pub fn tamper(&self, change: impl FnOnce(&mut BTreeMap<ReplicaKey, EngineRecord>)) {
         change(&mut self.facts().records);
