@@ -64,6 +64,8 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         devices: Vec::new(),
         replicas: 1,
         activation: Activation::OnDemand,
+        idle_ttl: None,
+        pin: false,
         context: Some(4096),
         kv_type: Default::default(),
         tensor_split: Default::default(),
@@ -74,6 +76,7 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         isolation: Default::default(),
         drain_deadline: Duration::from_secs(1),
         on_deadline: OnDeadline::Force,
+        reload: Default::default(),
     }
 }
 

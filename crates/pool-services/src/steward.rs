@@ -1,7 +1,7 @@
 //! The steward of the node: the only writer of what pools share, reservations and ports. Replicas publish what they
 //! want; it answers each with a grant, a whole mask or nothing, or with a denial that says why.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -18,9 +18,10 @@ use crate::boot::Closed;
 use crate::clock::Clock;
 use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
-use crate::driver::{Accused, Denied, DriverCommand, Grant, Published, Want};
+use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::ports::{EngineHost, EngineRecord, Inventory};
+use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -38,21 +39,6 @@ struct Reservation {
 impl Reservation {
     fn on(&self, uuid: &str) -> Option<u64> {
         self.devices.uuids.iter().position(|u| u == uuid).and_then(|at| self.bytes.get(at).copied())
-    }
-}
-
-/// One replica as the steward sees it.
-pub(crate) struct Ward {
-    pub(crate) key: ReplicaKey,
-    pub(crate) published: watch::Receiver<Published>,
-    pub(crate) commands: mpsc::WeakSender<DriverCommand>,
-}
-
-impl Ward {
-    async fn tell(&self, command: DriverCommand) {
-        if let Some(commands) = self.commands.upgrade() {
-            let _ = commands.send(command).await;
-        }
     }
 }
 
@@ -84,7 +70,9 @@ pub(crate) struct Ledgered {
 }
 
 pub(crate) struct Steward {
-    pub(crate) wards: Vec<Ward>,
+    pub(crate) table: watch::Receiver<Table>,
+    /// Every replica of the table; made anew before each round.
+    pub(crate) wards: Vec<Seat>,
     pub(crate) inventory: watch::Receiver<Inventory>,
     pub(crate) host: Arc<dyn EngineHost>,
     pub(crate) listen: IpAddr,
@@ -110,6 +98,7 @@ impl Steward {
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
+        self.wards = self.every_replica();
         while commanded || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 biased;
@@ -125,6 +114,7 @@ impl Steward {
                 }
             };
             let inventory = self.inventory.borrow_and_update().clone();
+            self.wards = self.every_replica();
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
@@ -192,8 +182,13 @@ impl Steward {
         let _ = answer.send(result);
     }
 
+    fn every_replica(&self) -> Vec<Seat> {
+        let table = Arc::clone(&self.table.borrow());
+        table.values().flat_map(|pool| pool.roster().seats.clone()).collect()
+    }
+
     /// Replicas of which something may be left, with what they hold.
-    fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Ward, &'a Reservation)> {
+    fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Seat, &'a Reservation)> {
         self.wards
             .iter()
             .filter(|ward| matches!(ward.published.borrow().state, State::Fenced { .. }))
@@ -249,6 +244,10 @@ impl Steward {
 
     /// Takes back what nobody holds any more.
     fn free(&self, book: &mut Book) {
+        // A replica leaves its roster only when nothing of it is left.
+        let here: BTreeSet<&ReplicaKey> = self.wards.iter().map(|w| &w.key).collect();
+        book.held.retain(|key, _| here.contains(key));
+        book.homes.retain(|key, _| here.contains(key));
         for ward in &self.wards {
             let published = ward.published.borrow();
             if let Some(r) = book.held.get(&ward.key) {
@@ -308,7 +307,7 @@ impl Steward {
         book: &Book,
         promised: &Promised,
     ) -> Vec<DeviceSnapshot> {
-        let mut fenced: BTreeMap<&str, &Ward> = BTreeMap::new();
+        let mut fenced: BTreeMap<&str, &Seat> = BTreeMap::new();
         for (ward, held) in self.fenced(book).filter(|(ward, _)| ward.key != *key) {
             fenced.extend(held.devices.uuids.iter().map(|uuid| (uuid.as_str(), ward)));
         }

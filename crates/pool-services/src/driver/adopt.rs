@@ -29,7 +29,7 @@ impl Driver {
     /// `hold`: the pool is not to run.
     pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
         let Found { record, outcome } = found;
-        let changed = record.fingerprint != self.spec.fingerprint(self.key.replica.0);
+        let changed = record.fingerprint != self.spec.fingerprint(self.place);
         let (engine, refused) = match outcome {
             Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
             Err(NotAdopted { why, rest }) => (rest, Some(why)),
@@ -42,7 +42,8 @@ impl Driver {
         let generation = record.generation;
         let end = record.phase == Phase::Stopping || hold && record.phase == Phase::Starting;
         let drain = match &record.phase {
-            Phase::Draining { deadline, on_deadline, .. } => Some((*deadline, *on_deadline)),
+            // Without a hold it was a reload that was not committed: it is undone.
+            Phase::Draining { deadline, on_deadline, .. } if hold => Some((*deadline, *on_deadline)),
             Phase::Ready { .. } if hold => Some((self.clock.now() + self.spec.drain_deadline, self.spec.on_deadline)),
             _ => None,
         };

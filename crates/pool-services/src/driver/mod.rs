@@ -84,6 +84,10 @@ pub(crate) enum DriverCommand {
     Unblock,
     /// A person says that nothing of the engine is left.
     Unfence,
+    /// Nothing is to be tried again by itself.
+    GiveUp(Failure),
+    /// What the next start makes the engine from.
+    Respec(Arc<PoolSpec>),
     /// The daemon ends and its engines live on: leave everything as it is.
     Leave,
 }
@@ -157,6 +161,8 @@ struct Attempt {
 pub(crate) struct DriverParts {
     pub(crate) key: ReplicaKey,
     pub(crate) spec: Arc<PoolSpec>,
+    /// Which mask of the spec is its own.
+    pub(crate) place: u16,
     pub(crate) ports: Ports,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
@@ -176,6 +182,7 @@ pub(crate) struct DriverParts {
 pub(crate) struct Driver {
     key: ReplicaKey,
     spec: Arc<PoolSpec>,
+    place: u16,
     policy: Policy,
     replica: Replica,
     ports: Ports,
@@ -251,6 +258,7 @@ impl Driver {
             scribe: Scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
             key: parts.key,
             spec: parts.spec,
+            place: parts.place,
             ports: parts.ports,
             clock: parts.clock,
             rng: fastrand::Rng::with_seed(parts.seed),
@@ -334,6 +342,13 @@ impl Driver {
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));
+            }
+            DriverCommand::GiveUp(failure) => {
+                self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
+            }
+            DriverCommand::Respec(spec) => {
+                self.policy = spec.policy;
+                self.spec = spec;
             }
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),

@@ -26,6 +26,9 @@ const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Dura
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
 
+/// Between an answer that was cut off and the news that the engine has ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
 impl Driver {
     pub(super) fn send(&self, report: Report) {
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
@@ -80,7 +83,7 @@ impl Driver {
     pub(super) fn want(&self) -> Option<Want> {
         Some(Want {
             generation: self.replica.generation,
-            mask: self.spec.mask_of(self.key.replica.0).clone(),
+            mask: self.spec.mask_of(self.place).clone(),
             demand: Arc::clone(self.attempt.demand.as_ref()?),
             external: self.ports.provisioner.external(&self.spec).is_some(),
         })
@@ -111,7 +114,7 @@ impl Driver {
             context: grant.context,
         };
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
-        let (key, generation) = (self.key.clone(), self.replica.generation);
+        let (key, place, generation) = (self.key.clone(), self.place, self.replica.generation);
         let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
         let last_words = self.scribe.tried();
         self.run_work(async move {
@@ -132,7 +135,7 @@ impl Driver {
                 key: key.clone(),
                 generation,
                 nonce: host.nonce(),
-                fingerprint: request.spec.fingerprint(key.replica.0),
+                fingerprint: request.spec.fingerprint(place),
                 endpoint: prepared.endpoint.clone(),
                 engine_version: prepared.engine_version.clone(),
                 devices: request.devices,
@@ -241,7 +244,11 @@ impl Driver {
                     proof.slots = if proof.slots == 0 { slots } else { proof.slots };
                     Report::Proved(proof, taken)
                 }
-                Err(failure) => Report::Fact(Fact::Unproved(failure)),
+                Err(failure) => {
+                    // An engine that ends cuts off its answers first; the watch of its end knows why.
+                    let ends = tokio::time::timeout(LAST_WORDS, engine.exited()).await.is_ok();
+                    if ends { std::future::pending().await } else { Report::Fact(Fact::Unproved(failure)) }
+                }
             }
         });
     }
