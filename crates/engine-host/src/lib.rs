@@ -18,6 +18,7 @@ mod memory_cgroup;
 mod probe;
 mod provision;
 mod running;
+mod signals;
 mod text;
 mod tree;
 

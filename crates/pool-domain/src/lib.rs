@@ -15,6 +15,7 @@ pub mod failure;
 pub mod health;
 pub mod id;
 pub mod lifecycle;
+pub mod liveness;
 pub mod mask;
 pub mod model;
 pub mod plan;

@@ -129,10 +129,6 @@ impl PoolSpec {
     }
 
     fn refuse_unsupported(&self) -> Result<(), SpecError> {
-        if let Some(h) = &self.health {
-            unsupported("health.busy_stall", h.busy_stall.is_some())?;
-            unsupported("health.canary", h.canary.is_some())?;
-        }
         if let Some(r) = &self.reload {
             unsupported("reload.strategy", !matches!(r.strategy, None | Some(StrategyText::Auto)))?;
             unsupported("reload.deadline", r.deadline.is_some())?;
@@ -229,6 +225,8 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         interval: some_time("health.interval", t.interval, health.interval)?,
         timeout: some_time("health.timeout", t.timeout, health.timeout)?,
         failures: t.failures.unwrap_or(health.failures),
+        busy_stall: some_time("health.busy_stall", t.busy_stall, health.busy_stall)?,
+        canary: t.canary.unwrap_or(health.canary),
     };
     if health.failures < 2 {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");

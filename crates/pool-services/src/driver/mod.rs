@@ -2,6 +2,7 @@
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
 mod adopt;
+mod health;
 mod memory;
 mod tell;
 mod work;

@@ -16,6 +16,7 @@ use super::{Attempt, Driver, Grant, Report, Want};
 use crate::planning::demand;
 use crate::ports::{
     Endpoint, EngineRecord, LedgerError, Listener, PROBE_TIMEOUT, Phase, PrepareRequest, Residency, RunningEngine, Up,
+    Worked,
 };
 use crate::spec::PoolSpec;
 
@@ -207,7 +208,7 @@ impl Driver {
                         // Something answers; whether it is the right thing, the proof decides.
                         Ok(Up::Serving | Up::Wrong(_)) => return Report::Fact(Fact::Serving),
                         Ok(Up::Loading(Some(share))) => loading.store(share.to_bits(), Ordering::Relaxed),
-                        Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
+                        Ok(Up::Loading(None) | Up::Refused | Up::Overloaded(_) | Up::Failed(_)) | Err(_) => {}
                     }
                     let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
                     tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), longest)).await;
@@ -238,52 +239,6 @@ impl Driver {
                     Report::Proved(proof, taken)
                 }
                 Err(failure) => Report::Fact(Fact::Unproved(failure)),
-            }
-        });
-    }
-
-    pub(super) fn watch_health(&mut self) {
-        let Some((_, endpoint)) = self.running() else { return };
-        let (probe, admission, policy) =
-            (Arc::clone(&self.ports.probe), Arc::clone(&self.admission), self.policy.health);
-        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
-        // A drain that was given up starts this again: the earlier watch must end first.
-        self.work.cancel();
-        self.work = CancellationToken::new();
-        let cancelled = self.work.clone();
-        tokio::spawn(async move {
-            let watch = async {
-                loop {
-                    tokio::time::sleep(policy.interval).await;
-                    let check = async {
-                        match probe.up(&endpoint).await {
-                            Up::Serving => {}
-                            other => {
-                                let detail = format!("health check: {other:?}").chars().take(200).collect::<String>();
-                                return Err(Failure::new(FailureClass::Health, detail));
-                            }
-                        }
-                        // Only an idle engine is asked to decode: busy is not dead.
-                        // Who does not say is taken for busy.
-                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await == Some(0);
-                        if idle { probe.work(&endpoint).await } else { Ok(()) }
-                    };
-                    let fact = match tokio::time::timeout(policy.timeout, check).await {
-                        Ok(Ok(())) => Fact::Healthy,
-                        Ok(Err(failure)) => Fact::Missed(failure),
-                        Err(_) => Fact::Missed(Failure::new(
-                            FailureClass::Hang,
-                            "it answers health checks but does not decode in time",
-                        )),
-                    };
-                    if tx.send((generation, Report::Checked(fact))).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::select! {
-                () = cancelled.cancelled() => {}
-                () = watch => {}
             }
         });
     }
@@ -354,7 +309,9 @@ pub(super) async fn prove(
     }
     let identity = identity?;
     let began = Instant::now();
-    ports.probe.work(endpoint).await?;
+    if ports.probe.work(endpoint).await? == Worked::Declined {
+        return Err(Failure::new(FailureClass::Health, "it has no room for one unit of work"));
+    }
     let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     let (residency, taken) = if external { ("served", None) } else { residency(ports, engine, devices).await? };
     Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, taken))
