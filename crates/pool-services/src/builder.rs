@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use pool_domain::lifecycle::Replica;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
@@ -19,7 +20,7 @@ use crate::boot::{self, Boot};
 use crate::clock::Clock;
 use crate::conditions::Conditions;
 use crate::conductor::{Conductor, PoolFacts};
-use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Memory, Ports, Remembered, at_rest};
 use crate::events::{Event, EventSink};
 use crate::hold::Hold;
 use crate::lease_desk;
@@ -201,6 +202,7 @@ impl Builder {
         let (told, ledgered) = watch::channel(told_of(&records));
         let (conditions_tx, conditions) = watch::channel(Conditions::new());
         let (steward_commands, commands) = mpsc::channel(QUEUE);
+        let suspicions = ports.ledger.suspicions().await;
         let steward = Steward {
             wards,
             inventory: ports.gpu.inventory(),
@@ -215,6 +217,8 @@ impl Builder {
             events: events.clone(),
             found: records,
             closed,
+            remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),
+            suspicions,
         };
         watched(&broken, "steward", steward.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
@@ -266,6 +270,23 @@ fn watched(broken: &CancellationToken, name: &'static str, task: impl Future<Out
     });
 }
 
+/// Keeps what is held against devices, which is `so_far` until the steward says more. An orderly end does not wait for it:
+/// ending engines holds nothing against a device, and what failures did was written when they happened.
+fn keep_suspicions(so_far: Suspicions, ledger: Arc<dyn StateLedger>) -> watch::Sender<Suspicions> {
+    let (tx, told) = watch::channel(so_far);
+    tokio::spawn(async move {
+        let write = |newest: Suspicions| {
+            let ledger = Arc::clone(&ledger);
+            async move { ledger.note_suspicions(&newest).await }
+        };
+        crate::remember::keep(told, write, |error| {
+            tracing::error!(%error, "what is held against devices will not survive a restart of the daemon");
+        })
+        .await;
+    });
+    tx
+}
+
 async fn spawn_pool(
     spec: &Arc<PoolSpec>,
     node: NodeParts<'_>,
@@ -280,9 +301,11 @@ async fn spawn_pool(
         let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
         let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
         let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
-        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, memories);
+        let last_error = ports.ledger.last_error(&key).await;
+        let remembered = Remembered { past: replica.past(), last_error: last_error.clone() };
+        let memory = Memory::start(key.clone(), remembered, Arc::clone(&ports.ledger), clock, memories);
         let (tx, commands) = mpsc::channel(QUEUE);
-        let (published, seen) = watch::channel(at_rest(&key, &replica));
+        let (published, seen) = watch::channel(at_rest(&key, &replica, last_error.clone()));
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
@@ -298,6 +321,7 @@ async fn spawn_pool(
             bells: [Arc::clone(&bell), Arc::clone(node.bell)],
             events: events.clone(),
             replica,
+            last_error,
             memory,
             last_call: last_call.clone(),
         });

@@ -16,6 +16,7 @@ mod manager;
 pub mod planning;
 pub mod ports;
 pub mod registry;
+mod remember;
 pub mod snapshot;
 pub mod spec;
 mod steward;

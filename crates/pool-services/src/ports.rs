@@ -11,12 +11,14 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
 use pool_domain::plan::EngineMemory;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
 };
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::snapshot::LastError;
 use crate::spec::{PoolSpec, Workload};
 
 /// The devices of the node at one moment.
@@ -376,7 +378,19 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     /// What is held against a replica, in ticks of this boot, of which it is `now`.
     async fn past(&self, key: &ReplicaKey, now: Tick) -> Past;
     /// Remembers that at `now`, in place of what was remembered before.
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError>;
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError>;
+    /// The last failure of a replica, as it was told to people.
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError>;
+    /// What is held against devices, in ticks of this boot; after a reboot nothing is.
+    async fn suspicions(&self) -> Suspicions;
+    /// Remembers that, in place of what was remembered before.
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError>;
     /// Whether demand must not wake the pool.
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.

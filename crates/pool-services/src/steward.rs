@@ -99,6 +99,10 @@ pub(crate) struct Steward {
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
+    /// What was held against devices before this daemon.
+    pub(crate) suspicions: Suspicions,
+    /// Where it is kept.
+    pub(crate) remembered: watch::Sender<Suspicions>,
 }
 
 impl Steward {
@@ -106,7 +110,8 @@ impl Steward {
     pub(crate) async fn run(mut self) {
         // Before anything else is granted.
         let held = reservations(&self.found);
-        let mut book = Book { homes: held.clone(), held, ..Book::default() };
+        let suspicions = std::mem::take(&mut self.suspicions);
+        let mut book = Book { homes: held.clone(), held, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -154,6 +159,11 @@ impl Steward {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
                 held: by_device(&book.held),
+            });
+            self.remembered.send_if_modified(|s| {
+                let changed = *s != book.suspicions;
+                s.clone_from(&book.suspicions);
+                changed
             });
             let conditions = self.conditions(&book);
             self.conditions.send_if_modified(|c| {

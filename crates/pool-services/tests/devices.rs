@@ -161,3 +161,34 @@ async fn a_person_may_readmit_a_suspect_device() {
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     assert!(told(&mut events).contains(&"device_readmitted"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_of_the_daemon_makes_no_device_well() {
+    let node = FakeNode::default();
+    node.gpus.change(|i| i.devices.truncate(1));
+    let pools = || ["a", "b", "late"].map(|id| PoolSpec { activation: Activation::OnDemand, ..on_first(id) }).to_vec();
+    let (m, _events) = node.manage(pools()).await;
+    let [a, b, late]: [PoolId; 3] = ["a", "b", "late"].map(|id| id.parse().unwrap());
+    node.engines.script(|s| (s.crash_after, s.dies_of) = (Some(Duration::ZERO), Some(FailureClass::DriverError)));
+    for id in [&a, &b] {
+        m.preload(id).await.unwrap();
+        until(&m, id, |s| s.last_error().is_some()).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let DeviceHealth::Suspect(why) = health(&m, 0).await else { panic!("well") };
+    let suspected = Instant::now();
+    for id in [&a, &b] {
+        m.stop(id).await.unwrap();
+    }
+    node.engines.script(|s| (s.crash_after, s.dies_of) = (None, None));
+    assert!(m.shutdown(Duration::from_secs(60)).await);
+    drop(m);
+
+    let (m, _events) = node.manage(pools()).await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Suspect(why));
+    m.preload(&late).await.unwrap();
+    until(&m, &late, PoolSnapshot::ready).await;
+    let away = suspected.elapsed();
+    assert!((Duration::from_secs(110)..Duration::from_secs(130)).contains(&away), "{away:?}");
+}

@@ -7,22 +7,11 @@ use pool_domain::lifecycle::HealthPolicy;
 use pool_domain::{FailureClass, PoolId};
 use pool_services::ports::Up;
 use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec};
-use pool_testkit::{FakeNode, spec};
+use pool_testkit::{FakeNode, spec, until};
 use tokio::time::Instant;
 
 const LONG: Duration = Duration::from_secs(36_000);
 const SECOND: Duration = Duration::from_secs(1);
-
-/// Waits, level-triggered and bounded, until the pool looks as wanted.
-async fn until(m: &PoolManager, id: &PoolId, wanted: impl Fn(&PoolSnapshot) -> bool) -> PoolSnapshot {
-    let mut seen = m.pool(id).await.unwrap();
-    let end = Instant::now() + LONG;
-    while !wanted(&seen) {
-        assert!(Instant::now() < end, "never came: {seen:#?}");
-        seen = m.wait_pool(id, seen.snapshot, Duration::from_secs(3_600)).await.unwrap();
-    }
-    seen
-}
 
 fn watched(change: impl FnOnce(&mut HealthPolicy)) -> PoolSpec {
     let mut spec = spec("chat");

@@ -9,7 +9,7 @@ mod tell;
 mod work;
 
 pub(crate) use adopt::Found;
-pub(crate) use memory::Memory;
+pub(crate) use memory::{Memory, Remembered};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
@@ -30,7 +30,7 @@ use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
 };
-use crate::snapshot::ReplicaSnapshot;
+use crate::snapshot::{LastError, ReplicaSnapshot};
 use crate::spec::PoolSpec;
 
 /// The ports, shared by every task.
@@ -168,6 +168,8 @@ pub(crate) struct DriverParts {
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
     pub(crate) replica: Replica,
+    /// Its newest failure of before this daemon.
+    pub(crate) last_error: Option<LastError>,
     /// Where its past is kept.
     pub(crate) memory: Memory,
     /// Cancelled when there is no time left: whatever runs is ended at once.
@@ -195,7 +197,8 @@ pub(crate) struct Driver {
     scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
-    failed_at: Option<SystemTime>,
+    /// The newest failure, also one of before this daemon.
+    last_error: Option<LastError>,
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
@@ -203,7 +206,7 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
@@ -226,7 +229,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
-            last_error: None,
+            last_error,
             consecutive_failures: 0,
             last_check_at: None,
             vram_reserved: 0,
@@ -266,7 +269,7 @@ impl Driver {
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
-            failed_at: None,
+            last_error: parts.last_error,
             accused: None,
             attempt_began: now,
             verbs: 0,
@@ -401,10 +404,12 @@ impl Driver {
         let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
-            self.failed_at = Some(self.clock.wall());
+            let at = self.clock.wall();
+            let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
+            self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
         }
-        self.memory.keep(self.replica.past());
+        self.memory.keep(self.replica.past(), self.last_error.as_ref());
         self.tell(&before, now, by_hand);
         self.note_phase();
         for action in actions {
