@@ -192,3 +192,34 @@ async fn a_restart_of_the_daemon_makes_no_device_well() {
     let away = suspected.elapsed();
     assert!((Duration::from_secs(110)..Duration::from_secs(130)).contains(&away), "{away:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_start_waits_for_memory_that_has_not_come_back_whoever_holds_it() {
+    const GIB: u64 = 1 << 30;
+    let node = FakeNode::default();
+    let used = |bytes: u64| {
+        node.gpus.change(|i| {
+            i.devices.truncate(1);
+            let device = &mut i.devices[0];
+            (device.vram_total, device.vram_used, device.vram_free) = (10 * GIB, bytes, 10 * GIB - bytes);
+        });
+    };
+    used(0);
+    let big = PoolSpec { vram: Some(6 * GIB), ..on_first("big") };
+    let (m, _events) = node.manage(vec![big]).await;
+    let id: PoolId = "big".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    used(6 * GIB);
+    node.engines.crash_all();
+    let waits = until(&m, &id, |s| s.replicas[0].reason_code == "vram").await;
+    assert_eq!(node.engines.launches().len(), 1, "{waits:?}");
+    // It lags, and somebody else takes some of it meanwhile: less and less is free.
+    for held in [6, 7, 9, 5] {
+        used(held * GIB);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(node.engines.launches().len(), 1, "with {held} GiB in use");
+    }
+    used(3 * GIB);
+    until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!(node.engines.launches().len(), 2);
+}
