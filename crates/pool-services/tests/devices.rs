@@ -223,3 +223,17 @@ async fn a_start_waits_for_memory_that_has_not_come_back_whoever_holds_it() {
     until(&m, &id, PoolSnapshot::ready).await;
     assert_eq!(node.engines.launches().len(), 2);
 }
+
+#[tokio::test(start_paused = true)]
+async fn starts_on_one_device_take_turns_and_do_not_wait_for_another_one_s() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.load = Duration::from_secs(20));
+    let elsewhere = PoolSpec { devices: vec!["1".parse().unwrap()], ..spec("elsewhere") };
+    let (m, _events) = node.manage(vec![on_first("a"), on_first("b"), on_first("c"), elsewhere]).await;
+    for id in ["a", "b", "c", "elsewhere"] {
+        until(&m, &id.parse().unwrap(), PoolSnapshot::ready).await;
+    }
+    let launches: Vec<_> = node.engines.launches().iter().map(|(at, _)| *at).collect();
+    let gaps: Vec<_> = launches.windows(2).map(|w| (w[1] - w[0]).as_secs()).collect();
+    assert_eq!(gaps, [0, 20, 20]);
+}
