@@ -211,7 +211,7 @@ impl StateLedger for StateDir {
         let (replica, boot_id, last_error) = (key.replica, self.boot_id.clone(), last_error.cloned());
         self.update("what is held against an engine", &key.pool, move |r| {
             r.note_past(replica, past, boot_id, now);
-            r.note_last_error(replica, last_error);
+            r.note_last_error(replica, last_error.as_ref());
             Ok(())
         })
         .await

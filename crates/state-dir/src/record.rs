@@ -96,8 +96,8 @@ impl PoolRecord {
         self.replicas.get(&replica.0)?.last_error.as_ref()?.read()
     }
 
-    pub(crate) fn note_last_error(&mut self, replica: ReplicaId, error: Option<LastError>) {
-        self.replicas.entry(replica.0).or_default().last_error = error.as_ref().map(ErrorRecord::from);
+    pub(crate) fn note_last_error(&mut self, replica: ReplicaId, error: Option<&LastError>) {
+        self.replicas.entry(replica.0).or_default().last_error = error.map(ErrorRecord::from);
     }
 
     pub(crate) fn learnt(&self, key: &CorrectionKey) -> Option<Correction> {
