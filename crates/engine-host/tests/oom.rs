@@ -43,17 +43,17 @@ fn skipped() {
 /// Launches a shell that runs `then` once its memory is limited, and tells how it ended; nothing where memory cannot be
 /// limited here.
 async fn end_of(then: &str) -> Option<Failure> {
-    end_seen_by(then, Seen::ByItsDaemon).await
+    end_seen_by(then, Seen::ItsDaemon).await
 }
 
 /// Who sees the end.
 #[derive(Clone, Copy, PartialEq)]
 enum Seen {
-    ByItsDaemon,
+    ItsDaemon,
     /// It took the engine over before.
-    ByTheNext,
+    TheNext,
     /// It was not there yet.
-    ByTheNextAfterwards,
+    NextAfterwards,
 }
 
 async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
@@ -65,7 +65,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
             log_max_bytes: 1 << 20,
             cgroup: true,
             lock_dir: dir.path().join("locks"),
-            outlive: seen != Seen::ByItsDaemon,
+            outlive: seen != Seen::ItsDaemon,
         })
     };
     let host = daemon();
@@ -105,7 +105,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
         next.end_unknown(std::slice::from_ref(&record), &[]).await;
         found
     };
-    let mut judge = if seen == Seen::ByTheNext { adopt().await } else { Arc::clone(&running) };
+    let mut judge = if seen == Seen::TheNext { adopt().await } else { Arc::clone(&running) };
     match &limit {
         Some(limit) => {
             fs::write(limit, (64 << 20).to_string()).unwrap();
@@ -116,7 +116,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
             running.kill();
         }
     }
-    if seen == Seen::ByTheNextAfterwards {
+    if seen == Seen::NextAfterwards {
         // The first daemon sees it too, so it has ended.
         tokio::time::timeout(LIMIT, running.exited()).await.unwrap();
         judge = adopt().await;
@@ -153,7 +153,7 @@ async fn a_sigkill_of_somebody_is_a_crash() {
 
 #[tokio::test]
 async fn a_daemon_that_took_the_engine_over_knows_it_as_well() {
-    for seen in [Seen::ByTheNext, Seen::ByTheNextAfterwards] {
+    for seen in [Seen::TheNext, Seen::NextAfterwards] {
         // What is left holds its cgroup, and the count in it, until it is killed.
         if let Some(failure) = end_seen_by("sleep 1000 & grow", seen).await {
             assert_eq!(failure.class, FailureClass::HostOom, "{failure}");
