@@ -11,6 +11,7 @@ mod discover;
 mod external;
 mod host;
 mod http;
+mod isolation;
 mod kinds;
 mod locks;
 mod log_patterns;
@@ -21,8 +22,10 @@ mod running;
 mod signals;
 mod text;
 mod tree;
+mod users;
 
 pub use decl::{EngineDecl, Kind, Mode, StubCommand};
 pub use host::{HostOptions, ProcessHost, ShimCommand};
+pub use isolation::{Unkept, can_keep};
 pub use probe::HttpProbe;
 pub use provision::Provisioner;

@@ -83,6 +83,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
             model_path: None,
             workload: Workload::Generate,
         },
+        confinement: Default::default(),
         engine_version: String::new(),
     };
     let record = EngineRecord {
