@@ -134,9 +134,8 @@ impl ProcessHost {
     }
 
     fn cgroup(&self, record: &EngineRecord) -> Option<Cgroup> {
-        let EngineRecord { key, generation, nonce, .. } = record;
         let parent = self.cgroups.as_ref().filter(|_| !self.cgroups_closed.load(Ordering::Relaxed))?;
-        match parent.engine(&format!("{key}-{generation}-{nonce}")) {
+        match parent.engine(&cgroup_name(record)) {
             Ok(cgroup) => Some(cgroup),
             Err(error) => {
                 self.close_cgroups(&error.to_string());
@@ -145,8 +144,8 @@ impl ProcessHost {
         }
     }
 
-    fn memory_cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<MemoryCgroup> {
-        self.memory.as_ref()?.engine(&format!("{key}-{generation}"))
+    fn memory_cgroup(&self, record: &EngineRecord) -> Option<MemoryCgroup> {
+        self.memory.as_ref()?.engine(&cgroup_name(record))
     }
 
     fn close_cgroups(&self, error: &str) {
@@ -257,6 +256,12 @@ impl ProcessHost {
     }
 }
 
+/// By its nonce a later daemon tells it from any other.
+fn cgroup_name(record: &EngineRecord) -> String {
+    let EngineRecord { key, generation, nonce, .. } = record;
+    format!("{key}-{generation}-{nonce}")
+}
+
 #[async_trait]
 impl EngineHost for ProcessHost {
     fn port_free(&self, addr: SocketAddr) -> bool {
@@ -277,7 +282,7 @@ impl EngineHost for ProcessHost {
         let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
         let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let memory = || self.memory_cgroup(&record.key, record.generation);
+        let memory = || self.memory_cgroup(record);
         let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory()).await;
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
@@ -314,6 +319,13 @@ impl EngineHost for ProcessHost {
     }
 
     async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String> {
+        let nonces: Vec<&str> = known.iter().map(|record| record.nonce.as_str()).collect();
+        if let Some(parent) = &self.cgroups {
+            parent.sweep(&nonces);
+        }
+        if let Some(parent) = &self.memory {
+            parent.sweep(&nonces);
+        }
         let keys: Vec<String> = known.iter().map(|record| record.key.to_string()).collect();
         let mut left = false;
         for key in self.locks.replicas() {

@@ -16,6 +16,7 @@ pub mod health;
 pub mod id;
 pub mod isolation;
 pub mod lifecycle;
+pub mod liveness;
 pub mod mask;
 pub mod model;
 pub mod plan;

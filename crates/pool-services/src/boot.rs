@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 
 use crate::clock::Clock;
 use crate::declared::Restored;
-use crate::driver::{Found, Ports};
-use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, RunningEngine};
+use crate::driver::{Found, Ports, busy};
+use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
@@ -114,7 +114,7 @@ fn places(spec: &PoolSpec, records: &[&EngineRecord]) -> Vec<ReplicaId> {
 
 /// Resolves when an engine says that it works on nothing; at once if it does not say.
 async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
-    while tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().is_some_and(|n| n > 0) {
+    while busy(probe, endpoint).await > 0 {
         tokio::time::sleep(ASK_AGAIN).await;
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use pool_domain::PoolId;
+use pool_domain::suspicion::Suspicions;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -205,6 +206,7 @@ impl Builder {
         let (table_tx, table) = watch::channel(Arc::new(pools));
         told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
+        let suspicions = ports.ledger.suspicions().await;
         let steward = Steward {
             table: table.clone(),
             wards: Vec::new(),
@@ -220,6 +222,8 @@ impl Builder {
             events: events.clone(),
             found: records,
             closed,
+            remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),
+            suspicions,
         };
         node.watched("steward", steward.run());
         let (catalog, orders) = mpsc::channel(QUEUE);
@@ -253,4 +257,21 @@ impl Builder {
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
+}
+
+/// Keeps what is held against devices, which is `so_far` until the steward says more. An orderly end does not wait for it:
+/// ending engines holds nothing against a device, and what failures did was written when they happened.
+fn keep_suspicions(so_far: Suspicions, ledger: Arc<dyn StateLedger>) -> watch::Sender<Suspicions> {
+    let (tx, told) = watch::channel(so_far);
+    tokio::spawn(async move {
+        let write = |newest: Suspicions| {
+            let ledger = Arc::clone(&ledger);
+            async move { ledger.note_suspicions(&newest).await }
+        };
+        crate::remember::keep(told, write, |error| {
+            tracing::error!(%error, "what is held against devices will not survive a restart of the daemon");
+        })
+        .await;
+    });
+    tx
 }

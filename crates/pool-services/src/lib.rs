@@ -20,6 +20,7 @@ mod node;
 pub mod planning;
 pub mod ports;
 pub mod registry;
+mod remember;
 mod roster;
 pub mod snapshot;
 pub mod spec;

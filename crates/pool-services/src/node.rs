@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::conductor::{Conductor, Made, Member, PoolFacts};
 use crate::control::{Operation, OperationState};
 use crate::declared::{Restored, Standing};
-use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Memory, Ports, Remembered, at_rest};
 use crate::events::EventSink;
 use crate::hold::Hold;
 use crate::roster::{PoolHandle, Roster};
@@ -77,9 +77,11 @@ impl Node {
         let key = ReplicaKey { pool: spec.id.clone(), replica: id };
         let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
         let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
-        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, &self.memories);
+        let last_error = ports.ledger.last_error(&key).await;
+        let remembered = Remembered { past: replica.past(), last_error: last_error.clone() };
+        let memory = Memory::start(key.clone(), remembered, Arc::clone(&ports.ledger), clock, &self.memories);
         let (commands, driver_commands) = mpsc::channel(QUEUE);
-        let (publish, published) = watch::channel(at_rest(&key, &replica));
+        let (publish, published) = watch::channel(at_rest(&key, &replica, last_error.clone()));
         let admission = Arc::new(Admission::default());
         let mut hasher = DefaultHasher::new();
         (self.seed, &key).hash(&mut hasher);
@@ -96,6 +98,7 @@ impl Node {
             bells: [Arc::clone(bell), Arc::clone(&self.bell)],
             events: self.events.clone(),
             replica,
+            last_error,
             memory,
             last_call: self.last_call.clone(),
         });

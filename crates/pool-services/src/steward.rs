@@ -87,6 +87,10 @@ pub(crate) struct Steward {
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
+    /// What was held against devices before this daemon.
+    pub(crate) suspicions: Suspicions,
+    /// Where it is kept.
+    pub(crate) remembered: watch::Sender<Suspicions>,
 }
 
 impl Steward {
@@ -94,7 +98,8 @@ impl Steward {
     pub(crate) async fn run(mut self) {
         // Before anything else is granted.
         let held = reservations(&self.found);
-        let mut book = Book { homes: held.clone(), held, ..Book::default() };
+        let suspicions = std::mem::take(&mut self.suspicions);
+        let mut book = Book { homes: held.clone(), held, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -126,6 +131,11 @@ impl Steward {
                 }
                 let key = self.wards[i].key.clone();
                 let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
+                // One after the other: what a starting engine takes is not seen before it is there. Who has to wait for its
+                // turn is answered later.
+                if answer.as_ref().is_ok_and(|grant| self.starts_on_one_of(&key, &grant.devices, &book)) {
+                    continue;
+                }
                 let command = match answer {
                     Ok(grant) => {
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
@@ -144,6 +154,11 @@ impl Steward {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
                 held: by_device(&book.held),
+            });
+            self.remembered.send_if_modified(|s| {
+                let changed = *s != book.suspicions;
+                s.clone_from(&book.suspicions);
+                changed
             });
             let conditions = self.conditions(&book);
             self.conditions.send_if_modified(|c| {
@@ -397,6 +412,29 @@ impl Steward {
         }
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
+    }
+}
+
+impl Steward {
+    /// Whether somebody else was granted one of these devices and is not Ready there yet.
+    fn starts_on_one_of(&self, key: &ReplicaKey, devices: &ResolvedMask, book: &Book) -> bool {
+        let starting = |ward: &&Seat| {
+            let held = book.held.get(&ward.key).filter(|_| ward.key != *key);
+            let shares = held.is_some_and(|held| devices.uuids.iter().any(|uuid| held.on(uuid).is_some()));
+            // Granted and not published yet counts as well.
+            let published = ward.published.borrow();
+            let done = matches!(
+                published.state,
+                State::Ready { .. }
+                    | State::Suspect { .. }
+                    | State::Draining { .. }
+                    | State::Stopping { .. }
+                    | State::Fenced { .. }
+                    | State::Adopting { .. }
+            );
+            shares && !done
+        };
+        self.wards.iter().any(|ward| starting(&ward))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use pool_domain::failure::Exit;
 use pool_domain::lifecycle::State;
 use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
 use pool_services::control::Lease;
@@ -52,24 +51,7 @@ const PROOFS: &[&str] = &["vram", "simulated", "served"];
 const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
-    use FailureClass as C;
-    Ok(match text {
-        "crash" => C::Crash(Exit::Unknown),
-        "host_oom" => C::HostOom,
-        "vram_oom" => C::VramOom,
-        "hang" => C::Hang,
-        "start_timeout" => C::StartTimeout,
-        "health" => C::Health,
-        "driver_error" => C::DriverError,
-        "gpu_lost" => C::GpuLost,
-        "cpu_fallback" => C::CpuFallback,
-        "mask_breach" => C::MaskBreach,
-        "wrong_server" => C::WrongServer,
-        "port_conflict" => C::PortConflict,
-        "artifact" => C::Artifact,
-        "config" => C::Config,
-        _ => return Err(wrong("last_error.class", text)),
-    })
+    FailureClass::from_code(text).ok_or_else(|| wrong("last_error.class", text))
 }
 
 impl TryFrom<LastErrorView> for LastError {

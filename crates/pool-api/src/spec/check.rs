@@ -37,10 +37,6 @@ fn wrong<T>(field: &'static str, message: impl Into<String>) -> Result<T, SpecEr
     Err(SpecError { field, message: message.into() })
 }
 
-fn unsupported(field: &'static str, given: bool) -> Result<(), SpecError> {
-    if given { wrong(field, "is not supported yet: leave it out") } else { Ok(()) }
-}
-
 fn time(text: Option<DurationText>, default: Duration) -> Duration {
     text.map_or(default, DurationText::into_value)
 }
@@ -62,7 +58,6 @@ impl PoolSpec {
     /// # Errors
     /// When values contradict each other, can never take effect, or ask for what this version does not do.
     pub fn check(self, defaults: &Defaults) -> Result<pool_services::PoolSpec, SpecError> {
-        self.refuse_unsupported()?;
         let engine = match self.engine {
             Some(e) => e.into_value(),
             None => default_engine()?,
@@ -132,14 +127,6 @@ impl PoolSpec {
             drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
             reload: reload(self.reload.unwrap_or_default())?,
         })
-    }
-
-    fn refuse_unsupported(&self) -> Result<(), SpecError> {
-        if let Some(h) = &self.health {
-            unsupported("health.busy_stall", h.busy_stall.is_some())?;
-            unsupported("health.canary", h.canary.is_some())?;
-        }
-        Ok(())
     }
 }
 
@@ -224,6 +211,8 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         interval: some_time("health.interval", t.interval, health.interval)?,
         timeout: some_time("health.timeout", t.timeout, health.timeout)?,
         failures: t.failures.unwrap_or(health.failures),
+        busy_stall: some_time("health.busy_stall", t.busy_stall, health.busy_stall)?,
+        canary: t.canary.unwrap_or(health.canary),
     };
     if health.failures < 2 {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
+use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 
 use super::work::prove;
@@ -204,9 +205,13 @@ impl Driver {
     }
 }
 
-async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
-    // Who does not say has nothing that could be waited for.
-    tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().unwrap_or(0)
+/// Requests that an engine says it works on.
+pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
+    match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
+        Ok(Work::Told(signals)) => u16::try_from(signals.running).unwrap_or(u16::MAX),
+        // Who does not say has nothing that could be waited for.
+        Ok(Work::Untold | Work::Silent) | Err(_) => 0,
+    }
 }
 
 fn config(why: &str) -> Failure {

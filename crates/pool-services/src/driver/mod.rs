@@ -2,13 +2,14 @@
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
 mod adopt;
+mod health;
 mod memory;
 mod scribe;
 mod tell;
 mod work;
 
-pub(crate) use adopt::Found;
-pub(crate) use memory::Memory;
+pub(crate) use adopt::{Found, busy};
+pub(crate) use memory::{Memory, Remembered};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
@@ -29,7 +30,7 @@ use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
 };
-use crate::snapshot::ReplicaSnapshot;
+use crate::snapshot::{LastError, ReplicaSnapshot};
 use crate::spec::PoolSpec;
 
 /// The ports, shared by every task.
@@ -173,6 +174,8 @@ pub(crate) struct DriverParts {
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
     pub(crate) replica: Replica,
+    /// Its newest failure of before this daemon.
+    pub(crate) last_error: Option<LastError>,
     /// Where its past is kept.
     pub(crate) memory: Memory,
     /// Cancelled when there is no time left: whatever runs is ended at once.
@@ -201,7 +204,8 @@ pub(crate) struct Driver {
     scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
-    failed_at: Option<SystemTime>,
+    /// The newest failure, also one of before this daemon.
+    last_error: Option<LastError>,
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
@@ -209,7 +213,7 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
@@ -232,7 +236,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
-            last_error: None,
+            last_error,
             consecutive_failures: 0,
             last_check_at: None,
             vram_reserved: 0,
@@ -273,7 +277,7 @@ impl Driver {
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
-            failed_at: None,
+            last_error: parts.last_error,
             accused: None,
             attempt_began: now,
             verbs: 0,
@@ -415,10 +419,12 @@ impl Driver {
         let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
-            self.failed_at = Some(self.clock.wall());
+            let at = self.clock.wall();
+            let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
+            self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
         }
-        self.memory.keep(self.replica.past());
+        self.memory.keep(self.replica.past(), self.last_error.as_ref());
         self.tell(&before, now, by_hand);
         self.note_phase();
         for action in actions {

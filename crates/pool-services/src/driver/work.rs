@@ -16,6 +16,7 @@ use super::{Attempt, Driver, Grant, Report, Want};
 use crate::planning::demand;
 use crate::ports::{
     Endpoint, EngineRecord, LedgerError, Listener, PROBE_TIMEOUT, Phase, PrepareRequest, Residency, RunningEngine, Up,
+    Worked,
 };
 use crate::spec::PoolSpec;
 
@@ -212,7 +213,7 @@ impl Driver {
                         // Something answers; whether it is the right thing, the proof decides.
                         Ok(Up::Serving | Up::Wrong(_)) => return Report::Fact(Fact::Serving),
                         Ok(Up::Loading(Some(share))) => loading.store(share.to_bits(), Ordering::Relaxed),
-                        Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
+                        Ok(Up::Loading(None) | Up::Refused | Up::Overloaded(_) | Up::Failed(_)) | Err(_) => {}
                     }
                     let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
                     tokio::time::sleep((began.elapsed() / 50).clamp(*LOOK.start(), longest)).await;
@@ -249,53 +250,6 @@ impl Driver {
                     let ends = tokio::time::timeout(LAST_WORDS, engine.exited()).await.is_ok();
                     if ends { std::future::pending().await } else { Report::Fact(Fact::Unproved(failure)) }
                 }
-            }
-        });
-    }
-
-    pub(super) fn watch_health(&mut self) {
-        let Some((_, endpoint)) = self.running() else { return };
-        let (probe, admission, policy) =
-            (Arc::clone(&self.ports.probe), Arc::clone(&self.admission), self.policy.health);
-        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
-        // A drain that was given up starts this again: the earlier watch must end first.
-        self.work.cancel();
-        self.work = CancellationToken::new();
-        let cancelled = self.work.clone();
-        tokio::spawn(async move {
-            let watch = async {
-                loop {
-                    tokio::time::sleep(policy.interval).await;
-                    let check = async {
-                        match probe.up(&endpoint).await {
-                            Up::Serving => {}
-                            other => {
-                                let detail = format!("health check: {other:?}").chars().take(200).collect::<String>();
-                                return Err(Failure::new(FailureClass::Health, detail));
-                            }
-                        }
-                        // Only an idle engine is asked to decode: busy is not dead.
-                        // Who does not say is taken for busy.
-                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await == Some(0);
-                        if idle { probe.work(&endpoint).await } else { Ok(()) }
-                    };
-                    let fact = match tokio::time::timeout(policy.timeout, check).await {
-                        Ok(Ok(())) => Fact::Healthy,
-                        Ok(Err(failure)) => Fact::Missed(failure),
-                        Err(_) => Fact::Missed(Failure::new(
-                            FailureClass::Hang,
-                            "it answers health checks but does not decode in time",
-                        )),
-                    };
-                    if tx.send((generation, Report::Checked(fact))).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::select! {
-                biased;
-                () = cancelled.cancelled() => {}
-                () = watch => {}
             }
         });
     }
@@ -370,7 +324,10 @@ pub(super) async fn prove(
     };
     let work = async {
         let began = Instant::now();
-        ports.probe.work(endpoint).await.map(|()| u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX))
+        match ports.probe.work(endpoint).await? {
+            Worked::Done => Ok(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)),
+            Worked::Declined => Err(Failure::new(FailureClass::Health, "it has no room for one unit of work")),
+        }
     };
     tokio::pin!(identity, work);
     let mut worked = None;

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
+use pool_domain::liveness::{Signals, SlotWork, Work};
 use pool_domain::plan::EngineMemory;
 use pool_domain::{DeviceSnapshot, Failure, FailureClass, PoolId, ReplicaKey};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Holder, Identity, Listener, NotAdmitted,
-    NotAdopted, PrepareRequest, PreparedEngine, Residency, RunningEngine, StateLedger, Up,
+    NotAdopted, PrepareRequest, PreparedEngine, Residency, RunningEngine, StateLedger, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -532,7 +533,7 @@ impl EngineProbe for World {
         }
         Ok(Identity { model: endpoint.model.clone(), slots: 0, version: None })
     }
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure> {
         let lost = || Failure::new(FailureClass::Health, "the connection was lost");
         let (at, now) = self.at(endpoint.addr).ok_or_else(lost)?;
         if now.hangs {
@@ -545,9 +546,15 @@ impl EngineProbe for World {
             return Err(lost());
         }
         self.put(&mut inner, What::Worked(pid));
-        Ok(())
+        Ok(Worked::Done)
     }
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16> {
-        self.at(endpoint.addr).and_then(|(_, now)| now.busy)
+    async fn signals(&self, endpoint: &Endpoint) -> Work {
+        let Some((at, now)) = self.at(endpoint.addr) else { return Work::Untold };
+        let Some(running) = now.busy.map(u32::from) else { return Work::Untold };
+        // A token every millisecond, until it hangs.
+        let age = u64::try_from(self.lock().engines[at].began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let decoded = if now.hangs { 0 } else { 1 + age };
+        let slots = (0..running).map(|slot| SlotWork { slot, task: 1, prompt: 0, decoded }).collect();
+        Work::Told(Signals { running, slots, prefill_told: true, ..Signals::default() })
     }
 }
