@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
@@ -91,6 +92,7 @@ impl StateDir {
             Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
+        reached(Point::AfterLock);
         for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.root.join("run")] {
             create_dir(dir)?;
         }

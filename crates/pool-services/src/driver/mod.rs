@@ -3,6 +3,7 @@
 
 mod adopt;
 mod memory;
+mod points;
 mod tell;
 mod work;
 
@@ -13,6 +14,7 @@ pub(crate) use work::correction_key;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -378,6 +380,7 @@ impl Driver {
                 Fact::Prepared
             }
             Report::Launched(engine) => {
+                reached(Point::AfterLaunch);
                 self.watch_exit(Arc::clone(&engine));
                 self.attempt.engine = Some(engine);
                 Fact::Launched
@@ -390,6 +393,7 @@ impl Driver {
         let adopted = matches!(fact, Fact::Adopted(_));
         self.step(Event::Engine(generation, fact));
         if adopted {
+            reached(Point::AfterAdoptionProof);
             self.go_on();
         }
     }
@@ -437,19 +441,26 @@ impl Driver {
                 self.admission.open(self.replica.generation, slots);
                 self.scribe.push(Scribe::Publish);
             }
-            Action::CloseAdmission => self.admission.close(),
+            Action::CloseAdmission => {
+                self.admission.close();
+                if matches!(self.replica.state, State::Draining { .. }) {
+                    reached(Point::DrainBegun);
+                }
+            }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
                 self.scribe.push(Scribe::Withdraw);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
+                reached(Point::AfterTerm);
             }
             Action::Kill => {
                 self.scribe.push(Scribe::Withdraw);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
+                reached(Point::AfterKill);
             }
             Action::AwaitGone => self.await_gone(),
             Action::Adopt => self.check_adopted(),
@@ -461,6 +472,8 @@ impl Driver {
     async fn write_down(&mut self) {
         let ledger = Arc::clone(&self.ports.ledger);
         for entry in std::mem::take(&mut self.scribe) {
+            let points = entry.points();
+            points.before.into_iter().for_each(reached);
             let done = match (entry, self.handoff()) {
                 (Scribe::Publish, Some(handoff)) => ledger.publish_handoff(&handoff).await,
                 (Scribe::Publish, None) => Ok(()),
@@ -471,6 +484,7 @@ impl Driver {
             if let Err(e) = done {
                 tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "not written down");
             }
+            points.after.into_iter().for_each(reached);
         }
     }
 
