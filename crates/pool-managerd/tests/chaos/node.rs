@@ -1,6 +1,7 @@
 //! Configs and daemons for faults.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,14 +25,27 @@ pub(crate) fn later(id: &str, args: &[&str], more: &str) -> String {
     pool(id, args, more).replace("\"preload\"", "\"on_demand\"")
 }
 
-/// A directory with this config, of which the engines have ports that no other daemon of this process uses.
+/// A directory with this config, of which the engines have ports that no other test has while this process lives.
 pub(crate) fn place(pools: &str) -> tempfile::TempDir {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let first = 10_000 + (std::process::id() % 340) * 64 + NEXT.fetch_add(1, Ordering::Relaxed) % 4 * 16;
     let dir = tempfile::tempdir().unwrap();
-    let node = format!("{pools}\n[node]\nstate_dir = \"state\"\nengine_ports = \"{first}-{}\"\n", first + 15);
+    let first = own_ports();
+    let node = format!("{pools}\n[node]\nstate_dir = \"state\"\nengine_ports = \"{}-{}\"\n", first + 1, first + 7);
     write_config(dir.path(), &node);
     dir
+}
+
+/// The first of eight ports below the ephemeral ones. It is listened on until this process ends, so that the others are
+/// taken by nobody who asks here.
+fn own_ports() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let n = std::process::id() * 8 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let first = 10_000 + u16::try_from(n % 2_700 * 8).unwrap();
+        if let Ok(guard) = TcpListener::bind(("127.0.0.1", first)) {
+            std::mem::forget(guard);
+            return first;
+        }
+    }
 }
 
 /// Where a test says what is to happen at which point.

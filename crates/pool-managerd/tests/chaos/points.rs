@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
 
@@ -273,7 +274,9 @@ fn kill_beside(point: Point, victim: Victim) {
     if let Some(killed) = killed {
         // Its engine goes with a shim.
         let with_it = children(killed);
-        signal(killed, "KILL");
+        // One that is being stopped may be gone by now.
+        let sent = Command::new("kill").args(["-KILL", &killed.to_string()]).output().unwrap();
+        assert!(sent.status.success() || by == By::Stop, "{what}: {sent:?}");
         until_dead(killed);
         with_it.into_iter().for_each(until_dead);
     }
@@ -289,6 +292,13 @@ fn kill_beside(point: Point, victim: Victim) {
     let (code, dir) = daemon.end(&engines);
     assert_eq!(code, Some(0), "{what}");
     checker.nothing_is_left(dir.path());
+}
+
+/// What a shim says of itself, for whoever reads of a failure.
+fn told(dir: &std::path::Path) -> String {
+    let launch = dir.join("state/run/one-r0/1");
+    let read = |name| fs::read_to_string(launch.join(name)).unwrap_or_else(|e| e.to_string());
+    format!("{} {} {}", read("shim.log"), read("engine.log"), read("exit.json"))
 }
 
 #[test]

@@ -286,6 +286,8 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
             signal(self.child.id(), "TERM");
+            // It may have been stopped, and would not hear.
+            signal(self.child.id(), "CONT");
             let _ = self.child.wait();
         }
     }
