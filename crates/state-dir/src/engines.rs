@@ -147,7 +147,7 @@ fn name(key: &ReplicaKey) -> String {
 
 /// Writes a record, durably.
 pub(crate) fn store(dir: &Path, record: &EngineRecord) -> io::Result<()> {
-    files::write_json(dir, &name(&record.key), &Written::from(record))
+    files::write_record(dir, &name(&record.key), &Written::from(record))
 }
 
 /// Removes the record of a generation, or of one before it.
@@ -179,7 +179,8 @@ fn read_one(path: &Path) -> io::Result<Option<EngineRecord>> {
         other => other?,
     };
     let invalid = |why: String| io::Error::new(ErrorKind::InvalidData, why);
-    let written: Written = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
+    let value = files::verified(serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?)?;
+    let written: Written = serde_json::from_value(value).map_err(|e| invalid(e.to_string()))?;
     if written.version != VERSION {
         return Err(invalid(format!("its version {} is unknown", written.version)));
     }

@@ -149,7 +149,7 @@ pub(crate) fn load_for_update(dir: &Path, pool: &PoolId) -> io::Result<PoolRecor
 
 /// Writes a record, durably, into both files.
 pub(crate) fn store(dir: &Path, pool: &PoolId, record: &PoolRecord) -> io::Result<()> {
-    names(pool).iter().try_for_each(|name| files::write_json(dir, name, record))
+    names(pool).iter().try_for_each(|name| files::write_record(dir, name, record))
 }
 
 /// A pool id may hold dots, so the copy is told by its end, which no record has.
@@ -192,7 +192,8 @@ fn read_one(path: &Path) -> Result<Option<PoolRecord>, Unreadable> {
     if version != VERSION {
         return Err(Unreadable::Newer(version));
     }
-    serde_json::from_slice(&bytes).map(Some).map_err(torn)
+    let value = files::verified(serde_json::from_slice(&bytes).map_err(torn)?).map_err(Unreadable::Broken)?;
+    serde_json::from_value(value).map(Some).map_err(torn)
 }
 
 /// A handoff as consumers read it.
