@@ -11,5 +11,8 @@
 mod support;
 
 mod checker;
+mod daemons;
+mod engines;
+mod namespaces;
 mod node;
 mod points;

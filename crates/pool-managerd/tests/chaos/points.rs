@@ -294,13 +294,6 @@ fn kill_beside(point: Point, victim: Victim) {
     checker.nothing_is_left(dir.path());
 }
 
-/// What a shim says of itself, for whoever reads of a failure.
-fn told(dir: &std::path::Path) -> String {
-    let launch = dir.join("state/run/one-r0/1");
-    let read = |name| fs::read_to_string(launch.join(name)).unwrap_or_else(|e| e.to_string());
-    format!("{} {} {}", read("shim.log"), read("engine.log"), read("exit.json"))
-}
-
 #[test]
 fn an_engine_or_a_shim_killed_at_any_point_is_replaced_once_and_leaves_nothing() {
     use Point::*;
