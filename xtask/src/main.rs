@@ -11,6 +11,7 @@ mod estimates;
 mod gguf;
 mod metadata;
 mod process;
+mod soak;
 mod tests_run;
 mod tidy;
 mod tiny_gguf;
@@ -73,6 +74,15 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Run many seeds of the simulation, on all cores and with optimisation.
+    Soak {
+        /// How many.
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first.
+        #[arg(long, default_value_t = 0)]
+        from: u64,
+    },
     /// Check dependencies' bans, licences and sources.
     Deny,
     /// Everything that CI runs.
@@ -91,6 +101,7 @@ fn run(command: Command) -> Result<()> {
         Command::Codegen { check } => codegen::run(check),
         Command::Estimates { check } => estimates::run(check),
         Command::Test { args } => tests_run::run(&args),
+        Command::Soak { seeds, from } => soak::run(seeds, from),
         Command::Deny => deny::run(),
         Command::Ci => ci::run(),
     }

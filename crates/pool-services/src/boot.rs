@@ -99,6 +99,7 @@ async fn reopen(
     let mut look_again = tokio::time::interval(LOOK_AGAIN);
     while !left.is_empty() || !unknown.is_empty() {
         tokio::select! {
+            biased;
             Some(ended) = ends.join_next() => {
                 let Ok(record) = ended else { continue };
                 left.remove(&record.key);

@@ -21,6 +21,7 @@ use crate::conditions::Conditions;
 use crate::conductor::{Conductor, PoolFacts};
 use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
 use crate::events::{Event, EventSink};
+use crate::hold::Hold;
 use crate::lease_desk;
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::snapshot::PoolSnapshot;
@@ -60,6 +61,8 @@ pub struct Builder {
     pools: Vec<PoolSpec>,
     seed: u64,
     boot_ms: u64,
+    #[cfg(feature = "planted-bugs")]
+    ignore_generations: bool,
 }
 
 macro_rules! setters {
@@ -87,6 +90,8 @@ impl Builder {
             pools: Vec::new(),
             seed: 0,
             boot_ms: 0,
+            #[cfg(feature = "planted-bugs")]
+            ignore_generations: false,
         }
     }
 
@@ -140,6 +145,14 @@ impl Builder {
         self
     }
 
+    /// A bug on purpose: drivers take facts of old generations for those of the current one.
+    #[cfg(feature = "planted-bugs")]
+    #[must_use]
+    pub fn ignore_generations(mut self) -> Self {
+        self.ignore_generations = true;
+        self
+    }
+
     /// Starts every task. Pools with `activation = preload` and without a hold start their engines.
     ///
     /// # Errors
@@ -155,6 +168,8 @@ impl Builder {
             host: need("the engine processes", self.host)?,
             probe: need("the engine answers", self.probe)?,
             ledger: need("the durable facts", self.ledger)?,
+            #[cfg(feature = "planted-bugs")]
+            ignore_generations: self.ignore_generations,
         };
         for (i, p) in self.pools.iter().enumerate() {
             if self.pools[..i].iter().any(|q| q.id == p.id) {
@@ -311,7 +326,6 @@ async fn spawn_pool(
     let (commands, commands_rx) = mpsc::channel(QUEUE);
     let conductor = Conductor {
         spec: Arc::clone(spec),
-        ledger: Arc::clone(&ports.ledger),
         clock,
         drivers,
         replicas,
@@ -319,7 +333,7 @@ async fn spawn_pool(
         commands: commands_rx,
         facts,
         run_id: format!("{:08x}", seed & 0xffff_ffff),
-        hold,
+        hold: Hold::found(spec.id.clone(), Arc::clone(&ports.ledger), hold),
         verbs: 0,
         ending: false,
         left: false,

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use crate::clock::Clock;
 use crate::control::{ControlError, DrainOptions, Operation, OperationState};
 use crate::driver::{DriverCommand, Published};
-use crate::ports::StateLedger;
+use crate::hold::Hold;
 use crate::snapshot::PoolSnapshot;
 use crate::spec::{Activation, PoolSpec};
 
@@ -54,7 +54,6 @@ pub(crate) struct PoolFacts {
 
 pub(crate) struct Conductor {
     pub(crate) spec: Arc<PoolSpec>,
-    pub(crate) ledger: Arc<dyn StateLedger>,
     pub(crate) clock: Clock,
     pub(crate) drivers: Vec<mpsc::Sender<DriverCommand>>,
     pub(crate) replicas: Vec<watch::Receiver<Published>>,
@@ -62,7 +61,7 @@ pub(crate) struct Conductor {
     pub(crate) commands: mpsc::Receiver<ConductorCommand>,
     pub(crate) facts: watch::Sender<PoolFacts>,
     pub(crate) run_id: String,
-    pub(crate) hold: bool,
+    pub(crate) hold: Hold,
     /// Verbs sent so far, to every driver alike.
     pub(crate) verbs: u64,
     /// The daemon is ending: nothing is started any more.
@@ -75,24 +74,37 @@ impl Conductor {
     /// Runs until nobody can command it any more; the drivers end with it.
     pub(crate) async fn run(mut self) {
         let mut made = 0u64;
-        if self.spec.activation == Activation::Preload && !self.hold {
+        if self.spec.activation == Activation::Preload && !self.hold.held() {
             self.command_all(Command::Wake).await;
         }
         loop {
             tokio::select! {
+                biased;
                 () = self.bell.notified() => {}
                 command = self.commands.recv() => match command {
                     Some(ConductorCommand { wish, answer }) => {
                         made += 1;
                         let result = self.carry_out(wish, made).await;
-                        // The asker may be gone; what was asked for goes on.
-                        let _ = answer.send(result);
+                        let written = self.hold.tried();
+                        tokio::spawn(async move {
+                            written.await;
+                            // The asker may be gone; what was asked for goes on.
+                            let _ = answer.send(result);
+                        });
                     }
                     None => return,
                 },
             }
             self.publish();
-            if self.left || self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
+            if self.left {
+                return;
+            }
+            if self.ending && self.replicas.iter().all(|r| r.borrow().state.at_rest()) {
+                // Without commands drivers end, and with them their channels, once all was written down.
+                self.drivers.clear();
+                for r in &mut self.replicas {
+                    while r.changed().await.is_ok() {}
+                }
                 return;
             }
         }
@@ -103,15 +115,6 @@ impl Conductor {
         for d in &self.drivers {
             // Drivers never wait for their conductor, so this cannot deadlock.
             let _ = d.send(DriverCommand::Verb(command)).await;
-        }
-    }
-
-    async fn set_hold(&mut self, held: bool) {
-        if self.hold != held {
-            self.hold = held;
-            if let Err(e) = self.ledger.set_hold(&self.spec.id, held).await {
-                tracing::error!(pool_id = %self.spec.id, error = %e, "the hold will not survive a restart");
-            }
         }
     }
 
@@ -135,36 +138,36 @@ impl Conductor {
                 "leave"
             }
             Wish::Preload => {
-                self.set_hold(false).await;
+                self.hold.set(false);
                 self.command_all(Command::Start).await;
                 "preload"
             }
             Wish::Demand => {
-                if !self.hold {
+                if !self.hold.held() {
                     self.command_all(Command::Wake).await;
                 }
                 "preload"
             }
             Wish::Drain(o) => {
-                self.set_hold(true).await;
                 let deadline = o.deadline.unwrap_or(self.spec.drain_deadline);
                 self.command_all(Command::Drain {
                     deadline,
                     on_deadline: o.on_deadline.unwrap_or(self.spec.on_deadline),
                 })
                 .await;
+                self.hold.set(true);
                 "drain"
             }
             Wish::Stop => {
-                self.set_hold(true).await;
                 self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
+                self.hold.set(true);
                 "stop"
             }
             Wish::Resume => {
                 // What a running drain has stopped already comes back, too.
                 let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
                 let draining = self.facts.borrow().operations.iter().any(drains);
-                self.set_hold(false).await;
+                self.hold.set(false);
                 self.command_all(Command::Resume).await;
                 if draining || self.spec.activation == Activation::Preload {
                     self.command_all(Command::Start).await;
@@ -204,7 +207,7 @@ impl Conductor {
         let replicas: Vec<Published> = self.replicas.iter_mut().map(|r| r.borrow_and_update().clone()).collect();
         // An operation is judged only once every driver has taken in its command.
         let settled = replicas.iter().all(|r| r.verbs == self.verbs);
-        let hold = self.hold;
+        let hold = self.hold.held();
         self.facts.send_if_modified(|f| {
             let before = f.clone();
             f.snapshot.hold = hold;

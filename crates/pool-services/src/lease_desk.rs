@@ -27,15 +27,16 @@ pub(crate) async fn run(mut commands: mpsc::Receiver<DeskCommand>) {
             }
         };
         tokio::select! {
+            biased;
+            () = expiry => {
+                let now = Instant::now();
+                held.retain(|_, (guard, until)| *until > now && guard.valid());
+            }
             command = commands.recv() => match command {
                 Some(DeskCommand::Keep { id, guard, ttl }) => { held.insert(id, (guard, Instant::now() + ttl)); }
                 Some(DeskCommand::Release { id, known }) => { let _ = known.send(held.remove(&id).is_some()); }
                 None => return,
             },
-            () = expiry => {
-                let now = Instant::now();
-                held.retain(|_, (guard, until)| *until > now && guard.valid());
-            }
         }
     }
 }

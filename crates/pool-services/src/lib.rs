@@ -10,6 +10,7 @@ mod conductor;
 pub mod control;
 mod driver;
 pub mod events;
+mod hold;
 mod lease_desk;
 mod manager;
 pub mod planning;

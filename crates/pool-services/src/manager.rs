@@ -147,7 +147,7 @@ impl PoolManager {
     }
 
     /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
-    /// it was in time.
+    /// nothing was: what is Fenced is not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
         // Not `stop`: that would leave a hold behind.
         let in_time = self.end(Wish::Shutdown, deadline).await;
@@ -156,7 +156,8 @@ impl PoolManager {
             // Nothing is waited for any more, but the signals have to be sent.
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
-        in_time
+        let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
+        in_time && !self.inner.pools.values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.

@@ -274,6 +274,11 @@ pub trait RunningEngine: fmt::Debug + Send + Sync {
     fn listener(&self, addr: SocketAddr) -> Listener;
     /// Names the program that its main process runs now.
     fn executable(&self) -> Option<String>;
+    /// Whether the questions above are answered from memory, so that no other thread is needed for them. A simulation
+    /// is repeatable only on one thread.
+    fn answers_at_once(&self) -> bool {
+        false
+    }
 }
 
 /// An engine's answer about itself.

@@ -112,6 +112,7 @@ impl Steward {
         let (mut inventory_lives, mut commanded) = (true, true);
         while commanded || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
+                biased;
                 () = self.bell.notified() => false,
                 changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); false }
                 _ = look_again.tick() => true,

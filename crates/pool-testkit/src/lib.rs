@@ -7,6 +7,7 @@
 
 mod engines;
 mod rest;
+pub mod sim;
 
 pub use engines::{FakeEngines, Script};
 pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};

@@ -109,12 +109,18 @@ impl GpuProbe for FakeGpus {
 pub struct FakeModels {
     failure: Mutex<Option<Failure>>,
     profile: Mutex<Option<ModelProfile>>,
+    takes: Mutex<Duration>,
 }
 
 impl FakeModels {
     /// What every model's header says from now on.
     pub fn set_profile(&self, profile: ModelProfile) {
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
+    }
+
+    /// How long later requests take.
+    pub fn set_slow(&self, takes: Duration) {
+        *self.takes.lock().unwrap_or_else(PoisonError::into_inner) = takes;
     }
 
     /// Every later request fails with this, or succeeds again.
@@ -126,6 +132,8 @@ impl FakeModels {
 #[async_trait]
 impl ModelStore for FakeModels {
     async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+        let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
+        slowly(takes).await;
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             Some(f) => Err(f),
             None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
@@ -133,6 +141,13 @@ impl ModelStore for FakeModels {
     }
     async fn profile(&self, _: &ResolvedModel) -> Result<Option<ModelProfile>, Failure> {
         Ok(self.profile.lock().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+/// Not even a turn of the timer where nothing is to be waited for.
+async fn slowly(takes: Duration) {
+    if !takes.is_zero() {
+        tokio::time::sleep(takes).await;
     }
 }
 
@@ -146,6 +161,7 @@ struct Facts {
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     broken: bool,
+    takes: Duration,
 }
 
 /// Durable facts in memory; can be told to refuse writes.
@@ -173,6 +189,21 @@ impl FakeLedger {
     /// Changes what is on record, as somebody with an editor might.
     pub fn tamper(&self, change: impl FnOnce(&mut BTreeMap<ReplicaKey, EngineRecord>)) {
         change(&mut self.facts().records);
+    }
+
+    /// How long later writes take, as on a slow disk.
+    pub fn set_slow(&self, takes: Duration) {
+        self.facts().takes = takes;
+    }
+
+    async fn slowly(&self) {
+        let takes = self.facts().takes;
+        slowly(takes).await;
+    }
+
+    /// A daemon takes the directory over: no handoff of an earlier one stands.
+    pub fn reopen(&self) {
+        self.facts().handoffs.clear();
     }
 
     /// The handoffs that stand.
@@ -203,6 +234,7 @@ impl StateLedger for FakeLedger {
         self.facts().generations.get(key).copied().unwrap_or_default()
     }
     async fn intend(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.generations.insert(key.clone(), generation);
         })
@@ -211,6 +243,7 @@ impl StateLedger for FakeLedger {
         self.facts().pasts.get(key).copied().unwrap_or_default()
     }
     async fn note_past(&self, key: &ReplicaKey, past: Past, _: Tick) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.pasts.insert(key.clone(), past);
             f.past_writes += 1;
@@ -220,6 +253,7 @@ impl StateLedger for FakeLedger {
         self.facts().held.contains(pool)
     }
     async fn set_hold(&self, pool: &PoolId, held: bool) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             if held {
                 f.held.insert(pool.clone());
@@ -229,22 +263,26 @@ impl StateLedger for FakeLedger {
         })
     }
     async fn record(&self, record: &EngineRecord) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.records.insert(record.key.clone(), record.clone());
         })
     }
     async fn forget(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| f.records.retain(|k, r| k != key || r.generation > generation))
     }
     async fn recorded(&self) -> Vec<EngineRecord> {
         self.facts().records.values().cloned().collect()
     }
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.handoffs.insert(handoff.key.clone(), handoff.clone());
         })
     }
     async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+        self.slowly().await;
         self.write(|f| {
             f.handoffs.remove(key);
         })

@@ -59,7 +59,7 @@ fn config() -> String {
         pool("draining", &slowly, context),
         pool("stopping", &[], ""),
         // Deaf, so that its stop has every step.
-        later("sixth", &["--ignore-sigterm"], &format!("{QUICK}[pool.drain]\nstop_grace = \"10ms\"\n")),
+        later("sixth", &["--ignore-sigterm"], &format!("{QUICK}[pool.drain]\nstop_grace = \"200ms\"\n")),
     ]
     .concat()
 }

@@ -8,7 +8,7 @@ use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
 use pool_domain::{Failure, FailureClass};
 
 use super::work::prove;
-use super::{Driver, Grant, Report, Scribe};
+use super::{Driver, Grant, Report};
 use crate::admission::SlotGuard;
 use crate::ports::{
     Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
@@ -194,11 +194,11 @@ impl Driver {
                     record.executable = self.attempt.engine.as_ref().and_then(|e| e.executable());
                 }
                 record.phase = phase;
-                self.scribe.push(Scribe::Record(Box::new(record.clone())));
+                self.scribe.record(record.clone());
             }
             None => {
                 self.attempt.record = None;
-                self.scribe.push(Scribe::Forget(generation));
+                self.scribe.forget(generation);
             }
         }
     }

@@ -56,6 +56,7 @@ async fn keep(key: ReplicaKey, mut told: watch::Receiver<Past>, ledger: Arc<dyn 
                 tracing::error!(pool_id = %key.pool, replica_id = %key.replica, %error, "its failures will not survive a restart of the daemon");
             }
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(TRY_AGAIN) => {}
                 changed = told.changed() => if changed.is_err() { return },
             }

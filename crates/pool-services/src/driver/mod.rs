@@ -3,13 +3,15 @@
 
 mod adopt;
 mod memory;
-mod points;
+mod scribe;
 mod tell;
 mod work;
 
 pub(crate) use adopt::Found;
 pub(crate) use memory::Memory;
 pub(crate) use work::correction_key;
+
+use scribe::Scribe;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -46,6 +48,9 @@ pub(crate) struct Ports {
     pub(crate) probe: Arc<dyn EngineProbe>,
     /// Durable facts.
     pub(crate) ledger: Arc<dyn StateLedger>,
+    /// Not a port: a bug on purpose.
+    #[cfg(feature = "planted-bugs")]
+    pub(crate) ignore_generations: bool,
 }
 
 /// What a start needs from the node.
@@ -149,14 +154,6 @@ struct Attempt {
     drain: Option<(pool_domain::Tick, OnDeadline)>,
 }
 
-/// What has to be written in order, after the state was published.
-enum Scribe {
-    Publish,
-    Withdraw,
-    Record(Box<EngineRecord>),
-    Forget(Generation),
-}
-
 /// Everything a driver is made of.
 pub(crate) struct DriverParts {
     pub(crate) key: ReplicaKey,
@@ -195,7 +192,7 @@ pub(crate) struct Driver {
     memory: Memory,
     attempt: Attempt,
     work: CancellationToken,
-    scribe: Vec<Scribe>,
+    scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
     failed_at: Option<SystemTime>,
@@ -252,6 +249,7 @@ impl Driver {
         Self {
             policy: parts.spec.policy,
             replica: parts.replica,
+            scribe: Scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
             key: parts.key,
             spec: parts.spec,
             ports: parts.ports,
@@ -267,7 +265,6 @@ impl Driver {
             memory: parts.memory,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
-            scribe: Vec::new(),
             last_check: None,
             failed_at: None,
             accused: None,
@@ -291,7 +288,7 @@ impl Driver {
                 command = self.commands.recv(), if commanded => match command {
                     Some(DriverCommand::Leave) => {
                         self.admission.close();
-                        return;
+                        break;
                     }
                     Some(command) => self.command(command),
                     None => {
@@ -310,11 +307,11 @@ impl Driver {
                 () = self.clock.sleep_until(deadline) => self.step(Event::Timer),
             }
             self.publish();
-            self.write_down().await;
             if !commanded && self.replica.state.at_rest() {
-                return;
+                break;
             }
         }
+        self.scribe.finish().await;
     }
 
     fn command(&mut self, command: DriverCommand) {
@@ -351,6 +348,8 @@ impl Driver {
     }
 
     fn report(&mut self, generation: Generation, report: Report) {
+        #[cfg(feature = "planted-bugs")]
+        let generation = if self.ports.ignore_generations { self.replica.generation } else { generation };
         if generation != self.replica.generation {
             // A late launch cannot happen: its generation stays current until the launch was answered.
             return;
@@ -439,7 +438,7 @@ impl Driver {
             Action::OpenAdmission => {
                 let slots = self.replica.state.proof().map_or(0, |p| p.slots);
                 self.admission.open(self.replica.generation, slots);
-                self.scribe.push(Scribe::Publish);
+                self.scribe.want(self.handoff());
             }
             Action::CloseAdmission => {
                 self.admission.close();
@@ -449,14 +448,14 @@ impl Driver {
             }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
-                self.scribe.push(Scribe::Withdraw);
+                self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
                 reached(Point::AfterTerm);
             }
             Action::Kill => {
-                self.scribe.push(Scribe::Withdraw);
+                self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
@@ -464,27 +463,6 @@ impl Driver {
             }
             Action::AwaitGone => self.await_gone(),
             Action::Adopt => self.check_adopted(),
-        }
-    }
-
-    /// Writes what consumers and a later daemon need to know, after the state was published, so that a slow disk delays
-    /// nobody.
-    async fn write_down(&mut self) {
-        let ledger = Arc::clone(&self.ports.ledger);
-        for entry in std::mem::take(&mut self.scribe) {
-            let points = entry.points();
-            points.before.into_iter().for_each(reached);
-            let done = match (entry, self.handoff()) {
-                (Scribe::Publish, Some(handoff)) => ledger.publish_handoff(&handoff).await,
-                (Scribe::Publish, None) => Ok(()),
-                (Scribe::Withdraw, _) => ledger.withdraw_handoff(&self.key).await,
-                (Scribe::Record(record), _) => ledger.record(&record).await,
-                (Scribe::Forget(generation), _) => ledger.forget(&self.key, generation).await,
-            };
-            if let Err(e) = done {
-                tracing::warn!(pool_id = %self.key.pool, replica_id = %self.key.replica, error = %e, "not written down");
-            }
-            points.after.into_iter().for_each(reached);
         }
     }
 

@@ -20,9 +20,9 @@ use crate::ports::{
 };
 use crate::spec::PoolSpec;
 
-/// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
+/// Between two looks at a starting engine: a fiftieth of the time it has taken so far, within these bounds. A look
 /// costs the engine a request while it loads, and readiness must be seen within 100 ms.
-const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(50);
+const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(50);
 
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
@@ -114,6 +114,7 @@ impl Driver {
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
         let (key, generation) = (self.key.clone(), self.replica.generation);
         let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
+        let last_words = self.scribe.tried();
         self.run_work(async move {
             // Intent is durable before a spawn; without it no generation may run.
             let unwritten = |e: LedgerError| {
@@ -142,6 +143,7 @@ impl Driver {
                 executable: None,
                 phase: Phase::Starting,
             };
+            last_words.await;
             // One that somebody else runs is not ours to find again.
             if prepared.entry.is_some()
                 && let Err(e) = ledger.record(&record).await
@@ -216,10 +218,11 @@ impl Driver {
                         Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
                     }
                     let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
-                    tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), longest)).await;
+                    tokio::time::sleep((began.elapsed() / 50).clamp(*LOOK.start(), longest)).await;
                 }
             };
             tokio::select! {
+                biased;
                 report = answers => report,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             }
@@ -236,6 +239,7 @@ impl Driver {
             reached(Point::BeforeProof);
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
+                biased;
                 proved = prove(&ports, &engine, &endpoint, &devices, external) => proved,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
@@ -289,6 +293,7 @@ impl Driver {
                 }
             };
             tokio::select! {
+                biased;
                 () = cancelled.cancelled() => {}
                 () = watch => {}
             }
@@ -330,6 +335,9 @@ pub(super) async fn look<T: Send + 'static>(
     engine: &Arc<dyn RunningEngine>,
     question: impl FnOnce(&dyn RunningEngine) -> T + Send + 'static,
 ) -> Option<T> {
+    if engine.answers_at_once() {
+        return Some(question(&**engine));
+    }
     let engine = Arc::clone(engine);
     tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
 }
@@ -343,10 +351,7 @@ pub(super) async fn prove(
     external: bool,
 ) -> Result<(Proof, Option<u64>), Failure> {
     let addr = endpoint.addr;
-    // These only look; nobody is asked to work before it is known who listens.
-    let (listener, up, identity) =
-        tokio::join!(look(engine, move |e| e.listener(addr)), ports.probe.up(endpoint), ports.probe.identify(endpoint));
-    match listener.unwrap_or(Listener::None) {
+    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
             let detail = format!("port {} belongs to another process", endpoint.addr.port());
@@ -356,13 +361,32 @@ pub(super) async fn prove(
             return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
         }
     }
-    if let Up::Wrong(what) = up {
-        return Err(Failure::new(FailureClass::WrongServer, what));
-    }
-    let identity = identity?;
-    let began = Instant::now();
-    ports.probe.work(endpoint).await?;
-    let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let identity = async {
+        let (up, identity) = tokio::join!(ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        match up {
+            Up::Wrong(what) => Err(Failure::new(FailureClass::WrongServer, what)),
+            _ => identity,
+        }
+    };
+    let work = async {
+        let began = Instant::now();
+        ports.probe.work(endpoint).await.map(|()| u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX))
+    };
+    tokio::pin!(identity, work);
+    let mut worked = None;
+    let identity = tokio::select! {
+        biased;
+        identity = &mut identity => identity,
+        // A process of ours may be asked at once, somebody else's server only when it is known to be the right one.
+        done = &mut work, if !external => {
+            worked = Some(done);
+            identity.await
+        }
+    }?;
+    let first_unit_ms = match worked {
+        Some(done) => done,
+        None => work.await,
+    }?;
     let (residency, taken) = if external { ("served", None) } else { residency(ports, engine, devices).await? };
     Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, taken))
 }

@@ -1,0 +1,158 @@
+//! Writes down what consumers and a later daemon need to know, in a task of its own, so that a slow or full disk delays
+//! nobody. Only the newest of each is written; what a disk refused is tried again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fault_points::{Point, reached};
+use pool_domain::{Generation, ReplicaKey};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::ports::{EngineRecord, Handoff, LedgerError, Phase, StateLedger};
+
+/// Between two tries to write what could not be written.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+
+/// What is to stand of the engine.
+#[derive(Debug, Clone, PartialEq)]
+enum Kept {
+    Record(Box<EngineRecord>),
+    /// Nothing of this generation, nor of those before.
+    Nothing(Generation),
+}
+
+impl Kept {
+    /// The points before it is written and after.
+    fn points(&self) -> [Option<Point>; 2] {
+        match self {
+            Self::Record(record) => match record.phase {
+                Phase::Starting => [None, None],
+                Phase::Ready { .. } => [Some(Point::BeforeReadyRecord), Some(Point::AfterReadyRecord)],
+                Phase::Draining { .. } => [None, Some(Point::AfterDrainRecord)],
+                Phase::Stopping => [Some(Point::BeforeStopRecord), Some(Point::AfterStopRecord)],
+            },
+            Self::Nothing(_) => [Some(Point::BeforeForget), Some(Point::AfterForget)],
+        }
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Wish {
+    /// Grows with every change of `kept`.
+    number: u64,
+    /// Unset: as it was found, or as a start wrote it.
+    kept: Option<Kept>,
+    handoff: Option<Handoff>,
+}
+
+/// The record and the handoff of one replica.
+pub(super) struct Scribe {
+    wanted: watch::Sender<Wish>,
+    /// The number of the record that was tried last.
+    tried: watch::Receiver<u64>,
+    task: JoinHandle<()>,
+}
+
+impl Scribe {
+    pub(super) fn start(key: ReplicaKey, ledger: Arc<dyn StateLedger>) -> Self {
+        let (wanted, wishes) = watch::channel(Wish::default());
+        let (told, tried) = watch::channel(0);
+        Self { wanted, tried, task: tokio::spawn(write(key, ledger, wishes, told)) }
+    }
+
+    /// The handoff that is to stand from now on.
+    pub(super) fn want(&self, handoff: Option<Handoff>) {
+        self.wanted.send_modify(|w| w.handoff = handoff);
+    }
+
+    pub(super) fn record(&self, record: EngineRecord) {
+        self.keep(Kept::Record(Box::new(record)));
+    }
+
+    pub(super) fn forget(&self, generation: Generation) {
+        self.keep(Kept::Nothing(generation));
+    }
+
+    fn keep(&self, kept: Kept) {
+        self.wanted.send_modify(|w| {
+            w.number += 1;
+            w.kept = Some(kept);
+        });
+    }
+
+    /// Resolves once nothing older than what is wanted now is being written any more: a start that writes a record of its
+    /// own must not be overtaken by the last words about the engine before it.
+    pub(super) fn tried(&self) -> impl Future<Output = ()> + Send + 'static {
+        let (number, mut tried) = (self.wanted.borrow().number, self.tried.clone());
+        async move {
+            let _ = tried.wait_for(|t| *t >= number).await;
+        }
+    }
+
+    /// Resolves once what is wanted was written, or tried for the last time.
+    pub(super) async fn finish(self) {
+        drop(self.wanted);
+        // A task that panicked has nothing more to write.
+        let _ = self.task.await;
+    }
+}
+
+async fn write(
+    key: ReplicaKey,
+    ledger: Arc<dyn StateLedger>,
+    mut wanted: watch::Receiver<Wish>,
+    told: watch::Sender<u64>,
+) {
+    let mut stands = Wish::default();
+    let mut open = true;
+    let well = |done: Result<(), LedgerError>| {
+        if let Err(e) = &done {
+            tracing::warn!(pool_id = %key.pool, replica_id = %key.replica, error = %e, "not written down");
+        }
+        done.is_ok()
+    };
+    loop {
+        let wish = wanted.borrow_and_update().clone();
+        if wish.number != stands.number {
+            let [before, after] = wish.kept.as_ref().map(Kept::points).unwrap_or_default();
+            before.into_iter().for_each(reached);
+            let done = match &wish.kept {
+                Some(Kept::Record(record)) => ledger.record(record).await,
+                Some(Kept::Nothing(generation)) => ledger.forget(&key, *generation).await,
+                None => Ok(()),
+            };
+            after.into_iter().for_each(reached);
+            if well(done) {
+                (stands.number, stands.kept) = (wish.number, wish.kept.clone());
+            }
+            told.send_replace(wish.number);
+        }
+        if wish.handoff != stands.handoff {
+            let done = match &wish.handoff {
+                Some(handoff) => {
+                    reached(Point::BeforeHandoff);
+                    let done = ledger.publish_handoff(handoff).await;
+                    reached(Point::AfterHandoff);
+                    done
+                }
+                None => ledger.withdraw_handoff(&key).await,
+            };
+            if well(done) {
+                stands.handoff.clone_from(&wish.handoff);
+            }
+        }
+        // What was wished for meanwhile comes first.
+        if wanted.has_changed().unwrap_or(false) {
+            continue;
+        }
+        if !open {
+            return;
+        }
+        tokio::select! {
+            biased;
+            changed = wanted.changed() => open = changed.is_ok(),
+            () = tokio::time::sleep(TRY_AGAIN), if wish != stands => {}
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! The seeded simulation of whole nodes: see `pool_testkit::sim`.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use pool_testkit::sim::{Plant, Schedule, run, soak};
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+/// `SIM_SEED=17 cargo nextest run -p pool-services sim::` runs one seed alone.
+#[test]
+fn two_thousand_seeds_break_no_promise() {
+    let seeds = match std::env::var("SIM_SEED") {
+        Ok(one) => one.parse().unwrap()..one.parse::<u64>().unwrap() + 1,
+        Err(_) => 0..2_000,
+    };
+    let report = soak(seeds, threads(), Plant::None, 1, &|_| {});
+    if let Some(failed) = report.failed.first() {
+        panic!("{failed}");
+    }
+}
+
+#[test]
+fn the_same_seed_is_the_same_run() {
+    for seed in 0..30 {
+        let (a, b) = (run(Schedule::of(seed), Plant::None), run(Schedule::of(seed), Plant::None));
+        assert_eq!(a.log, b.log, "seed {seed}");
+        assert_eq!((a.violation, a.lasted), (b.violation, b.lasted), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_driver_that_ignores_generations_is_found_within_200_seeds_and_shrunk() {
+    let report = soak(0..200, threads(), Plant::IgnoreGenerations, 1, &|_| {});
+    let found = report.failed.first().expect("a planted bug is found");
+    assert!(found.shrunk.steps.len() < found.steps || found.steps == 0, "{found}");
+    assert!(found.to_string().contains(&format!("seed {}", found.seed)));
+}
+
+#[test]
+fn a_host_that_says_too_early_that_nothing_is_left_is_found_within_200_seeds() {
+    let report = soak(0..200, threads(), Plant::GoneTooEarly, 5, &|_| {});
+    let found: Vec<_> = report.failed.iter().map(|f| f.violation.invariant).collect();
+    assert!(found.contains(&"one_generation"), "{found:?}");
+}

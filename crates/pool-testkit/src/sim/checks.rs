@@ -1,0 +1,284 @@
+//! What must be true whatever happens. Later promises add theirs to [`all`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use pool_domain::{Generation, PoolId, ReplicaKey};
+use pool_services::{NodeSnapshot, PoolSnapshot};
+
+use super::schedule::Schedule;
+use super::truth::{Entry, Launch, Process, Scene, Verb, What};
+
+/// A slot held in process.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Of which replica.
+    pub key: ReplicaKey,
+    /// Its process when it was granted.
+    pub pid: u32,
+    /// Whether it still holds.
+    pub valid: bool,
+}
+
+/// What can be seen of the node at one moment.
+#[derive(Debug)]
+pub struct View<'a> {
+    /// Since the node was switched on.
+    pub now: Duration,
+    /// Which manager this is, counted from 0.
+    pub life: u32,
+    /// The plan of the whole run.
+    pub schedule: &'a Schedule,
+    /// What exists.
+    pub scene: &'a Scene,
+    /// What the pools show.
+    pub pools: &'a [PoolSnapshot],
+    /// What the node shows.
+    pub node: &'a NodeSnapshot,
+    /// Slots held in process.
+    pub leases: &'a [Held],
+}
+
+/// Something that must be true. What it finds wrong is the error.
+pub trait Invariant: fmt::Debug + Send {
+    /// Its name.
+    fn name(&self) -> &'static str;
+    /// Told of everything that really happens, in order; `scene` has taken it in already.
+    fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
+        let _ = (entry, scene, schedule);
+        Ok(())
+    }
+    /// Told of what can be seen, after every step and every published change.
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        let _ = view;
+        Ok(())
+    }
+}
+
+/// Every invariant.
+#[must_use]
+pub fn all() -> Vec<Box<dyn Invariant>> {
+    vec![
+        Box::new(OneGeneration),
+        Box::new(GenerationsGrow::default()),
+        Box::new(ReadyIsProved),
+        Box::new(MemoryIsThere),
+        Box::new(Slots),
+        Box::new(LeasesStand),
+        Box::new(super::checks_time::DrainsEnd::default()),
+        Box::new(super::checks_time::HeldStaysDown::default()),
+        Box::new(super::checks_time::BackoffHolds::default()),
+        Box::new(super::checks_time::NoBusyLoop::default()),
+        Box::new(NothingForNothing),
+        Box::new(SnapshotsGrow::default()),
+    ]
+}
+
+/// The spec of a pool.
+#[must_use]
+pub fn spec_of<'a>(schedule: &'a Schedule, id: &PoolId) -> Option<&'a pool_services::PoolSpec> {
+    schedule.pools.iter().map(|p| &p.spec).find(|s| s.id == *id)
+}
+
+/// At most one generation of a replica has a process, and it was durable before it was launched.
+#[derive(Debug)]
+struct OneGeneration;
+impl Invariant for OneGeneration {
+    fn name(&self) -> &'static str {
+        "one_generation"
+    }
+    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
+        let What::Launched(Launch { key, pid, durable, .. }) = &entry.what else { return Ok(()) };
+        if let Some(old) = scene.alive().find(|p| p.launch.key == *key && p.launch.pid != *pid) {
+            return Err(format!("process {pid} of {key:?} was launched while {} still exists", old.launch.pid));
+        }
+        if *durable { Ok(()) } else { Err(format!("process {pid} was launched before its generation was durable")) }
+    }
+}
+
+/// A generation is never used twice, also across restarts of the manager.
+#[derive(Debug, Default)]
+struct GenerationsGrow(BTreeMap<ReplicaKey, Generation>);
+impl Invariant for GenerationsGrow {
+    fn name(&self) -> &'static str {
+        "generations_grow"
+    }
+    fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
+        let What::Launching(key, generation) = &entry.what else { return Ok(()) };
+        match self.0.insert(key.clone(), *generation) {
+            Some(before) if before >= *generation => Err(format!("{key:?} went from {before:?} to {generation:?}")),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How long a death may go unseen.
+const SEEN_WITHIN: Duration = Duration::from_millis(50);
+
+/// Its end was seen, or should have been.
+fn known_dead(p: &Process, now: Duration) -> bool {
+    p.gone.or(p.ended).is_some() && p.ended.is_some_and(|at| now > at + p.launch.exit_lag + SEEN_WITHIN)
+}
+
+/// Nothing is called Ready that did not name its model and do one unit of work in this generation, or that is dead.
+#[derive(Debug)]
+struct ReadyIsProved;
+impl Invariant for ReadyIsProved {
+    fn name(&self) -> &'static str {
+        "ready_is_proved"
+    }
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        for pool in view.pools {
+            for r in pool.replicas.iter().filter(|r| r.ready || r.live) {
+                let key = ReplicaKey { pool: pool.pool_id.clone(), replica: r.id };
+                let of = |p: &&Process| p.launch.key == key && p.launch.generation == r.generation;
+                let what = if r.ready { "ready" } else { "live" };
+                let Some(p) = view.scene.processes.values().find(of) else {
+                    return Err(format!("{key:?} is {what} in generation {} without a process", r.generation.0));
+                };
+                if r.ready && !(p.identified && p.worked.is_some()) {
+                    return Err(format!("{key:?} is ready, but process {} proved nothing", p.launch.pid));
+                }
+                if r.ready && known_dead(p, view.now) {
+                    return Err(format!("{key:?} is ready, but process {} is dead: {p:?}", p.launch.pid));
+                }
+            }
+        }
+        Ok(())
+    }
+    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
+        let What::Granted(pool, pid) = &entry.what else { return Ok(()) };
+        match scene.processes.get(pid) {
+            Some(p) if p.identified && p.worked.is_some() && p.signalled.is_none() && !known_dead(p, entry.at) => {
+                Ok(())
+            }
+            other => Err(format!("a slot of {pool} was granted on {other:?}")),
+        }
+    }
+}
+
+/// Neither what is promised nor what was promised to living engines is ever more than a device has.
+#[derive(Debug)]
+struct MemoryIsThere;
+impl Invariant for MemoryIsThere {
+    fn name(&self) -> &'static str {
+        "memory_is_there"
+    }
+    fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
+        if !matches!(entry.what, What::Launched(_)) {
+            return Ok(());
+        }
+        for device in &schedule.devices {
+            let (d, usable) = (&device.shown, device.shown.vram_total - device.shown.vram_reserved);
+            let on = |p: &&Process| p.launch.devices.contains(&d.uuid);
+            let sum: u64 = scene.alive().filter(on).map(|p| p.launch.bytes).sum();
+            if sum > usable {
+                return Err(format!("device {} has {usable} bytes and engines for {sum}", d.index));
+            }
+        }
+        Ok(())
+    }
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        for (d, promised) in &view.node.devices {
+            let usable = d.vram_total.saturating_sub(d.vram_reserved);
+            if *promised > usable {
+                return Err(format!("device {} has {usable} bytes, {promised} are promised", d.index));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Never more leases than slots.
+#[derive(Debug)]
+struct Slots;
+impl Invariant for Slots {
+    fn name(&self) -> &'static str {
+        "slots"
+    }
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        for pool in view.pools {
+            let slots = spec_of(view.schedule, &pool.pool_id).map_or(0, |s| usize::from(s.slots));
+            for r in &pool.replicas {
+                let mine = |l: &&Held| l.key.pool == pool.pool_id && l.key.replica == r.id && l.valid;
+                let held = view.leases.iter().filter(mine).count();
+                let shown = usize::try_from(r.active_leases).unwrap_or(usize::MAX);
+                if held > shown || shown > slots {
+                    return Err(format!("{} {:?}: {held} held, {shown} shown, {slots} slots", pool.pool_id, r.id));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A lease stands until its engine ends or is ended.
+#[derive(Debug)]
+struct LeasesStand;
+impl Invariant for LeasesStand {
+    fn name(&self) -> &'static str {
+        "leases_stand"
+    }
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        for lease in view.leases {
+            let Some(p) = view.scene.processes.get(&lease.pid) else { continue };
+            if !lease.valid && p.ended.is_none() && p.signalled.is_none() {
+                return Err(format!("a lease on process {} was taken back, which serves on", lease.pid));
+            }
+            if lease.valid && known_dead(p, view.now) {
+                return Err(format!("a lease on process {} stands, which is dead", lease.pid));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// No engine is ended to which nothing happened: no fault of its own, no command to its pool.
+#[derive(Debug)]
+struct NothingForNothing;
+impl Invariant for NothingForNothing {
+    fn name(&self) -> &'static str {
+        "nothing_for_nothing"
+    }
+    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
+        let (What::Term(pid) | What::Kill(pid)) = &entry.what else { return Ok(()) };
+        match scene.processes.get(pid) {
+            None => Err(format!("process {pid} was signalled, which never existed")),
+            Some(p) if p.blameless && p.ended.is_none() => Err(format!("process {pid} was ended for nothing: {p:?}")),
+            Some(_) => Ok(()),
+        }
+    }
+}
+
+/// The numbers of snapshots grow with every change.
+#[derive(Debug, Default)]
+struct SnapshotsGrow(u32, BTreeMap<PoolId, PoolSnapshot>);
+impl Invariant for SnapshotsGrow {
+    fn name(&self) -> &'static str {
+        "snapshots_grow"
+    }
+    fn look(&mut self, view: &View<'_>) -> Result<(), String> {
+        if self.0 != view.life {
+            (self.0, self.1) = (view.life, BTreeMap::new());
+        }
+        for pool in view.pools {
+            let Some(before) = self.1.insert(pool.pool_id.clone(), pool.clone()) else { continue };
+            let states = |p: &PoolSnapshot| p.replicas.iter().map(|r| (r.state, r.generation)).collect::<Vec<_>>();
+            let same = before.hold == pool.hold && states(&before) == states(pool);
+            if before.snapshot > pool.snapshot || (before.snapshot == pool.snapshot && !same) {
+                return Err(format!("{}: {} then {}", pool.pool_id, before.snapshot, pool.snapshot));
+            }
+            if before.replicas.iter().zip(&pool.replicas).any(|(a, b)| a.generation > b.generation) {
+                return Err(format!("{}: a generation went back", pool.pool_id));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a verb makes of whether a pool may start engines.
+#[must_use]
+pub fn lifts_hold(verb: Verb) -> bool {
+    matches!(verb, Verb::Preload | Verb::Resume)
+}

@@ -1,0 +1,62 @@
+//! A seeded simulation: whole nodes, with the real manager, steward, conductors and drivers over fakes, on paused time,
+//! through random commands and faults. Checks look only at the record of what really happened ([`truth`]) and at what
+//! anybody can see. The same seed is the same run.
+//!
+//! To add a promise: write an [`checks::Invariant`] and put it into [`checks::all`]. To add a fault: a field of
+//! [`script::Script`] or an [`schedule::Act`].
+
+pub mod checks;
+pub mod checks_time;
+pub mod run;
+pub mod schedule;
+pub mod script;
+pub mod seeds;
+pub mod truth;
+pub mod world;
+
+use std::fmt;
+use std::time::Duration;
+
+pub use run::run;
+pub use schedule::Schedule;
+pub use seeds::{Failed, Report, shrink, soak};
+
+/// A fault put there on purpose, to see that it is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Plant {
+    /// None.
+    #[default]
+    None,
+    /// Drivers take facts of old generations for those of the current one.
+    IgnoreGenerations,
+    /// The host says that nothing is left as soon as the main process ended.
+    GoneTooEarly,
+}
+
+/// What was wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Violation {
+    /// Which invariant.
+    pub invariant: &'static str,
+    /// How.
+    pub detail: String,
+    /// When.
+    pub at: Duration,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {:.3} s: {}", self.invariant, self.at.as_secs_f64(), self.detail)
+    }
+}
+
+/// What came of a run.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What was wrong, if anything.
+    pub violation: Option<Violation>,
+    /// What really happened.
+    pub log: Vec<truth::Entry>,
+    /// Simulated time.
+    pub lasted: Duration,
+}

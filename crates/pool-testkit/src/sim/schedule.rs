@@ -1,0 +1,279 @@
+//! What a seed stands for: a node, its pools, and what happens to them.
+
+use std::fmt;
+use std::time::Duration;
+
+use fastrand::Rng;
+use pool_domain::estimate::LlamaCppSettings;
+use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
+use pool_domain::plan::{EngineMemory, Split};
+use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceHealth, DeviceMask};
+use pool_services::spec::{Activation, PoolSpec};
+
+use super::script::Script;
+use super::world::SimDevice;
+use crate::{gpu, spec};
+
+const GIB: u64 = 1 << 30;
+
+/// One pool.
+#[derive(Debug, Clone)]
+pub struct SimPool {
+    /// Its spec.
+    pub spec: PoolSpec,
+    /// Its engines while they are well.
+    pub well: Script,
+    /// How their memory is known.
+    pub memory: EngineMemory,
+}
+
+/// What a step does. Pools and devices are counted around, so that steps still mean something when others are left out.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Act {
+    /// Preload a pool.
+    Preload(usize),
+    /// Drain a pool.
+    Drain(usize, Option<Duration>, Option<OnDeadline>),
+    /// Resume a pool.
+    Resume(usize),
+    /// Stop a pool.
+    Stop(usize),
+    /// Stop a pool and preload it in the same breath.
+    Bounce(usize),
+    /// Reset a pool's breaker.
+    Reset(usize),
+    /// Take some slots of a pool in process.
+    Take(usize, u32),
+    /// Give back every `n`-th slot, counted from one.
+    Release(usize),
+    /// Ask a pool for a lease over the wire.
+    Ask(usize, Duration),
+    /// End the daemon in order and start it again.
+    Restart,
+    /// A pool's engines behave worse in up to three ways; the seed says which.
+    Sicken(usize, u64),
+    /// They behave well again.
+    Heal(usize),
+    /// Their main processes end.
+    Crash(usize),
+    /// A device's health changes: 0 well, 1 suspect, 2 lost, 3 unknown.
+    Health(usize, u8),
+    /// A device leaves the bus or returns.
+    Present(usize, bool),
+    /// Strangers hold so many GiB of a device.
+    Foreign(usize, u64),
+    /// Strangers take this many ports.
+    Ports(u16),
+    /// Nobody can say who holds memory.
+    Blind(bool),
+    /// Facts cannot be written.
+    LedgerBroken(bool),
+    /// Writing a fact takes this long.
+    LedgerSlow(Duration),
+    /// Models cannot be had: 0 they can, 1 not now, 2 never.
+    Models(u8),
+    /// A model takes this long.
+    ModelsSlow(Duration),
+    /// Nothing.
+    Wait,
+}
+
+/// An act and the time until the next.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Step {
+    /// What happens.
+    pub act: Act,
+    /// What passes after it.
+    pub then: Duration,
+}
+
+/// Everything that a seed decides.
+#[derive(Debug, Clone)]
+pub struct Schedule {
+    /// The seed.
+    pub seed: u64,
+    /// Its devices.
+    pub devices: Vec<SimDevice>,
+    /// Whether residency can be proved.
+    pub provable: bool,
+    /// Ports engines may have.
+    pub ports: std::ops::RangeInclusive<u16>,
+    /// Its pools.
+    pub pools: Vec<SimPool>,
+    /// What happens.
+    pub steps: Vec<Step>,
+}
+
+fn seconds(rng: &mut Rng, range: std::ops::RangeInclusive<u64>) -> Duration {
+    Duration::from_secs(rng.u64(range))
+}
+
+fn millis(rng: &mut Rng, range: std::ops::RangeInclusive<u64>) -> Duration {
+    Duration::from_millis(rng.u64(range))
+}
+
+fn one_in(rng: &mut Rng, n: u32) -> bool {
+    rng.u32(0..n) == 0
+}
+
+fn policy(rng: &mut Rng) -> Policy {
+    if one_in(rng, 5) {
+        return Policy::default();
+    }
+    let initial = millis(rng, 200..=2_000);
+    let backoff = BackoffPolicy::new(initial, seconds(rng, 5..=60), 2.0, 0.5, seconds(rng, 30..=600));
+    let open_for = seconds(rng, 5..=30);
+    let pause = open_for + seconds(rng, 10..=120);
+    let breaker = BreakerPolicy::new(rng.u32(2..=5), rng.u32(1..=3), open_for, pause, seconds(rng, 5..=60));
+    Policy {
+        backoff: backoff.unwrap_or_default(),
+        breaker: breaker.unwrap_or_default(),
+        start: StartPolicy { stall: seconds(rng, 15..=40), max: seconds(rng, 60..=120) },
+        health: HealthPolicy { interval: seconds(rng, 2..=10), timeout: seconds(rng, 1..=5), failures: rng.u32(2..=4) },
+        stop: StopPolicy { grace: seconds(rng, 0..=30), prove: seconds(rng, 2..=10) },
+    }
+}
+
+fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
+    let mut spec = PoolSpec {
+        replicas: if one_in(rng, 3) { 2 } else { 1 },
+        activation: if one_in(rng, 3) { Activation::OnDemand } else { Activation::Preload },
+        slots: rng.u16(1..=4),
+        vram: Some(rng.u64(1..=9) * GIB),
+        policy: policy(rng),
+        drain_deadline: seconds(rng, 0..=30),
+        on_deadline: if one_in(rng, 4) { OnDeadline::Abort } else { OnDeadline::Force },
+        ..spec(&format!("p{at}"))
+    };
+    let on = |text: String| text.parse().unwrap_or(DeviceMask::Auto);
+    spec.devices = match rng.u32(0..6) {
+        0 => vec![DeviceMask::All],
+        1 => vec![on(format!("{}", rng.usize(0..devices)))],
+        2 if devices > 1 => vec![on("0,1".into())],
+        3 if devices > 1 => vec![on("0".into()), on("1".into())],
+        _ => vec![DeviceMask::Auto],
+    };
+    let mut memory = if rng.bool() { EngineMemory::Fixed(0) } else { EngineMemory::Unknown };
+    // Several of these on one node may wait for each other for reasons that the checks could not tell.
+    if alone && one_in(rng, 2) {
+        (spec.vram, spec.context, spec.replicas) = (None, Some(2048), 1);
+        spec.devices = vec![if devices > 1 { on("0,1".into()) } else { DeviceMask::Auto }];
+        spec.tensor_split = if devices > 1 && rng.bool() { Split::Ratios("3,1".into()) } else { Split::Auto };
+        memory = EngineMemory::LlamaCpp(LlamaCppSettings { context: 2048, ..LlamaCppSettings::default() });
+    }
+    let mut well = Script::well(millis(rng, 10..=3_000), millis(rng, 1..=400));
+    well.busy = *rng.choice(&[Some(0), Some(0), None, Some(1)]).unwrap_or(&None);
+    // That the main process ended and that nothing is left are told apart, and in any order.
+    well.exit_lag = millis(rng, 0..=40);
+    well.term_takes = Some(millis(rng, 0..=800));
+    SimPool { spec, well, memory }
+}
+
+fn act(rng: &mut Rng, ports: u16) -> Act {
+    let at = rng.usize(0..12);
+    match rng.u32(0..100) {
+        0..=6 => Act::Preload(at),
+        7..=14 => {
+            let deadline = if one_in(rng, 4) { None } else { Some(millis(rng, 0..=20_000)) };
+            let end = *rng.choice(&[None, Some(OnDeadline::Force), Some(OnDeadline::Abort)]).unwrap_or(&None);
+            Act::Drain(at, deadline, end)
+        }
+        15..=20 => Act::Resume(at),
+        21..=22 => Act::Stop(at),
+        23..=24 => Act::Bounce(at),
+        25..=27 => Act::Reset(at),
+        28..=37 => Act::Take(at, rng.u32(1..=6)),
+        38..=41 => Act::Release(rng.usize(1..=3)),
+        42..=45 => Act::Ask(at, millis(rng, 100..=30_000)),
+        46 => Act::Restart,
+        47..=60 => Act::Sicken(at, rng.u64(..)),
+        61..=68 => Act::Heal(at),
+        69..=76 => Act::Crash(at),
+        77..=79 => Act::Health(at, rng.u8(0..=3)),
+        80..=81 => Act::Present(at, rng.bool()),
+        82..=84 => Act::Foreign(at, rng.u64(0..=20)),
+        85..=86 => Act::Ports(if rng.bool() { ports } else { rng.u16(0..=ports) }),
+        87 => Act::Blind(rng.bool()),
+        88..=89 => Act::LedgerBroken(rng.bool()),
+        90..=91 => Act::LedgerSlow(millis(rng, 0..=900)),
+        92..=93 => Act::Models(rng.u8(0..=2)),
+        94 => Act::ModelsSlow(millis(rng, 0..=9_000)),
+        _ => Act::Wait,
+    }
+}
+
+fn pause(rng: &mut Rng) -> Duration {
+    match rng.u32(0..10) {
+        0..=1 => Duration::ZERO,
+        2..=3 => millis(rng, 1..=60),
+        4..=6 => millis(rng, 60..=3_000),
+        7..=8 => seconds(rng, 3..=20),
+        _ => seconds(rng, 20..=90),
+    }
+}
+
+impl Schedule {
+    /// What this seed stands for.
+    #[must_use]
+    pub fn of(seed: u64) -> Self {
+        let rng = &mut Rng::with_seed(seed);
+        let count = rng.usize(1..=3);
+        let device = |rng: &mut Rng, at: usize| {
+            let mut shown = gpu(u32::try_from(at).unwrap_or(0), rng.u64(10..=24) * GIB);
+            shown.vram_reserved = rng.u64(0..=1) * GIB / 2;
+            SimDevice { shown, present: true, foreign: 0 }
+        };
+        let devices: Vec<SimDevice> = (0..count).map(|at| device(rng, at)).collect();
+        let pools = rng.usize(1..=4);
+        let pools: Vec<SimPool> = (0..pools).map(|at| pool(rng, at, count, pools == 1)).collect();
+        let ports = 42_000..=42_000 + rng.u16(7..=15);
+        let width = ports.end() - ports.start() + 1;
+        let steps = rng.usize(4..=28);
+        let steps = (0..steps).map(|_| Step { act: act(rng, width), then: pause(rng) }).collect();
+        Self { seed, devices, provable: rng.bool(), ports, pools, steps }
+    }
+}
+
+/// A health by its number.
+#[must_use]
+pub fn health(n: u8) -> DeviceHealth {
+    match n {
+        1 => DeviceHealth::Suspect("simulated".into()),
+        2 => DeviceHealth::Lost("simulated".into()),
+        3 => DeviceHealth::Unknown("simulated".into()),
+        _ => DeviceHealth::Ok,
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "seed {}: residency {}", self.seed, if self.provable { "provable" } else { "claimed" })?;
+        for d in &self.devices {
+            let (total, kept) = (d.shown.vram_total / GIB, d.shown.vram_reserved / (1 << 20));
+            writeln!(f, "  device {}: {total} GiB, {kept} MiB kept by the driver", d.shown.index)?;
+        }
+        for SimPool { spec, well, memory } in &self.pools {
+            writeln!(
+                f,
+                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
+                spec.id,
+                spec.replicas,
+                spec.devices,
+                spec.vram.map(|v| v / GIB),
+                spec.activation,
+                spec.slots,
+                spec.tensor_split,
+                well.load,
+                well.work_takes,
+                well.busy,
+                spec.drain_deadline,
+                spec.on_deadline,
+                spec.policy,
+            )?;
+        }
+        for (at, step) in self.steps.iter().enumerate() {
+            writeln!(f, "  {at:>2}. {:?}, then {:?}", step.act, step.then)?;
+        }
+        Ok(())
+    }
+}
