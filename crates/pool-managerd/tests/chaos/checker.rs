@@ -29,7 +29,7 @@ impl Checker {
             let mut found = Vec::new();
             while !until.load(Ordering::Relaxed) {
                 found.extend(doubles(&looked_at));
-                std::thread::sleep(Duration::from_millis(15));
+                std::thread::sleep(Duration::from_millis(40));
             }
             found
         });

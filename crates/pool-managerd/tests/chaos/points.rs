@@ -49,6 +49,11 @@ fn met(point: Point) -> (By, u32) {
     }
 }
 
+/// Whether it is passed only while the engine takes its time to end: what is true no longer is not written down.
+fn takes_time(point: Point) -> bool {
+    matches!(point, Point::BeforeStopRecord | Point::AfterStopRecord)
+}
+
 fn config() -> String {
     let slowly = ["--tokens-per-second", "500"];
     let context = "context = 100000";
@@ -150,6 +155,8 @@ fn kill_at(point: Point, nth: u32) {
         assert_eq!(daemon.post("/v1/pools/sixth/leases", r#"{"ttl_ms":600000}"#).status, 201);
     }
     let mut five = Five::hold(&daemon);
+    let held = takes_time(point).then(|| parent(pid(&ready(&daemon, "sixth"))));
+    held.into_iter().for_each(|shim| signal(shim, "STOP"));
     let what = format!("{} kill {nth}", point.name());
     let dir = if by == By::Boot {
         let dir = daemon.kill(&engines);
@@ -175,6 +182,7 @@ fn kill_at(point: Point, nth: u32) {
     assert!(!orders(dir.path()).exists(), "{what} was never met");
     five.serve_on();
     five.let_the_shim_go_on();
+    held.into_iter().for_each(|shim| signal(shim, "CONT"));
 
     let daemon = Daemon::start_in_place(dir);
     five.are_as_they_were(&daemon);
@@ -256,6 +264,8 @@ fn kill_beside(point: Point, victim: Victim) {
         daemon.post("/v1/pools/one/preload", "{}");
         ready(&daemon, "one");
     }
+    let held = takes_time(point).then(|| parent(pid(&ready(&daemon, "one"))));
+    held.into_iter().for_each(|shim| signal(shim, "STOP"));
     let verb = if by == By::Start { "preload" } else { "stop" };
     order(daemon.dir(), &format!("{} stop 1", point.name()));
     let (addr, path) = (daemon.addr().to_owned(), format!("/v1/pools/one/{verb}"));
@@ -280,6 +290,7 @@ fn kill_beside(point: Point, victim: Victim) {
         until_dead(killed);
         with_it.into_iter().for_each(until_dead);
     }
+    held.into_iter().filter(|shim| alive(*shim)).for_each(|shim| signal(shim, "CONT"));
     signal(daemon.pid(), "CONT");
     asked.join().unwrap();
     if by == By::Start {
