@@ -318,6 +318,10 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                if matches!(command, Command::Start | Command::Resume) {
+                    // The last wish wins, also over a drain that goes on once its engine is adopted.
+                    self.attempt.drain = None;
+                }
                 self.step(Event::Command(command));
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
