@@ -14,13 +14,18 @@ use crate::support::{Daemon, Engines, alive, eventually, signal};
 
 const INSIDE: &str = "CHAOS_INSIDE";
 
+#[expect(clippy::print_stderr, reason = "the report of the run tells it")]
+fn skip(why: &str) {
+    eprintln!("skipped: {why}");
+}
+
 /// Runs the test of this name again under `unshare`; true inside.
 fn inside(name: &str, unshare: &[&str]) -> bool {
     if std::env::var(INSIDE).is_ok_and(|inside| inside == name) {
         return true;
     }
     if !Command::new("unshare").args(unshare).arg("true").output().is_ok_and(|tried| tried.status.success()) {
-        eprintln!("skipped: no namespaces may be made here");
+        skip("no namespaces may be made here");
         return false;
     }
     let again = Command::new("unshare")
