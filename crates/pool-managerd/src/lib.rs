@@ -11,6 +11,7 @@ pub mod exit;
 pub mod fault;
 mod late;
 pub mod logging;
+mod notify;
 pub mod plan_command;
 pub mod serve;
 pub mod tables;

@@ -281,6 +281,7 @@ impl EngineProvisioner for FakeEngines {
                 model_path: None,
                 workload: request.spec.workload,
             },
+            confinement: Default::default(),
             engine_version: "1".into(),
         })
     }
