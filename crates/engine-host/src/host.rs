@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use engine_shim::{LaunchSpec, Report, SecretFile, User};
+use fault_points::{Point, reached};
 use pool_domain::failure::Exit;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
 use pool_services::ports::{
@@ -202,6 +203,7 @@ impl ProcessHost {
         };
         let (spec_path, shim_log) = (dir.join(LAUNCH_SPEC), dir.join(SHIM_LOG));
         let stderr = write_launch(&spec_path, &spec, &shim_log).map_err(|error| cannot("write the launch", &error))?;
+        reached(Point::AfterSpecWritten);
 
         let mut command = Command::new(&self.options.shim.program);
         command.args(&self.options.shim.args).arg(&spec_path).env_clear().env(NONCE_ENV, &record.nonce);
@@ -209,6 +211,7 @@ impl ProcessHost {
         let spawned = command.spawn();
         // The lock is the shim's from here on.
         drop(command);
+        reached(Point::AfterSpawnShim);
         let mut shim = spawned.map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied => config(format!("the shim cannot be run: {error}")),
             _ => cannot("start the shim", &error),
@@ -229,6 +232,7 @@ impl ProcessHost {
             _ => None,
         };
         if let Some(Report::Started { pid: main, .. }) = report {
+            reached(Point::AfterStartedReport);
             // It has been read, and it may hold secrets.
             let _left = fs::remove_file(&spec_path);
             let kind = engine.endpoint.kind.clone();
@@ -279,6 +283,7 @@ impl EngineHost for ProcessHost {
             }
             _ => cannot("lock the replica", &error),
         })?;
+        reached(Point::AfterReplicaLock);
         let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
         let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;

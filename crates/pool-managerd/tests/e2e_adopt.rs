@@ -4,14 +4,13 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
 use std::path::Path;
 use std::process::Stdio;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use support::{Daemon, Engines, PATIENCE, alive, binary, eventually, request, signal};
+use support::stream::Stream;
+use support::{Daemon, Engines, alive, binary, eventually, signal};
 
 fn stub(args: &str, more: &str) -> String {
     format!(
@@ -38,44 +37,6 @@ fn pid(pool: &Value) -> u32 {
 fn identity(pool: &Value) -> Value {
     let replica = &pool["replicas"][0];
     json!([replica["pid"], replica["generation"], replica["endpoint"], pool["slots_total"], pool["device_mask"]])
-}
-
-/// A request of which the engine streams the answer for longer than the test takes.
-struct Stream {
-    addr: String,
-    lines: BufReader<TcpStream>,
-}
-
-impl Stream {
-    fn open(pool: &Value) -> Self {
-        let addr = pool["replicas"][0]["endpoint"].as_str().unwrap().trim_start_matches("http://").to_owned();
-        let mut socket = TcpStream::connect(&addr).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        let body = json!({ "prompt": "go on", "n_predict": 20000, "stream": true }).to_string();
-        write!(
-            socket,
-            "POST /completion HTTP/1.1\r\nHost: {addr}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            body.len()
-        )
-        .unwrap();
-        let mut stream = Self { addr, lines: BufReader::new(socket) };
-        stream.goes_on();
-        stream
-    }
-
-    /// The engine is at work on it, and more of it comes.
-    fn goes_on(&mut self) {
-        let slots = request(&self.addr, "GET", "/slots", None).json();
-        let busy = || slots.as_array().unwrap().iter().any(|slot| slot["is_processing"] == true);
-        for _ in 0..20 {
-            let mut line = String::new();
-            while !line.starts_with("data: ") {
-                line.clear();
-                assert!(self.lines.read_line(&mut line).unwrap() > 0, "the stream was cut off");
-            }
-        }
-        assert!(busy() || request(&self.addr, "GET", "/slots", None).body.contains("\"is_processing\":true"));
-    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
@@ -50,7 +51,9 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
     let places: BTreeMap<_, _> = pools.iter().map(|p| of(&p.declared.spec)).collect();
     for record in recorded {
         let key = record.key.clone();
+        reached(Point::BeforeAdopt);
         let outcome = ports.host.adopt(&record).await;
+        reached(Point::AfterAdopt);
         if let Err(NotAdopted { why, rest: None }) = &outcome {
             tracing::info!(pool_id = %key.pool, replica_id = %key.replica, %why, "nothing is left of an earlier engine");
             if let Err(error) = ports.ledger.forget(&key, record.generation).await {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 
+use fault_points::{Point, reached};
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -22,7 +23,9 @@ pub(crate) fn write_json(dir: &Path, name: &str, value: &impl Serialize) -> io::
     let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(dir)?;
     file.write_all(&bytes)?;
     file.as_file().sync_all()?;
+    reached(Point::BeforeRename);
     file.persist(dir.join(name)).map_err(|e| e.error)?;
+    reached(Point::AfterRename);
     sync_dir(dir)
 }
 

@@ -31,6 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::suspicion::Suspicions;
@@ -104,6 +105,7 @@ impl StateDir {
         };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
+        reached(Point::AfterLock);
         for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.pools, &paths.root.join("run")] {
             create_dir(dir)?;
             close_to_others(dir)?;

@@ -31,6 +31,30 @@ fn handoff() -> Handoff {
     }
 }
 
+fn engine(key: ReplicaKey, phase: pool_services::ports::Phase) -> EngineRecord {
+    use pool_domain::ResolvedMask;
+    use pool_services::Workload;
+    use pool_services::ports::Endpoint;
+    EngineRecord {
+        key,
+        generation: Generation(3),
+        nonce: "n".into(),
+        fingerprint: "f".into(),
+        endpoint: Endpoint {
+            addr: "127.0.0.1:42000".parse().unwrap(),
+            kind: "stub".into(),
+            model: "tiny".into(),
+            model_path: Some("/m".into()),
+            workload: Workload::Embed,
+        },
+        engine_version: "1".into(),
+        devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
+        bytes: vec![1, 2],
+        executable: Some("1:2".into()),
+        phase,
+    }
+}
+
 #[test]
 fn it_is_made_for_this_user_alone_and_a_second_open_is_refused() {
     let home = tempfile::tempdir().unwrap();
@@ -132,6 +156,63 @@ async fn either_file_torn_at_any_byte_loses_no_generation_and_no_hold() {
         assert_eq!(state.last_generation(&a).await, Generation(41), "{name} missing");
         state.intend(&a, Generation(41)).await.unwrap();
     }
+}
+
+/// Every file that differs from `whole` by one bit.
+fn flipped(whole: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    (0..whole.len() * 8).map(|bit| {
+        let mut other = whole.to_vec();
+        other[bit / 8] ^= 1 << (bit % 8);
+        other
+    })
+}
+
+#[tokio::test]
+async fn any_flipped_bit_of_either_file_loses_no_generation_and_no_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.intend(&a, Generation(41)).await.unwrap();
+    state.set_hold(&a.pool, true).await.unwrap();
+    for name in ["chat.json", "chat.json.copy"] {
+        let path = dir.path().join("ledger").join(name);
+        let whole = fs::read(&path).unwrap();
+        for bits in flipped(&whole) {
+            fs::write(&path, &bits).unwrap();
+            let text = String::from_utf8_lossy(&bits);
+            assert_eq!(state.last_generation(&a).await, Generation(41), "{name}: {text}");
+            assert!(state.held(&a.pool).await, "{name}: {text}");
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn any_flipped_bit_of_an_engines_record_leaves_it_as_it_was_or_unread() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let record = engine(key("chat", 0), pool_services::ports::Phase::Stopping);
+    state.record(&record).await.unwrap();
+    let path = dir.path().join("engines/chat-r0.json");
+    let whole = fs::read(&path).unwrap();
+    for bits in flipped(&whole) {
+        fs::write(&path, &bits).unwrap();
+        let read = state.recorded().await;
+        assert!(read.is_empty() || read == [record.clone()], "{}", String::from_utf8_lossy(&bits));
+    }
+}
+
+#[tokio::test]
+async fn a_record_of_before_there_were_checksums_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let record = engine(key("chat", 0), pool_services::ports::Phase::Starting);
+    state.record(&record).await.unwrap();
+    let path = dir.path().join("engines/chat-r0.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(json.as_object_mut().unwrap().remove("sha256").is_some());
+    fs::write(&path, json.to_string()).unwrap();
+    assert_eq!(state.recorded().await, [record]);
 }
 
 #[tokio::test]
@@ -335,7 +416,7 @@ async fn engines_on_record_survive_and_are_struck_out_by_their_generation() {
     let draining =
         Phase::Draining { ready_since: since, proof: proof.clone(), deadline, on_deadline: OnDeadline::Abort };
     let phases = [Phase::Starting, Phase::Ready { since, proof }, draining, Phase::Stopping];
-    let all: Vec<EngineRecord> = (0..).zip(phases).map(|(n, phase)| record(key("chat", n), phase)).collect();
+    let all: Vec<EngineRecord> = (0..).zip(phases).map(|(n, phase)| engine(key("chat", n), phase)).collect();
     for record in &all {
         state.record(record).await.unwrap();
     }

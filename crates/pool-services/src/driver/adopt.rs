@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
 use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
@@ -73,6 +74,7 @@ impl Driver {
             self.step(Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline }));
         }
         self.attempt.drain = drain;
+        reached(Point::AfterTakeOver);
         self.publish();
     }
 

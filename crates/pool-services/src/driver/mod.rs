@@ -17,6 +17,7 @@ use scribe::Scribe;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -329,6 +330,10 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                if matches!(command, Command::Start | Command::Resume) {
+                    // The last wish wins, also over a drain that goes on once its engine is adopted.
+                    self.attempt.drain = None;
+                }
                 self.step(Event::Command(command));
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
@@ -397,6 +402,7 @@ impl Driver {
                 Fact::Prepared
             }
             Report::Launched(engine) => {
+                reached(Point::AfterLaunch);
                 self.watch_exit(Arc::clone(&engine));
                 self.attempt.engine = Some(engine);
                 Fact::Launched
@@ -409,6 +415,7 @@ impl Driver {
         let adopted = matches!(fact, Fact::Adopted(_));
         self.step(Event::Engine(generation, fact));
         if adopted {
+            reached(Point::AfterAdoptionProof);
             self.go_on();
         }
     }
@@ -458,19 +465,26 @@ impl Driver {
                 self.admission.open(self.replica.generation, slots);
                 self.scribe.want(self.handoff());
             }
-            Action::CloseAdmission => self.admission.close(),
+            Action::CloseAdmission => {
+                self.admission.close();
+                if matches!(self.replica.state, State::Draining { .. }) {
+                    reached(Point::DrainBegun);
+                }
+            }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
+                reached(Point::AfterTerm);
             }
             Action::Kill => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
+                reached(Point::AfterKill);
             }
             Action::AwaitGone => self.await_gone(),
             Action::Adopt => self.check_adopted(),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
 use pool_domain::plan::{Demand, EngineMemory, Split};
@@ -125,9 +126,11 @@ impl Driver {
                 let detail = "the state directory cannot be written".to_owned();
                 Report::Fact(Fact::Blocked(Wait::Devices { detail }))
             };
+            reached(Point::BeforeIntent);
             if let Err(e) = ledger.intend(&key, generation).await {
                 return unwritten(e);
             }
+            reached(Point::AfterIntent);
             let prepared = match provisioner.prepare(&request).await {
                 Ok(prepared) => prepared,
                 Err(failure) => return Report::Fact(Fact::Unstartable(failure)),
@@ -151,6 +154,7 @@ impl Driver {
             {
                 return unwritten(e);
             }
+            reached(Point::AfterRecord);
             Report::Prepared(Box::new((prepared, record)))
         });
     }
@@ -168,6 +172,7 @@ impl Driver {
                 let failure = Failure::new(FailureClass::PortConflict, format!("port {} is taken", addr.port()));
                 Report::Fact(Fact::LaunchFailed(failure))
             } else {
+                reached(Point::BeforeLaunch);
                 match host.launch(&record, &prepared).await {
                     Ok(engine) => Report::Launched(engine),
                     Err(failure) => Report::Fact(Fact::LaunchFailed(failure)),
@@ -191,6 +196,7 @@ impl Driver {
             if let Some(engine) = engine {
                 engine.gone().await;
             }
+            reached(Point::AfterGone);
             let _ = tx.send((generation, Report::Fact(Fact::Gone))).await;
         });
     }
@@ -234,6 +240,7 @@ impl Driver {
         let (slots, external) = (self.spec.slots, engine.pid().is_none());
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
+            reached(Point::BeforeProof);
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
                 biased;
