@@ -357,7 +357,7 @@ impl World {
                     key: if dice.below(3) == 0 { some(dice, "k", 6) } else { None },
                 };
                 // Half of those with a key ask for the same.
-                let ttl = if ask.key.is_some() && n % 2 == 0 { Some(SECOND) } else { ask.ttl };
+                let ttl = if ask.key.is_some() && n.is_multiple_of(2) { Some(SECOND) } else { ask.ttl };
                 self.open.insert(ask.ticket);
                 self.step(Event::Ask(Ask { ttl, ..ask }));
             }
