@@ -226,6 +226,12 @@ impl<W: AtomicWord, B: Bell> SlotGuard<W, B> {
     pub fn is_of(&self, generation: Generation) -> bool {
         self.generation == tag(generation)
     }
+
+    /// Its generation, of which the word has the low 31 bits.
+    #[must_use]
+    pub fn generation(&self) -> Generation {
+        Generation(u64::from(self.generation))
+    }
 }
 
 impl<W: AtomicWord, B: Bell> Drop for SlotGuard<W, B> {

@@ -5,8 +5,9 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
+use pool_domain::lease_book::Limits;
 use pool_domain::lifecycle::Replica;
 use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
@@ -22,7 +23,7 @@ use crate::conductor::{Conductor, PoolFacts};
 use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
 use crate::events::{Event, EventSink};
 use crate::hold::Hold;
-use crate::lease_desk;
+use crate::lease_desk::{DeskParts, EmptyDesk};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::PoolSpec;
@@ -32,8 +33,6 @@ use crate::manager::{Inner, PoolHandle, PoolManager};
 
 /// Commands that may wait for a task; more are refused.
 const QUEUE: usize = 32;
-/// Leases the desk may be asked for at once.
-const DESK_QUEUE: usize = 1024;
 
 /// Why no manager could be built.
 #[derive(Debug, Error)]
@@ -61,6 +60,7 @@ pub struct Builder {
     pools: Vec<PoolSpec>,
     seed: u64,
     boot_ms: u64,
+    max_lease_ttl: Duration,
     #[cfg(feature = "planted-bugs")]
     ignore_generations: bool,
 }
@@ -90,6 +90,7 @@ impl Builder {
             pools: Vec::new(),
             seed: 0,
             boot_ms: 0,
+            max_lease_ttl: Limits::default().max_ttl,
             #[cfg(feature = "planted-bugs")]
             ignore_generations: false,
         }
@@ -145,6 +146,13 @@ impl Builder {
         self
     }
 
+    /// Longest a lease can be asked for.
+    #[must_use]
+    pub fn max_lease_ttl(mut self, ttl: Duration) -> Self {
+        self.max_lease_ttl = ttl;
+        self
+    }
+
     /// A bug on purpose: drivers take facts of old generations for those of the current one.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
@@ -194,6 +202,7 @@ impl Builder {
                 memories: &memories,
                 broken: &broken,
                 last_call: &last_call,
+                max_lease_ttl: self.max_lease_ttl,
             };
             let handle = spawn_pool(&spec, node, &mut found, &mut wards).await;
             pools.insert(spec.id.clone(), handle);
@@ -217,8 +226,6 @@ impl Builder {
             closed,
         };
         watched(&broken, "steward", steward.run());
-        let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
-        tokio::spawn(lease_desk::run(desk_rx));
         let inventory = ports.gpu.inventory();
         let inner = Inner {
             pools,
@@ -226,12 +233,10 @@ impl Builder {
             ledgered,
             conditions,
             steward: steward_commands,
-            desk,
             clock,
             events,
-            seed: self.seed,
+            max_lease_ttl: self.max_lease_ttl,
             broken,
-            leases: AtomicU64::new(0),
             memories,
             ports,
             last_call,
@@ -253,6 +258,7 @@ struct NodeParts<'a> {
     /// Cancelled by a bug.
     broken: &'a CancellationToken,
     last_call: &'a CancellationToken,
+    max_lease_ttl: Duration,
 }
 
 /// Runs a task whose panic must not pass unnoticed.
@@ -273,7 +279,7 @@ async fn spawn_pool(
     wards: &mut Vec<Ward>,
 ) -> PoolHandle {
     let NodeParts { ports, clock, seed, events, memories, last_call, .. } = node;
-    let bell = Arc::new(Notify::new());
+    let (bell, desk) = (Arc::new(Notify::new()), EmptyDesk::new());
     let hold = ports.ledger.held(&spec.id).await;
     let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..spec.replicas {
@@ -283,7 +289,7 @@ async fn spawn_pool(
         let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, memories);
         let (tx, commands) = mpsc::channel(QUEUE);
         let (published, seen) = watch::channel(at_rest(&key, &replica));
-        let admission = Arc::new(Admission::default());
+        let admission = Arc::new(Admission::belled(Arc::clone(&desk.bell)));
         let mut hasher = DefaultHasher::new();
         (seed, &key).hash(&mut hasher);
         let mut driver = Driver::new(DriverParts {
@@ -293,6 +299,7 @@ async fn spawn_pool(
             clock,
             seed: hasher.finish(),
             admission: Arc::clone(&admission),
+            desk: desk.desk.clone(),
             commands,
             published,
             bells: [Arc::clone(&bell), Arc::clone(node.bell)],
@@ -319,11 +326,24 @@ async fn spawn_pool(
         model_id: spec.model.model_id(),
         aliases: spec.aliases.clone(),
         hold,
+        leases_waiting: 0,
         replicas: replicas.iter().map(|r| r.borrow().snapshot.clone()).collect(),
     };
     let (facts, facts_rx) =
         watch::channel(PoolFacts { snapshot, operations: std::collections::VecDeque::new(), next_starts: Vec::new() });
     let (commands, commands_rx) = mpsc::channel(QUEUE);
+    let parts = DeskParts {
+        spec: Arc::clone(spec),
+        slots: watch::channel(admissions.clone()).1,
+        facts: facts_rx.clone(),
+        conductor: commands.downgrade(),
+        clock,
+        events: events.clone(),
+        seed,
+        limits: Limits { max_ttl: node.max_lease_ttl, ..Limits::default() },
+    };
+    let handle = desk.desk.clone();
+    watched(node.broken, "lease desk", desk.run(parts));
     let conductor = Conductor {
         spec: Arc::clone(spec),
         clock,
@@ -339,5 +359,5 @@ async fn spawn_pool(
         left: false,
     };
     watched(node.broken, "conductor", conductor.run());
-    PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
+    PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions, desk: handle }
 }

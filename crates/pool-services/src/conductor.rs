@@ -52,6 +52,17 @@ pub(crate) struct PoolFacts {
     pub(crate) next_starts: Vec<Option<Tick>>,
 }
 
+impl PoolFacts {
+    /// The picture with what changes with every millisecond.
+    pub(crate) fn at(&self, now: Tick) -> PoolSnapshot {
+        let mut snapshot = self.snapshot.clone();
+        for (r, due) in snapshot.replicas.iter_mut().zip(&self.next_starts) {
+            r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
+        }
+        snapshot
+    }
+}
+
 pub(crate) struct Conductor {
     pub(crate) spec: Arc<PoolSpec>,
     pub(crate) clock: Clock,

@@ -139,6 +139,8 @@ async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
 
     let (m, _events) = node.manage_at(vec![spec("chat")], began.elapsed()).await;
     until(&m, &id(), PoolSnapshot::draining).await;
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 4, "who uses its slots is not known");
+    tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 1, "what runs there counts");
     let rest = until(&m, &id(), |p| state(p) == "idle").await;
     assert!(rest.hold && node.engines.running().is_empty());

@@ -260,6 +260,14 @@ pub struct Held {
     pub(crate) key: Option<Key>,
 }
 
+impl Held {
+    /// Whether who asked for it can come back for it.
+    #[must_use]
+    pub fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+}
+
 /// A key belongs to its tenant.
 pub(crate) type Key = (Option<Arc<str>>, Arc<str>);
 
