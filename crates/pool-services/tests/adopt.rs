@@ -76,6 +76,10 @@ async fn an_unfinished_start_proves_what_it_did_not() {
     assert_eq!(starting.replicas[0].generation, Generation(1));
     let ready = until(&m, &id(), PoolSnapshot::ready).await;
     assert_eq!((ready.replicas[0].generation, node.engines.launches().len()), (Generation(1), 1));
+    // It may have been Ready, and leased, for a moment that nobody wrote down.
+    assert!(m.allocate_lease(&id()).is_err());
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(m.allocate_lease(&id()).is_ok());
 }
 
 #[tokio::test(start_paused = true)]

@@ -148,7 +148,7 @@ struct Attempt {
     engine: Option<Arc<dyn RunningEngine>>,
     /// What is written down of it.
     record: Option<EngineRecord>,
-    /// It was found serving: who uses its slots is not known.
+    /// It is of an earlier daemon: who uses its slots is not known.
     strange: bool,
     /// Why an engine that was found is not taken over.
     refused: Option<Failure>,
@@ -394,7 +394,8 @@ impl Driver {
             }
         };
         let adopted = matches!(fact, Fact::Adopted(_));
-        self.attempt.strange = matches!(fact, Fact::Adopted(Some(_)));
+        // One that was still starting when its record was written may have been leased since.
+        self.attempt.strange |= adopted;
         self.step(Event::Engine(generation, fact));
         if adopted {
             self.go_on();
