@@ -1,7 +1,6 @@
 //! 10,000 lease calls at once against 64 slots, over HTTP, beside a bare axum handler in the same run.
 //!
-//! `cargo run --release -p pool-api --example lease_storm` (with both ends in one process a call takes two open files:
-//! the number of calls can be given as an argument where the limit is lower)
+//! `cargo run --release -p pool-api --example lease_storm`
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a bench may panic, and prints its table")]
 
 use std::net::SocketAddr;
@@ -20,6 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Barrier;
 use tokio::time::Instant;
 
+const CALLS: usize = 10_000;
 const REPLICAS: u16 = 16;
 const SLOTS: usize = 64;
 /// A call that takes longer hangs.
@@ -59,24 +59,19 @@ fn request(addr: SocketAddr, method: &str, path: &str, body: &str) -> String {
 }
 
 /// Every connection is open before the first call; then all call at once. `hold`: a lease is given back after this.
-async fn storm(
-    addr: SocketAddr,
-    path: &'static str,
-    body: &'static str,
-    hold: Option<Duration>,
-) -> (Vec<Reply>, usize) {
+async fn storm(addr: SocketAddr, path: &'static str, body: String, hold: Option<Duration>) -> (Vec<Reply>, usize) {
     let mut sockets = Vec::new();
-    for _ in 0..calls {
+    for _ in 0..CALLS {
         sockets.push(TcpStream::connect(addr).await.unwrap());
     }
     let (start, held, most) =
-        (Arc::new(Barrier::new(calls)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        (Arc::new(Barrier::new(CALLS)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let mut tasks = Vec::new();
     for mut socket in sockets {
-        let (start, held, most) = (Arc::clone(&start), Arc::clone(&held), Arc::clone(&most));
+        let (start, held, most, body) = (Arc::clone(&start), Arc::clone(&held), Arc::clone(&most), body.clone());
         tasks.push(tokio::spawn(async move {
             start.wait().await;
-            let reply = tokio::time::timeout(HANGS, call(&mut socket, &request(addr, "POST", path, body))).await;
+            let reply = tokio::time::timeout(HANGS, call(&mut socket, &request(addr, "POST", path, &body))).await;
             let reply = reply.expect("no call hangs");
             if reply.status == 201 {
                 most.fetch_max(held.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
@@ -139,19 +134,35 @@ async fn pool() -> PoolManager {
     manager
 }
 
+/// The clients have a process of their own: each end of a connection is an open file.
+async fn storm_elsewhere(what: &str, addr: SocketAddr, body: &str, hold_ms: u64) {
+    let args = [what, &addr.to_string(), body, &hold_ms.to_string()].map(str::to_owned);
+    let program = std::env::current_exe().unwrap();
+    let ended = tokio::task::spawn_blocking(move || std::process::Command::new(program).args(args).status());
+    assert!(ended.await.unwrap().unwrap().success());
+}
+
 #[tokio::main]
 async fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [what, addr, body, hold_ms] = &args[..] {
+        let hold = Some(Duration::from_millis(hold_ms.parse().unwrap())).filter(|h| !h.is_zero());
+        let (replies, most) = storm(addr.parse().unwrap(), "/v1/pools/chat/leases", body.clone(), hold).await;
+        row(what, &replies, most);
+        let granted = replies.iter().filter(|r| r.status == 201).count();
+        assert!(most <= SLOTS, "more leases than slots");
+        assert!(hold.is_some() || granted == 0 || granted == SLOTS, "{granted} were granted");
+        return;
+    }
     println!(
         "| {CALLS} calls at once, {SLOTS} slots | granted | 429 | 503 | held at once | p50 ms | p99 ms | worst ms |"
     );
     println!("|---|---|---|---|---|---|---|---|");
     let bare = serve(Router::new().route("/v1/pools/chat/leases", post(|_: String| async { "{}" }))).await;
-    let (replies, _) = storm(calls, bare, "/v1/pools/chat/leases", "{}", None).await;
-    row("bare axum handler", &replies, 0);
-    for (what, body, hold) in [
-        ("no wait, nothing given back", "{}", None),
-        ("wait 10 s, given back after 5 ms", r#"{"wait_ms":10000}"#, Some(Duration::from_millis(5))),
-    ] {
+    storm_elsewhere("bare axum handler", bare, "{}", 0).await;
+    for (what, body, hold_ms) in
+        [("no wait, nothing given back", "{}", 0), ("wait 10 s, given back after 5 ms", r#"{"wait_ms":10000}"#, 5)]
+    {
         let manager = pool().await;
         let state = AppState {
             control: Arc::new(manager.clone()) as Arc<dyn PoolControl>,
@@ -160,11 +171,7 @@ async fn main() {
             flags: Arc::new(Flags::default()),
         };
         let addr = serve(router(Arc::new(state))).await;
-        let (replies, most) = storm(calls, addr, "/v1/pools/chat/leases", body, hold).await;
-        row(what, &replies, most);
-        assert!(most <= SLOTS, "more leases than slots");
-        let granted = replies.iter().filter(|r| r.status == 201).count();
-        assert!(hold.is_some() || granted == SLOTS, "{granted} were granted");
+        storm_elsewhere(what, addr, body, hold_ms).await;
         assert!(manager.shutdown(Duration::from_secs(10)).await);
     }
 }
