@@ -200,6 +200,7 @@ pub async fn start(
         .pools(config.pools.clone())
         .seed(RandomState::new().hash_one(std::process::id()))
         .boot_ms(boot_ms())
+        .max_lease_ttl(config.node.max_lease_ttl)
         .start()
         .await
         .map_err(|e| match e {

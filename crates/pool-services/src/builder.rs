@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use pool_domain::PoolId;
+use pool_domain::lease_book::Limits;
 use pool_domain::suspicion::Suspicions;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
@@ -20,16 +21,12 @@ use crate::conditions::Conditions;
 use crate::declared::Restored;
 use crate::driver::Ports;
 use crate::events::{Event, EventSink};
-use crate::lease_desk;
 use crate::manager::{Inner, PoolManager};
 use crate::node::{Node, QUEUE};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::spec::PoolSpec;
 use crate::steward::{Ledgered, Steward, told_of};
 use crate::view::View;
-
-/// Leases the desk may be asked for at once.
-const DESK_QUEUE: usize = 1024;
 
 /// Why no manager could be built.
 #[derive(Debug, Error)]
@@ -57,6 +54,7 @@ pub struct Builder {
     pools: Vec<Restored>,
     seed: u64,
     boot_ms: u64,
+    max_lease_ttl: Duration,
     #[cfg(feature = "planted-bugs")]
     ignore_generations: bool,
 }
@@ -86,6 +84,7 @@ impl Builder {
             pools: Vec::new(),
             seed: 0,
             boot_ms: 0,
+            max_lease_ttl: Limits::default().max_ttl,
             #[cfg(feature = "planted-bugs")]
             ignore_generations: false,
         }
@@ -147,6 +146,13 @@ impl Builder {
         self
     }
 
+    /// Longest a lease can be asked for.
+    #[must_use]
+    pub fn max_lease_ttl(mut self, ttl: Duration) -> Self {
+        self.max_lease_ttl = ttl;
+        self
+    }
+
     /// A bug on purpose: drivers take facts of old generations for those of the current one.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
@@ -194,6 +200,7 @@ impl Builder {
             memories: TaskTracker::new(),
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
+            max_lease_ttl: self.max_lease_ttl,
         };
         let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
         let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
@@ -237,20 +244,16 @@ impl Builder {
             births: 0,
         };
         node.watched("catalog", catalog_task.run());
-        let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
-        tokio::spawn(lease_desk::run(desk_rx));
         let inner = Inner {
             table,
             catalog,
             departed,
             view,
             steward: steward_commands,
-            desk,
             clock,
             events,
-            seed: self.seed,
+            max_lease_ttl: self.max_lease_ttl,
             broken: node.broken,
-            leases: AtomicU64::new(0),
             memories: node.memories,
             ports,
             last_call: node.last_call,

@@ -91,6 +91,8 @@ pub struct PoolSnapshot {
     pub aliases: Vec<String>,
     /// Demand does not wake it.
     pub hold: bool,
+    /// Those who wait for a slot.
+    pub leases_waiting: u32,
     /// Its replicas.
     pub replicas: Vec<ReplicaSnapshot>,
 }

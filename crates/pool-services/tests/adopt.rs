@@ -76,6 +76,10 @@ async fn an_unfinished_start_proves_what_it_did_not() {
     assert_eq!(starting.replicas[0].generation, Generation(1));
     let ready = until(&m, &id(), PoolSnapshot::ready).await;
     assert_eq!((ready.replicas[0].generation, node.engines.launches().len()), (Generation(1), 1));
+    // It may have been Ready, and leased, for a moment that nobody wrote down.
+    assert!(m.allocate_lease(&id()).is_err());
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(m.allocate_lease(&id()).is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -139,6 +143,8 @@ async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
 
     let (m, _events) = node.manage_at(vec![spec("chat")], began.elapsed()).await;
     until(&m, &id(), PoolSnapshot::draining).await;
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 4, "who uses its slots is not known");
+    tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 1, "what runs there counts");
     let rest = until(&m, &id(), |p| state(p) == "idle").await;
     assert!(rest.hold && node.engines.running().is_empty());

@@ -12,7 +12,8 @@ use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, Mod
 use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::ports::{Holder, Listener, Residency};
 use pool_services::{
-    Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
+    Activation, ControlError, DrainOptions, LeaseRequest, OperationState, PoolControl, PoolManager, PoolSnapshot,
+    PoolSpec,
 };
 use pool_testkit::{FakeNode, gpu, spec};
 use tokio::time::Instant;
@@ -41,7 +42,7 @@ async fn ready_only_with_a_proof_and_a_handoff_while_it_stands() {
     let id: PoolId = "chat".parse().unwrap();
     let warming = until(&m, &id, PoolSnapshot::live).await;
     assert!(!warming.ready() && node.ledger.handoffs().is_empty());
-    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unready(_))));
+    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unready { .. })));
     let ready = until(&m, &id, PoolSnapshot::ready).await;
     assert_eq!((ready.replicas[0].proof, ready.replicas[0].slots_total), ("simulated", 4));
     tokio::time::sleep(Duration::from_millis(1)).await;
@@ -391,9 +392,9 @@ async fn an_on_demand_pool_starts_when_somebody_asks() {
     let id: PoolId = "chat".parse().unwrap();
     tokio::time::sleep(LONG).await;
     assert_eq!(state(&m.pool(&id).await.unwrap()), "idle");
-    assert!(matches!(m.lease(&id, LONG).await, Err(ControlError::Unready(_))));
+    assert!(matches!(m.lease(&id, LeaseRequest::default()).await, Err(ControlError::Unready { .. })));
     until(&m, &id, PoolSnapshot::ready).await;
-    let lease = m.lease(&id, Duration::from_secs(60)).await.unwrap();
+    let lease = m.lease(&id, LeaseRequest::default()).await.unwrap();
     assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 1);
     tokio::time::sleep(Duration::from_secs(61)).await;
     assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 0, "an expired lease is free");

@@ -103,7 +103,7 @@ async fn a_person_who_asks_does_not_wait_and_demand_does() {
     node.engines.script(|s| s.crash_after = None);
     let rests = m.pool(&id).await.unwrap();
     assert_eq!((rests.replicas[0].state, rests.replicas[0].backoff_failures), ("idle", 3));
-    assert!(m.lease(&id, LONG).await.is_err());
+    assert!(m.lease(&id, pool_services::LeaseRequest::default()).await.is_err());
     let waits = until(&m, &id, |s| s.replicas[0].state == "waiting").await;
     assert_eq!(waits.replicas[0].reason_code, "backoff");
     m.stop(&id).await.unwrap();

@@ -657,7 +657,7 @@ async fn of_a_forgotten_pool_only_its_generations_are_left() {
     let (chat, now) = (key("chat", 0), Tick(5));
     state.intend(&chat, Generation(3)).await.unwrap();
     state.set_hold(&chat.pool, true).await.unwrap();
-    state.note_past(&chat, in_trouble(), now).await.unwrap();
+    state.note_past(&chat, in_trouble(), None, now).await.unwrap();
     state.forget_pool(&chat.pool).await.unwrap();
     assert_eq!(state.last_generation(&chat).await, Generation(3));
     assert!(!state.held(&chat.pool).await);

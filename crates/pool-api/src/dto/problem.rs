@@ -112,6 +112,9 @@ codes! {
     Internal = "INTERNAL", INTERNAL_SERVER_ERROR, false;
 }
 
+/// What helps with a request that is not of the form.
+pub(crate) const FORM: &str = "GET /openapi.json describes what this request takes";
+
 const SOON: Duration = Duration::from_secs(1);
 
 impl Problem {
@@ -154,6 +157,7 @@ impl Problem {
     /// The inner error it stands for. `subject` is what was asked about.
     #[must_use]
     pub fn into_control(self, subject: &str) -> ControlError {
+        let retry_after = Duration::from_millis(self.retry_after_ms.unwrap_or_default());
         match self.code.as_str() {
             "POOL_NOT_FOUND" => ControlError::PoolNotFound(subject.to_owned()),
             "OPERATION_NOT_FOUND" => ControlError::OperationNotFound(subject.to_owned()),
@@ -161,14 +165,13 @@ impl Problem {
             "DEVICE_NOT_FOUND" => ControlError::DeviceNotFound(subject.to_owned()),
             "POOL_IN_FILE" => ControlError::PoolInFile(subject.to_owned()),
             "CONFLICT" => ControlError::Conflict(self.detail),
-            "POOL_SATURATED" => ControlError::Saturated,
-            "POOL_UNREADY" => ControlError::Unready(
-                self.detail.strip_prefix("the pool is not ready: ").map(str::to_owned).unwrap_or(self.detail),
-            ),
-            "POOL_DRAINING" => ControlError::Draining,
-            "POOL_UNAVAILABLE" => ControlError::Unavailable {
-                retry_after: Duration::from_millis(self.retry_after_ms.unwrap_or_default()),
+            "POOL_SATURATED" => ControlError::Saturated { retry_after },
+            "POOL_UNREADY" => ControlError::Unready {
+                why: self.detail.strip_prefix("the pool is not ready: ").map(str::to_owned).unwrap_or(self.detail),
+                retry_after: Some(retry_after),
             },
+            "POOL_DRAINING" => ControlError::Draining,
+            "POOL_UNAVAILABLE" => ControlError::Unavailable { retry_after },
             "UNAVAILABLE" => ControlError::Unreachable(self.detail),
             _ => ControlError::Refused { code: self.code, detail: self.detail },
         }
@@ -185,7 +188,9 @@ impl From<ControlError> for Problem {
             ControlError::OperationNotFound(_) => {
                 Self::new(Code::OperationNotFound, text).with_hint("GET /v1/operations lists recent operations")
             }
-            ControlError::LeaseNotFound(_) => Self::new(Code::LeaseNotFound, text),
+            ControlError::LeaseNotFound(_) => {
+                Self::new(Code::LeaseNotFound, text).with_hint("GET /v1/leases lists those that are held")
+            }
             ControlError::DeviceNotFound(_) => {
                 Self::new(Code::DeviceNotFound, text).with_hint("GET /v1/node lists the devices")
             }
@@ -193,10 +198,12 @@ impl From<ControlError> for Problem {
                 "change the file and POST /v1/config/reload, or POST …/reload, which holds until the file changes",
             ),
             ControlError::Conflict(_) => Self::new(Code::Conflict, text),
-            ControlError::Saturated => Self::new(Code::PoolSaturated, text),
-            ControlError::Unready(_) => {
-                Self::new(Code::PoolUnready, text).with_hint("preload the pool, or read its state and reason")
-            }
+            ControlError::Saturated { retry_after } => Self::new(Code::PoolSaturated, text)
+                .with_retry(Some(retry_after))
+                .with_hint("ask again then, or wait for a slot with wait_ms"),
+            ControlError::Unready { retry_after, .. } => Self::new(Code::PoolUnready, text)
+                .with_retry(retry_after.or(Some(SOON)))
+                .with_hint("preload the pool, or read its state and reason; wait_ms waits for its start"),
             ControlError::Draining => {
                 Self::new(Code::PoolDraining, text).with_hint("resume or preload the pool to use it again")
             }
@@ -211,6 +218,9 @@ impl From<ControlError> for Problem {
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
                 p.hint = known.and_then(Code::hint).map(str::to_owned);
                 p.code = code;
+                if known == Some(Code::InvalidParams) {
+                    return p.with_hint(FORM);
+                }
                 if known.is_none() { p.with_status(StatusCode::BAD_GATEWAY) } else { p }
             }
             other => Self::new(Code::Internal, other.to_string()),

@@ -45,6 +45,9 @@ pub struct Metrics {
     reloads: Counters,
     granted: Counters,
     refused: Counters,
+    queued: Counters,
+    ended: Counters,
+    renewed: Counters,
     start_duration: Histograms,
     drain_duration: Histograms,
 }
@@ -72,6 +75,9 @@ impl Default for Metrics {
         let reloads = counters(names::RELOADS);
         let granted = counters(names::LEASES_GRANTED);
         let refused = counters(names::LEASES_REFUSED);
+        let queued = counters(names::LEASES_QUEUED);
+        let ended = counters(names::LEASES_ENDED);
+        let renewed = counters(names::LEASES_RENEWED);
         let start_duration = Histograms::new_with_constructor(Buckets);
         register(&mut r, names::START_DURATION, start_duration.clone());
         let drain_duration = Histograms::new_with_constructor(Buckets);
@@ -88,6 +94,9 @@ impl Default for Metrics {
             reloads,
             granted,
             refused,
+            queued,
+            ended,
+            renewed,
             start_duration,
             drain_duration,
         }
@@ -134,8 +143,13 @@ impl Metrics {
             EventKind::Reloaded => count(&self.reloads, &of(key, &[("outcome", "reloaded")])),
             EventKind::ReloadUndone { .. } => count(&self.reloads, &of(key, &[("outcome", "undone")])),
             EventKind::ReloadBroken => count(&self.reloads, &of(key, &[("outcome", "broken")])),
-            EventKind::LeaseGranted => count(&self.granted, &of(key, &[])),
-            EventKind::LeaseRefused { reason } => count(&self.refused, &of(key, &[("reason", reason)])),
+            EventKind::LeaseGranted { .. } => count(&self.granted, &of(key, &[])),
+            EventKind::LeaseQueued { .. } => count(&self.queued, &of(key, &[])),
+            EventKind::LeaseRenewed { .. } => count(&self.renewed, &of(key, &[])),
+            EventKind::LeaseReleased { .. } => count(&self.ended, &of(key, &[("how", "released")])),
+            EventKind::LeaseExpired { .. } => count(&self.ended, &of(key, &[("how", "expired")])),
+            EventKind::LeaseRevoked { .. } => count(&self.ended, &of(key, &[("how", "revoked")])),
+            EventKind::LeaseRefused { reason, .. } => count(&self.refused, &of(key, &[("reason", reason)])),
             EventKind::Suspected { .. }
             | EventKind::RestartPlanned { .. }
             | EventKind::BreakerHalfOpen
@@ -193,6 +207,7 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     let pool = |p: &PoolSnapshot| vec![("pool_id", p.pool_id.to_string())];
     s.gauge(names::POOL_READY, pools, |p| vec![(pool(p), flag(p.ready()))]);
     s.gauge(names::POOL_LIVE, pools, |p| vec![(pool(p), flag(p.live()))]);
+    s.gauge(names::LEASES_WAITING, pools, |p| vec![(pool(p), f64::from(p.leases_waiting))]);
     s.gauge(names::POOL_HOLD, pools, |p| vec![(pool(p), flag(p.hold))]);
 
     let replicas: Vec<(ReplicaKey, &ReplicaSnapshot)> = pools

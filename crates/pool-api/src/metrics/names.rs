@@ -44,6 +44,10 @@ metrics! {
         "Reloads that ended: in the new spec, in the old one as it was, or in neither";
     LEASES_REFUSED = "leases_refused_total", "counter", &["pool_id", "replica_id", "reason"],
         "Leases refused, by reason";
+    LEASES_QUEUED = "leases_queued_total", "counter", REPLICA, "Leases that had to be waited for";
+    LEASES_ENDED = "leases_ended_total", "counter", &["pool_id", "replica_id", "how"],
+        "Leases that ended: released, expired or revoked with their engine; guards within the process are not counted";
+    LEASES_RENEWED = "leases_renewed_total", "counter", REPLICA, "Renewals of leases";
     START_DURATION = "engine_start_duration_seconds", "histogram", REPLICA,
         "Time from the start attempt to the proof that the engine serves";
     DRAIN_DURATION = "drain_duration_seconds", "histogram", &["pool_id", "replica_id", "outcome"],
@@ -59,6 +63,7 @@ metrics! {
         "Starts after a failure, over restarts of the daemon";
     BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
     HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
+    LEASES_WAITING = "leases_waiting", "gauge", POOL, "Those who wait for a slot";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
     SLOTS = "slots", "gauge", REPLICA, "Requests an engine takes at once";
     GPU_TOTAL = "gpu_memory_total_bytes", "gauge", DEVICE, "GPU memory";

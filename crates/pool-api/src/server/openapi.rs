@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{handlers, health};
+use super::{handlers, health, leases};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -32,8 +32,10 @@ use super::{handlers, health};
         handlers::stop,
         handlers::reset_breaker,
         handlers::unfence,
-        handlers::lease,
-        handlers::release,
+        leases::lease,
+        leases::renew,
+        leases::leases,
+        leases::release,
         handlers::operations,
         handlers::operation,
         handlers::metrics,

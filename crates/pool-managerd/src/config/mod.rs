@@ -67,6 +67,8 @@ pub struct Node {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: Duration,
+    /// Longest lease.
+    pub max_lease_ttl: Duration,
     /// How the log looks.
     pub log: LogFormat,
 }

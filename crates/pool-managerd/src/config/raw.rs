@@ -100,6 +100,9 @@ pub struct RawNode {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: String,
+    /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
+    /// the daemon count as taken.
+    pub max_lease_ttl: String,
     /// `pretty` or `json`; by default what the profile says.
     pub log: Option<LogFormat>,
 }
@@ -117,6 +120,7 @@ impl Default for RawNode {
             engine_ports: "42000-42999".into(),
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
+            max_lease_ttl: "1h".into(),
             log: None,
         }
     }

@@ -20,6 +20,7 @@ use crate::declared::Source;
 use crate::driver::{DriverCommand, Published};
 use crate::events::EventKind;
 use crate::hold::Hold;
+use crate::lease_desk::Desk;
 use crate::node::Node;
 use crate::roster::{Roster, Seat};
 use crate::snapshot::PoolSnapshot;
@@ -65,6 +66,17 @@ pub(crate) struct PoolFacts {
     pub(crate) operations: VecDeque<Operation>,
     /// When each replica's next start is due, where one is planned.
     pub(crate) next_starts: Vec<Option<Tick>>,
+}
+
+impl PoolFacts {
+    /// The picture with what changes with every millisecond.
+    pub(crate) fn at(&self, now: Tick) -> PoolSnapshot {
+        let mut snapshot = self.snapshot.clone();
+        for (r, due) in snapshot.replicas.iter_mut().zip(&self.next_starts) {
+            r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
+        }
+        snapshot
+    }
 }
 
 /// A replica of the pool; its driver ends with this.
@@ -117,6 +129,7 @@ pub(crate) struct Conductor {
     pub(crate) node: Node,
     pub(crate) members: Vec<Member>,
     pub(crate) bell: Arc<Notify>,
+    pub(crate) desk: Desk,
     pub(crate) commands: mpsc::Receiver<ConductorCommand>,
     pub(crate) facts: watch::Sender<PoolFacts>,
     pub(crate) roster: watch::Sender<Arc<Roster>>,
@@ -264,7 +277,7 @@ impl Conductor {
         }
         match wish {
             Wish::Preload | Wish::Resume => Err(ControlError::Conflict("the pool is being reloaded".into())),
-            Wish::Demand => Err(ControlError::Unready("it is being reloaded".into())),
+            Wish::Demand => Err(ControlError::unready("it is being reloaded")),
             Wish::Drain(_) => {
                 self.give_up_reload("a drain was asked for");
                 Ok(())

@@ -11,6 +11,7 @@ use pool_domain::{Failure, FailureClass};
 use super::work::prove;
 use super::{Driver, Grant, Report};
 use crate::admission::SlotGuard;
+use crate::lease_desk::at;
 use crate::ports::{
     Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
 };
@@ -134,28 +135,25 @@ impl Driver {
         if !self.replica.state.ready() {
             return;
         }
-        self.count_strange_requests();
         if let Some((deadline, on_deadline)) = self.attempt.drain.take() {
             let deadline = deadline.since(self.clock.now());
             self.step(Event::Command(Command::Drain { deadline, on_deadline }));
         }
     }
 
-    /// Requests that run since before this daemon have no lease here. Their slots count as taken until the engine says
-    /// that it has less to do, so that nothing is granted twice and a drain waits for them.
-    fn count_strange_requests(&self) {
-        let slots = self.replica.state.proof().map_or(0, |p| p.slots);
-        let mut guards: Vec<SlotGuard> = (0..slots).map_while(|_| self.admission.acquire().ok()).collect();
-        let (probe, admission) = (Arc::clone(&self.ports.probe), Arc::clone(&self.admission));
+    /// Requests that run since before this daemon have no lease here, and clients may hold leases that this daemon does
+    /// not know. The slots count as taken, at the desk, which is told what the engine says of how busy it is.
+    pub(super) fn watch_strange_slots(&self, guards: Vec<SlotGuard>) {
         let Some((_, endpoint)) = self.running() else { return };
+        let (probe, desk, at) =
+            (Arc::clone(&self.ports.probe), self.desk.clone(), at(&self.key, self.replica.generation));
         tokio::spawn(async move {
-            while !guards.is_empty() {
-                let ours = usize::from(admission.in_use()).saturating_sub(guards.len());
-                let strange = usize::from(busy(&*probe, &endpoint).await).saturating_sub(ours);
-                guards.retain(SlotGuard::valid);
-                guards.truncate(strange);
-                if !guards.is_empty() {
-                    tokio::time::sleep(ASK_AGAIN).await;
+            desk.adopted(at, guards).await;
+            loop {
+                tokio::time::sleep(ASK_AGAIN).await;
+                let busy = busy_if_told(&*probe, &endpoint).await;
+                if desk.busy(at, busy).await == 0 {
+                    return;
                 }
             }
         });
@@ -209,10 +207,14 @@ impl Driver {
 
 /// Requests that an engine says it works on.
 pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
+    // Who does not say has nothing that could be waited for.
+    busy_if_told(probe, endpoint).await.unwrap_or(0)
+}
+
+async fn busy_if_told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<u16> {
     match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
-        Ok(Work::Told(signals)) => u16::try_from(signals.running).unwrap_or(u16::MAX),
-        // Who does not say has nothing that could be waited for.
-        Ok(Work::Untold | Work::Silent) | Err(_) => 0,
+        Ok(Work::Told(signals)) => Some(u16::try_from(signals.running).unwrap_or(u16::MAX)),
+        Ok(Work::Untold | Work::Silent) | Err(_) => None,
     }
 }
 

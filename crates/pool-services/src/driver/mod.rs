@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::events::EventSink;
+use crate::lease_desk::Desk;
 use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
@@ -153,6 +154,8 @@ struct Attempt {
     engine: Option<Arc<dyn RunningEngine>>,
     /// What is written down of it.
     record: Option<EngineRecord>,
+    /// It is of an earlier daemon: who uses its slots is not known.
+    strange: bool,
     /// Why an engine that was found is not taken over.
     refused: Option<Failure>,
     /// The drain it was in when it was found: its end and what happens then.
@@ -169,6 +172,7 @@ pub(crate) struct DriverParts {
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
     pub(crate) admission: Arc<Admission>,
+    pub(crate) desk: Desk,
     pub(crate) commands: mpsc::Receiver<DriverCommand>,
     pub(crate) published: watch::Sender<Published>,
     /// Rung at every change: the pool's conductor and the node's steward.
@@ -193,6 +197,7 @@ pub(crate) struct Driver {
     clock: Clock,
     rng: fastrand::Rng,
     admission: Arc<Admission>,
+    desk: Desk,
     commands: mpsc::Receiver<DriverCommand>,
     reports_tx: mpsc::Sender<(Generation, Report)>,
     reports: mpsc::Receiver<(Generation, Report)>,
@@ -268,6 +273,7 @@ impl Driver {
             clock: parts.clock,
             rng: fastrand::Rng::with_seed(parts.seed),
             admission: parts.admission,
+            desk: parts.desk,
             commands: parts.commands,
             reports_tx,
             reports,
@@ -413,6 +419,8 @@ impl Driver {
             }
         };
         let adopted = matches!(fact, Fact::Adopted(_));
+        // One that was still starting when its record was written may have been leased since.
+        self.attempt.strange |= adopted;
         self.step(Event::Engine(generation, fact));
         if adopted {
             reached(Point::AfterAdoptionProof);
@@ -462,7 +470,11 @@ impl Driver {
             }
             Action::OpenAdmission => {
                 let slots = self.replica.state.proof().map_or(0, |p| p.slots);
-                self.admission.open(self.replica.generation, slots);
+                if std::mem::take(&mut self.attempt.strange) {
+                    self.watch_strange_slots(self.admission.open_taken(self.replica.generation, slots));
+                } else {
+                    self.admission.open(self.replica.generation, slots);
+                }
                 self.scribe.want(self.handoff());
             }
             Action::CloseAdmission => {

@@ -12,8 +12,8 @@ use pool_domain::{
 };
 use pool_services::admission::SlotGuard;
 use pool_services::{
-    Activation, ControlError, DrainOptions, NodeSnapshot, OperationState, PoolControl, PoolManager, PoolSnapshot,
-    PoolSpec,
+    Activation, ControlError, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl, PoolManager,
+    PoolSnapshot, PoolSpec,
 };
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -245,7 +245,7 @@ impl Runner {
                     let plain = self.wanted.get(&id).copied().flatten();
                     self.wanted.insert(id.clone(), plain.filter(|w| *w));
                 }
-                self.ask(&id, Verb::Demand, self.manager.lease(&id, ttl)).await;
+                self.ask(&id, Verb::Demand, self.manager.lease(&id, LeaseRequest::lasting(ttl))).await;
             }
             Act::Restart => self.restart().await,
             Act::Sicken(at, seed) => {
