@@ -11,6 +11,8 @@ pub mod exit;
 mod late;
 pub mod logging;
 pub mod plan_command;
+mod reread;
+mod restore;
 pub mod serve;
 pub mod tables;
 mod tell;

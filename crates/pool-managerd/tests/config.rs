@@ -63,10 +63,10 @@ fn a_byte_order_mark_is_passed_over() {
 fn profiles_set_defaults_only() {
     let pools = "[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\n[[pool]]\nid = \"b\"\nmodel = \"stub:b\"\nengine = \"stub\"\nactivation = \"on_demand\"\n";
     let home = load(pools.as_bytes()).unwrap();
-    assert_eq!((home.pools[0].activation, home.node.log), (Activation::OnDemand, LogFormat::Pretty));
+    assert_eq!((home.pools[0].spec.activation, home.node.log), (Activation::OnDemand, LogFormat::Pretty));
     let cloud = load(format!("[node]\nprofile = \"cloud\"\n{pools}").as_bytes()).unwrap();
-    assert_eq!((cloud.pools[0].activation, cloud.node.log), (Activation::Preload, LogFormat::Json));
-    assert_eq!(cloud.pools[1].activation, Activation::OnDemand);
+    assert_eq!((cloud.pools[0].spec.activation, cloud.node.log), (Activation::Preload, LogFormat::Json));
+    assert_eq!(cloud.pools[1].spec.activation, Activation::OnDemand);
     let quiet = load(b"[node]\nprofile = \"cloud\"\nlog = \"pretty\"\n").unwrap();
     assert_eq!(quiet.node.log, LogFormat::Pretty);
 }
@@ -246,7 +246,7 @@ fn the_command_line_is_checked_like_the_file() {
     assert!(over(|o| o.models = vec!["/no/such.gguf".into()]).unwrap_err().to_string().starts_with("--model: "));
     assert!(over(|o| o.models = vec!["hf:a/b".into()]).unwrap_err().message.contains("not supported yet"));
     let stubs = over(|o| o.models = vec!["stub:a".into(), "stub:a".into()]).unwrap();
-    assert_eq!(stubs.pools.iter().map(|p| p.id.as_str()).collect::<Vec<_>>(), ["a", "a-2"]);
+    assert_eq!(stubs.specs().map(|p| p.id.as_str()).collect::<Vec<_>>(), ["a", "a-2"]);
 }
 
 #[test]
@@ -257,8 +257,8 @@ fn a_model_file_is_its_own_root() {
     let overrides = Overrides { models: vec![file.to_str().unwrap().into()], ..Overrides::default() };
     let config = config::load(None, &overrides).unwrap();
     assert_eq!(config.models.roots, [file.canonicalize().unwrap()]);
-    assert_eq!(config.pools[0].id.as_str(), "My-Model-");
-    assert_eq!(config.pools[0].activation, Activation::Preload);
+    assert_eq!(config.pools[0].spec.id.as_str(), "My-Model-");
+    assert_eq!(config.pools[0].spec.activation, Activation::Preload);
 }
 
 #[test]
