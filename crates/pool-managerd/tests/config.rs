@@ -37,9 +37,9 @@ fn the_example_is_valid_and_complete() {
         for (key, property) in keys {
             let later = property["description"].as_str().is_some_and(|d| d.starts_with("Not supported yet"));
             let table = table["description"].as_str().unwrap_or_default();
-            let later = later || table.contains("pool.reload") || table.contains("pool.isolation");
+            let later = later || table.contains("pool.isolation");
             let named = [format!("{key} = "), format!("[{key}"), format!(".{key}]")].iter().any(|k| text.contains(k));
-            assert!(later || named || ["reload", "isolation"].contains(&key.as_str()), "the example lacks `{key}`");
+            assert!(later || named || key == "isolation", "the example lacks `{key}`");
         }
     }
 }
@@ -149,6 +149,28 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
         "pool[0].engine",
         "not declared",
         "did you mean `llama.cpp`?",
+    ),
+    (
+        "[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\naliases = [\"b\"]\n[[pool]]\nid = \"b\"\nmodel = \"stub:b\"\nengine = \"stub\"\n",
+        7,
+        "pool[1].id",
+        "an alias of another",
+        "another id",
+    ),
+    (
+        "[engines.x]\nkind = \"stub\"\nmode = \"external\"\nendpoint = \"127.0.0.1:8080\"\n[engines.y]\nkind = \"stub\"\nmode = \"external\"\nendpoint = \"http://127.0.0.1:8080\"\n\
+         [[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"x\"\n[[pool]]\nid = \"b\"\nmodel = \"stub:b\"\nengine = \"y\"\n",
+        16,
+        "pool[1].engine",
+        "the engine at port 8080 would be of two pools",
+        "engine of its own",
+    ),
+    (
+        "[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\n[pool.reload]\ndeadline = \"0s\"\n",
+        6,
+        "pool[0].reload.deadline",
+        "longer than zero",
+        "",
     ),
     ("[[pool]]\nmodel = \"stub:a\"\n", 1, "pool[0]", "missing field `id`", ""),
     ("[node]\nprofile = \"clod\"\n", 2, "node.profile", "unknown variant `clod`", "did you mean `cloud`?"),
@@ -266,4 +288,21 @@ fn old_paths_still_lead_there() {
     let registry = pool_managerd::registry::Registry::default();
     assert_eq!(registry.get_active_leases("nobody"), 0);
     assert!(!pool_managerd::health::HealthStatus::default().ready);
+}
+
+#[test]
+fn what_lies_outside_of_pools_is_compared_by_key() {
+    let base = "[engines.x]\nkind = \"stub\"\n[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\n";
+    let config = load(base.as_bytes()).unwrap();
+    assert_eq!(config.differs_outside(&load(base.as_bytes()).unwrap()), [""; 0]);
+    let other = base.replace(
+        "[engines.x]\nkind = \"stub\"",
+        "[node]\non_exit = \"keep\"\n[gpu]\nwait = \"1s\"\n[engines.y]\nkind = \"stub\"",
+    );
+    let other = load(other.as_bytes()).unwrap();
+    assert_eq!(config.differs_outside(&other), ["node.on_exit", "gpu", "engines.x", "engines.y"]);
+    // A pool is compared by what its table says, however it is written.
+    let digest = |text: &str| load(text.as_bytes()).unwrap().pools[0].source.digest().unwrap().to_owned();
+    assert_eq!(digest(base), digest(&format!("# a word\n{}", base.replace(" = ", "="))));
+    assert_ne!(digest(base), digest(&format!("{base}slots = 2\n")));
 }
