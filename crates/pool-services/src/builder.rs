@@ -24,7 +24,8 @@ use crate::manager::{Inner, PoolManager};
 use crate::node::{Node, QUEUE};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::spec::PoolSpec;
-use crate::steward::{Steward, told_of};
+use crate::steward::{Ledgered, Steward, told_of};
+use crate::view::View;
 
 /// Leases the desk may be asked for at once.
 const DESK_QUEUE: usize = 1024;
@@ -179,8 +180,12 @@ impl Builder {
         }
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
+        let (told, ledgered) = watch::channel(Ledgered::default());
+        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let view = View { inventory: ports.gpu.inventory(), ledgered, conditions };
         let node = Node {
             ports: ports.clone(),
+            view: view.clone(),
             clock,
             seed: self.seed,
             events: events.clone(),
@@ -189,16 +194,16 @@ impl Builder {
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
         };
-        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &node.bell).await;
+        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
         let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
             let id = pool.declared.spec.id.clone();
-            pools.insert(id, node.pool(pool, &mut found).await);
+            let places = places.get(&id).cloned().unwrap_or_default();
+            pools.insert(id, node.pool(pool, &places, &mut found).await);
         }
         let (table_tx, table) = watch::channel(Arc::new(pools));
-        let (told, ledgered) = watch::channel(told_of(&records));
-        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
         let steward = Steward {
             table: table.clone(),
@@ -230,14 +235,11 @@ impl Builder {
         node.watched("catalog", catalog_task.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
-        let inventory = ports.gpu.inventory();
         let inner = Inner {
             table,
             catalog,
             departed,
-            inventory,
-            ledgered,
-            conditions,
+            view,
             steward: steward_commands,
             desk,
             clock,

@@ -1,25 +1,20 @@
 //! Whether a pool may be declared or changed, before anything is done for it.
 
-use pool_domain::PoolId;
+use std::sync::Arc;
 
+use pool_domain::PoolId;
+use tokio::sync::oneshot;
+
+use crate::conductor::{ConductorCommand, Made, Reload, Wish};
 use crate::control::{ControlError, Operation, ReloadRequest};
 use crate::declared::Source;
 use crate::ports::EngineProvisioner;
 use crate::roster::{PoolHandle, Table};
 use crate::spec::PoolSpec;
 
-/// Another form of a pool, for its conductor.
-#[derive(Debug)]
-pub(crate) enum Change {
-    /// This one.
-    To(Box<Reload>),
-    /// What it was before.
-    Back,
-}
-
 /// What a pool is to become.
 #[derive(Debug)]
-pub(crate) struct Reload {
+pub(crate) struct Change {
     pub(crate) request: ReloadRequest,
     /// Who declares it from then on, where that changes.
     pub(crate) source: Option<Source>,
@@ -27,12 +22,28 @@ pub(crate) struct Reload {
 
 /// Asks the conductor of a pool for a change.
 pub(crate) async fn begin(handle: &PoolHandle, change: Change) -> Result<Operation, ControlError> {
-    if let Change::To(reload) = &change {
-        let Reload { request, source } = &**reload;
-        matching(request.if_match, handle.roster().standing.revision)?;
-        tracing::debug!(source = source.as_ref().map(Source::code), "a reload is asked for");
-    }
-    Err(ControlError::Conflict("reload is not built yet".into()))
+    let Change { request, source } = change;
+    let roster = handle.roster();
+    matching(request.if_match, roster.standing.revision)?;
+    let to = match request.declared {
+        Some((spec, document)) => Made { spec: Arc::new(spec), document },
+        None => Made { spec: Arc::clone(&roster.spec), document: roster.standing.document.clone() },
+    };
+    let ReloadRequest { strategy, deadline, on_deadline, .. } = request;
+    ask(handle, Wish::Reload(Box::new(Reload { to, source, strategy, deadline, on_deadline }))).await
+}
+
+/// Asks it for what was before its last change.
+pub(crate) async fn back(handle: &PoolHandle) -> Result<Operation, ControlError> {
+    ask(handle, Wish::Rollback).await
+}
+
+/// Asks it for anything.
+pub(crate) async fn ask(handle: &PoolHandle, wish: Wish) -> Result<Operation, ControlError> {
+    let (answer, answered) = oneshot::channel();
+    let stopping = || ControlError::Unreachable("the pool is too busy or stopping".into());
+    handle.commands.try_send(ConductorCommand { wish, answer }).map_err(|_| stopping())?;
+    answered.await.map_err(|_| stopping())?
 }
 
 /// Refuses what was made from another revision.

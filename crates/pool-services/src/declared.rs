@@ -1,5 +1,8 @@
 //! Pools as they are declared: who did, in which words, and what stood there before.
 
+use std::sync::Arc;
+
+use crate::conductor::Made;
 use crate::ports::StoredPool;
 use crate::spec::PoolSpec;
 
@@ -71,17 +74,18 @@ impl From<PoolSpec> for Restored {
 }
 
 /// How a pool's spec came about.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Standing {
     pub(crate) revision: u64,
     pub(crate) document: String,
     pub(crate) source: Source,
-    pub(crate) previous: Option<(PoolSpec, String)>,
+    pub(crate) previous: Option<Made>,
 }
 
 impl Standing {
     pub(crate) fn of(pool: &Restored) -> Self {
         let Restored { declared: Declared { document, source, .. }, revision, previous } = pool.clone();
+        let previous = previous.map(|(spec, document)| Made { spec: Arc::new(spec), document });
         Self { revision, document, source, previous }
     }
 
@@ -92,7 +96,7 @@ impl Standing {
             revision: self.revision,
             document: self.document.clone(),
             file_digest: self.source.digest().map(str::to_owned),
-            previous: self.previous.as_ref().map(|(_, document)| document.clone()),
+            previous: self.previous.as_ref().map(|made| made.document.clone()),
         }
     }
 }

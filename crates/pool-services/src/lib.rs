@@ -24,6 +24,7 @@ mod roster;
 pub mod snapshot;
 pub mod spec;
 mod steward;
+mod view;
 
 pub use builder::{BuildError, Builder};
 pub use clock::Clock;

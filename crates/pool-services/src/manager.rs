@@ -6,16 +6,16 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{DeviceSnapshot, Generation, PoolId, ReplicaKey};
+use pool_domain::{Generation, PoolId, ReplicaKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{Refused, SlotGuard};
 use crate::catalog::{Declaring, Order, Owner};
-use crate::change::{self, Change, Reload};
+use crate::change::{self, Change};
 use crate::clock::Clock;
-use crate::conditions::{self, Conditions, StewardCommand};
+use crate::conditions::StewardCommand;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::{
     ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
@@ -26,11 +26,10 @@ use crate::driver::Ports;
 use crate::events::{EventKind, EventSink};
 use crate::lease_desk::DeskCommand;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
-use crate::ports::Inventory;
 use crate::roster::{PoolHandle, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::Ledgered;
+use crate::view::View;
 
 use crate::builder::Builder;
 
@@ -44,9 +43,7 @@ pub(crate) struct Inner {
     pub(crate) catalog: mpsc::Sender<Order>,
     /// How pools that are no more went.
     pub(crate) departed: watch::Receiver<VecDeque<Operation>>,
-    pub(crate) inventory: watch::Receiver<Inventory>,
-    pub(crate) ledgered: watch::Receiver<Ledgered>,
-    pub(crate) conditions: watch::Receiver<Conditions>,
+    pub(crate) view: View,
     pub(crate) steward: mpsc::Sender<StewardCommand>,
     pub(crate) desk: mpsc::Sender<DeskCommand>,
     pub(crate) clock: Clock,
@@ -75,14 +72,6 @@ impl PoolManager {
         Builder::new()
     }
 
-    /// The devices as they stand now.
-    fn inventory(&self) -> Inventory {
-        let mut inventory = self.inner.inventory.borrow().clone();
-        let conditions = self.inner.conditions.borrow();
-        inventory.devices.iter_mut().for_each(|d| conditions::overlay(d, &conditions));
-        inventory
-    }
-
     /// The pools as they are now.
     fn table(&self) -> Table {
         Arc::clone(&self.inner.table.borrow())
@@ -93,13 +82,7 @@ impl PoolManager {
     }
 
     async fn wish(&self, id: &PoolId, wish: Wish) -> Result<Operation, ControlError> {
-        let handle = self.handle(id)?;
-        let (answer, answered) = oneshot::channel();
-        handle
-            .commands
-            .try_send(ConductorCommand { wish, answer })
-            .map_err(|_| ControlError::Unreachable("the pool is too busy or stopping".into()))?;
-        answered.await.map_err(|_| ControlError::Unreachable("the daemon is stopping".into()))?
+        change::ask(&self.handle(id)?, wish).await
     }
 
     /// Takes a slot in this process; it is given back when the guard is dropped.
@@ -171,7 +154,7 @@ impl PoolManager {
     async fn end(&self, wish: Wish, deadline: Duration) -> bool {
         for (id, handle) in &*self.table() {
             let (answer, _) = oneshot::channel();
-            if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
+            if handle.commands.send(ConductorCommand { wish: wish.clone(), answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }
         }
@@ -211,26 +194,6 @@ impl PoolManager {
             operation.progress = format!("{}, {leases} leases left", operation.progress);
         }
         operation
-    }
-
-    /// The devices as they are, with who else uses them; and what is promised on them, but for one pool.
-    fn devices_without(&self, pool: Option<&PoolId>) -> (Vec<DeviceSnapshot>, BTreeMap<String, u64>) {
-        let (inventory, mut told) = (self.inventory(), self.inner.ledgered.borrow().clone());
-        let mut devices = inventory.devices;
-        for device in &mut devices {
-            device.vram_foreign = device.vram_foreign.max(told.foreign.get(&device.uuid).copied().unwrap_or(0));
-        }
-        for (_, held) in told.held.iter().filter(|(key, _)| Some(&key.pool) == pool) {
-            for (uuid, bytes) in held {
-                if let Some(promised) = told.promised.get_mut(uuid) {
-                    *promised = promised.saturating_sub(*bytes);
-                }
-                if let Some(device) = devices.iter_mut().find(|d| d.uuid == *uuid) {
-                    device.vram_used = device.vram_used.saturating_sub(*bytes);
-                }
-            }
-        }
-        (devices, told.promised)
     }
 
     /// Whether somebody over the API may have this pool: its name is its own, its engine takes its arguments (of which it
@@ -291,14 +254,14 @@ impl PoolManager {
         Specs(Arc::downgrade(&self.inner))
     }
 
-    async fn change(&self, handle: &PoolHandle, reload: Reload) -> Result<Operation, ControlError> {
+    async fn change(&self, handle: &PoolHandle, reload: Change) -> Result<Operation, ControlError> {
         let provisioner = &*self.inner.ports.provisioner;
         let new = reload.request.declared.as_ref().map(|(spec, _)| spec);
         if new.into_iter().chain([&*handle.spec()]).any(|spec| provisioner.external(spec).is_some()) {
             let why = "somebody else runs the engine of this pool: what it serves is changed there";
             return Err(ControlError::Conflict(why.into()));
         }
-        change::begin(handle, Change::To(Box::new(reload))).await
+        change::begin(handle, reload).await
     }
 
     async fn order<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Result<T, ControlError> {
@@ -350,8 +313,8 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
-        let inventory = self.inventory();
-        let told = self.inner.ledgered.borrow().clone();
+        let inventory = self.inner.view.inventory();
+        let told = self.inner.view.ledgered.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
             driver: inventory.driver,
@@ -413,7 +376,7 @@ impl PoolControl for PoolManager {
             Declaring::New(operation) => Ok(operation),
             Declaring::Exists(handle) => {
                 let request = ReloadRequest { declared: Some((spec, document)), if_match, ..ReloadRequest::default() };
-                self.change(&handle, Reload { request, source: Some(source) }).await
+                self.change(&handle, Change { request, source: Some(source) }).await
             }
         }
     }
@@ -435,7 +398,7 @@ impl PoolControl for PoolManager {
             let (source, had) = (handle.roster().standing.source.clone(), handle.spec());
             self.vet(spec, &source, &had.args).await?;
         }
-        self.change(&handle, Reload { request, source: None }).await
+        self.change(&handle, Change { request, source: None }).await
     }
 
     async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
@@ -445,7 +408,7 @@ impl PoolControl for PoolManager {
                 "the pool `{id}` was not reloaded: there is nothing to go back to"
             )));
         }
-        change::begin(&handle, Change::Back).await
+        change::back(&handle).await
     }
 
     async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
@@ -532,7 +495,7 @@ impl PoolControl for PoolManager {
             PlanRequest::Spec(spec) => *spec,
         };
         // What the pool holds already is there for it.
-        let (devices, promised) = self.devices_without(Some(&spec.id));
+        let (devices, promised) = self.inner.view.devices_without(Some(&spec.id));
         let ports = &self.inner.ports;
         let from = Surroundings {
             models: &*ports.models,
@@ -548,7 +511,7 @@ impl PoolControl for PoolManager {
         if let Some(pool) = &request.pool {
             self.handle(pool)?;
         }
-        let (devices, promised) = self.devices_without(None);
+        let (devices, promised) = self.inner.view.devices_without(None);
         let pools: Vec<_> = self.table().values().map(|h| (h.spec(), self.picture(h))).collect();
         let pools = pools.iter().map(|(spec, picture)| (&**spec, picture.clone()));
         planning::placements(pools, &devices, &promised, request)

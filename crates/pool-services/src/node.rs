@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::Admission;
 use crate::clock::Clock;
-use crate::conductor::{Conductor, Member, PoolFacts};
+use crate::conductor::{Conductor, Made, Member, PoolFacts};
 use crate::control::{Operation, OperationState};
 use crate::declared::{Restored, Standing};
 use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
@@ -21,6 +21,7 @@ use crate::hold::Hold;
 use crate::roster::{PoolHandle, Roster};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::{Activation, PoolSpec};
+use crate::view::View;
 
 /// Commands that may wait for a task; more are refused.
 pub(crate) const QUEUE: usize = 32;
@@ -29,6 +30,7 @@ pub(crate) const QUEUE: usize = 32;
 #[derive(Debug, Clone)]
 pub(crate) struct Node {
     pub(crate) ports: Ports,
+    pub(crate) view: View,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
     pub(crate) events: EventSink,
@@ -105,8 +107,13 @@ impl Node {
     }
 
     /// Starts a pool, with the engines of it that were found.
-    pub(crate) async fn pool(&self, pool: Restored, found: &mut BTreeMap<ReplicaKey, Found>) -> PoolHandle {
-        self.start(pool, found, 0, None).await
+    pub(crate) async fn pool(
+        &self,
+        pool: Restored,
+        places: &[ReplicaId],
+        found: &mut BTreeMap<ReplicaKey, Found>,
+    ) -> PoolHandle {
+        self.start(pool, places, found, 0, None).await
     }
 
     /// Starts a pool that is new, as an operation. Its operations are numbered from here.
@@ -123,23 +130,24 @@ impl Node {
             progress: String::new(),
             started_at: self.clock.wall(),
         };
-        (self.start(pool, &mut BTreeMap::new(), number, Some(operation.clone())).await, operation)
+        let places: Vec<ReplicaId> = (0..spec.replicas).map(ReplicaId).collect();
+        (self.start(pool, &places, &mut BTreeMap::new(), number, Some(operation.clone())).await, operation)
     }
 
     async fn start(
         &self,
         pool: Restored,
+        places: &[ReplicaId],
         found: &mut BTreeMap<ReplicaKey, Found>,
-        made: u64,
+        number: u64,
         begun: Option<Operation>,
     ) -> PoolHandle {
-        let standing = Arc::new(Standing::of(&pool));
+        let standing = Standing::of(&pool);
         let (spec, revision) = (Arc::new(pool.declared.spec), pool.revision);
         let bell = Arc::new(Notify::new());
         let hold = self.ports.ledger.held(&spec.id).await;
         let mut members = Vec::new();
-        for place in 0..spec.replicas {
-            let id = ReplicaId(place);
+        for (place, id) in (0..).zip(places.iter().copied()) {
             let found = found.remove(&ReplicaKey { pool: spec.id.clone(), replica: id });
             let birth = Birth { spec: &spec, id, place, bell: &bell, serves: true, found, hold };
             members.push(self.replica(birth).await);
@@ -159,18 +167,26 @@ impl Node {
         let (facts, facts_seen) =
             watch::channel(PoolFacts { snapshot, operations: begun.into_iter().collect(), next_starts: Vec::new() });
         let seats = members.iter().map(Member::seat).collect();
+        let Standing { document, source, previous, .. } = standing.clone();
+        let standing = Arc::new(standing);
         let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), standing, seats }));
         let (commands, conductor_commands) = mpsc::channel(QUEUE);
         let conductor = Conductor {
             hold: Hold::found(spec.id.clone(), Arc::clone(&self.ports.ledger), hold),
-            spec,
+            made: Made { spec, document },
+            source,
+            previous,
+            revision,
+            running: None,
+            queued: None,
+            probation: None,
             node: self.clone(),
             members,
             bell,
             commands: conductor_commands,
             facts,
             roster,
-            made,
+            begun: number,
             ending: false,
             left: false,
         };

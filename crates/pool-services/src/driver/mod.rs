@@ -84,6 +84,8 @@ pub(crate) enum DriverCommand {
     Unblock,
     /// A person says that nothing of the engine is left.
     Unfence,
+    /// Nothing is to be tried again by itself.
+    GiveUp(Failure),
     /// What the next start makes the engine from.
     Respec(Arc<PoolSpec>),
     /// The daemon ends and its engines live on: leave everything as it is.
@@ -340,6 +342,9 @@ impl Driver {
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));
+            }
+            DriverCommand::GiveUp(failure) => {
+                self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
             }
             DriverCommand::Respec(spec) => {
                 self.policy = spec.policy;
