@@ -14,6 +14,7 @@ pub mod evict;
 pub mod failure;
 pub mod health;
 pub mod id;
+pub mod isolation;
 pub mod lifecycle;
 pub mod mask;
 pub mod model;

@@ -18,7 +18,7 @@ use crate::config::{Config, OnExit};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
 use crate::reread::{LateConfig, Rereader};
-use crate::{compose, logging, tell};
+use crate::{compose, logging, notify, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -55,6 +55,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     };
     let inventory = gpus.inventory().borrow().clone();
     compose::check_masks(&config, &inventory.devices)?;
+    compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
     let told = tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), config.node.log));
     app.late.set(manager.clone());
@@ -66,6 +67,9 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
     let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups));
     let rereader = tokio::spawn(rereader.run());
+    notify::ready(config.pools.len(), inventory.devices.len());
+    let watchdog = CancellationToken::new();
+    tokio::spawn(notify::watch(manager.clone(), watchdog.clone()));
     on_start(Started { manager: manager.clone(), addr });
 
     let (name, broken) = tokio::select! {
@@ -76,6 +80,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
     app.state.flags.set_accepting(false);
     rereader.abort();
+    watchdog.cancel();
+    notify::stopping(deadline + GOODBYE);
     let in_time = tokio::select! {
         in_time = end(&manager, config.node.on_exit, deadline) => in_time,
         // A signal that is repeated changes nothing.

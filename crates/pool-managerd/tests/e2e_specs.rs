@@ -10,7 +10,7 @@ use pool_managerd::config::{self, Overrides};
 use pool_services::ports::{StateLedger, StoredPool};
 use serde_json::{Value, json};
 use state_dir::StateDir;
-use support::{Answer, Daemon, Engines, request, write_config};
+use support::{Answer, Daemon, Engines, request, request_with, write_config};
 
 fn stub(id: &str, more: &str) -> String {
     format!("[[pool]]\nid = \"{id}\"\nmodel = \"stub:{id}\"\nengine = \"stub\"\nactivation = \"preload\"\n{more}\n")
@@ -240,4 +240,69 @@ fn a_stored_pool_that_cannot_be_read_any_more_is_kept_and_not_started() {
     assert_eq!(daemon.get("/v1/pools").json().as_array().unwrap().len(), 1);
     assert!(daemon.dir().join("state/pools/old.json").exists());
     assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn a_pool_that_changed_in_the_file_is_reloaded_and_its_neighbour_keeps_its_engine() {
+    let daemon = Daemon::start(&(stub("a", "") + &stub("b", "")));
+    let (a, b) = (ready(&daemon, "a"), ready(&daemon, "b"));
+    rewrite(daemon.dir(), |text| text.replace(&stub("a", ""), &stub("a", "slots = 2")));
+    daemon.signal("HUP");
+    // The old engine may be there a moment longer.
+    let replaced = |p: &Value| p["replicas"].as_array().unwrap().iter().all(|r| r["pid"] != a["replicas"][0]["pid"]);
+    let changed = daemon.until("a", |p| p["revision"] == 2 && p["ready"] == true && replaced(p));
+    assert_eq!(changed["slots_total"], 2, "{changed:#}");
+    assert_eq!(who(&daemon.pool("b")), who(&b), "pool b keeps pid and generation");
+    // What cannot serve leaves the old engine, and the next reading tries again.
+    rewrite(daemon.dir(), |text| text.replace("slots = 2", "slots = 3\nargs = [\"--serve-model\", \"other\"]"));
+    for _ in 0..2 {
+        let told = daemon.post("/v1/config/reload", "").json();
+        let operation = told["pools"][0]["operation_id"].as_str().unwrap_or_else(|| panic!("{told}"));
+        let over = daemon.get(&format!("/v1/operations/{operation}?wait_ms=60000")).json();
+        assert_eq!((&over["verb"], &over["state"]), (&"reload".into(), &"failed".into()), "{over}");
+        let now = daemon.until("a", |p| p["ready"] == true);
+        assert_eq!((&now["revision"], &now["slots_total"]), (&2.into(), &2.into()), "{now:#}");
+    }
+    assert_eq!(who(&daemon.pool("b")), who(&b));
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn a_reload_over_http_is_kept_and_can_be_taken_back_also_by_a_later_daemon() {
+    let daemon = Daemon::start(&stub("filed", ""));
+    let engines = Engines::of(&daemon);
+    ready(&daemon, "filed");
+    let free = json!({"model": "stub:one", "engine": "stub", "activation": "preload"});
+    assert_eq!(ask(&daemon, "PUT", "/v1/pools/free?wait_ms=60000", &free).status, 200);
+    for id in ["free", "filed"] {
+        let done = daemon.cli(&["reload", id, "--model", "stub:two", "--strategy", "in_place", "--deadline", "1m"]);
+        assert!(done.contains(&format!("reload of {id}: reloaded")), "{done}");
+        let pool = ready(&daemon, id);
+        assert_eq!((&pool["model"], &pool["revision"]), (&"stub:two".into(), &2.into()), "{pool:#}");
+    }
+    let same = ask(&daemon, "POST", "/v1/pools/free/reload?wait_ms=60000", &json!({"new_model_ref": "stub:two"}));
+    assert_eq!((&same.json()["outcome"], &daemon.pool("free")["revision"]), (&"unchanged".into(), &2.into()));
+    // A whole declaration does the same, if it was made from what is there.
+    let late = request_if(&daemon, "PUT", "/v1/pools/free", 1, &free);
+    assert_eq!(code(&late), (409, "CONFLICT".into()), "{late:?}");
+
+    let daemon = Daemon::start_in_place(daemon.kill(&engines));
+    for id in ["free", "filed"] {
+        let pool = ready(&daemon, id);
+        assert_eq!((&pool["model"], &pool["revision"]), (&"stub:two".into(), &2.into()), "{pool:#}");
+        let back: Value = serde_json::from_str(&daemon.cli(&["rollback", id, "--json"])).unwrap();
+        assert_eq!((&back["verb"], &back["state"]), (&"rollback".into(), &"succeeded".into()), "{back}");
+        let first = if id == "free" { "stub:one" } else { "stub:filed" };
+        assert_eq!(ready(&daemon, id)["model"], first);
+    }
+    let three = json!({"model": "stub:three", "engine": "stub", "activation": "preload"});
+    let revision = daemon.pool("free")["revision"].as_u64().unwrap();
+    let put = request_if(&daemon, "PUT", "/v1/pools/free?wait_ms=60000", revision, &three);
+    assert_eq!((put.status, &put.json()["outcome"]), (200, &"reloaded".into()), "{put:?}");
+    assert_eq!(daemon.pool("free")["revision"], revision + 1);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+fn request_if(daemon: &Daemon, method: &str, path: &str, revision: u64, body: &Value) -> Answer {
+    request_with(daemon.addr(), method, path, &format!("If-Match: \"{revision}\"\r\n"), Some(&body.to_string()))
 }
