@@ -165,6 +165,16 @@ impl EngineProvisioner for Provisioner {
         }
     }
 
+    fn admits_from_api(&self, spec: &PoolSpec) -> Result<(), NotAdmitted> {
+        self.admits(spec)?;
+        match self.engine(spec) {
+            Ok((kind, None | Some(Mode::Binary { .. }))) => {
+                kinds::allowed::check(kind, &spec.args).map_err(|f| NotAdmitted::Argument(f.detail))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn memory(&self, spec: &PoolSpec) -> EngineMemory {
         match self.engine(spec) {
             Ok((_, Some(Mode::External { .. }))) => EngineMemory::Fixed(0),

@@ -7,11 +7,16 @@ use std::time::Duration;
 
 use common::{Fake, chat, id, node, operation, state};
 use pool_api::client::HttpControl;
+use pool_api::dto::keys;
 use pool_api::server::{LocalAddr, router};
+use pool_api::spec::{Defaults, PoolIdText, PoolSpec};
 use pool_domain::lifecycle::OnDeadline;
+use pool_domain::rollout::Strategy;
 use pool_domain::{Holder, ReplicaId};
 use pool_services::control::{LeaseRequest, PlacementRequest, PlanRequest};
-use pool_services::{ControlError, DrainOptions, OperationState, PoolControl, PoolSnapshot};
+use pool_services::{
+    ControlError, Declared, DrainOptions, OperationState, PoolControl, PoolSnapshot, ReloadRequest, Source,
+};
 
 async fn serve(fake: Fake) -> HttpControl {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -60,6 +65,41 @@ async fn round_trip() {
     assert_eq!(c.release(&lease.id).await, Ok(()));
     assert_eq!(c.node_view().await.unwrap().version, "1.2.3");
     assert_eq!(c.pool_views().await.unwrap()[0].source, "file");
+}
+
+#[tokio::test]
+async fn pools_are_declared_changed_and_removed() {
+    let c = serve(Fake::default()).await;
+    let table = r#"{"id":"chat","model":"stub:b","engine":"stub","slots":2}"#;
+    let wire: PoolSpec = serde_json::from_str(table).unwrap();
+    let document = serde_json::to_string(&wire).unwrap();
+    let spec = wire.check(&Defaults::default()).unwrap();
+    let declared = Declared { spec: spec.clone(), document: document.clone(), source: Source::Api };
+    let begun = c.declare(declared.clone(), Some(3)).await.unwrap();
+    assert_eq!(begun.progress, format!("Api Some(3) {document}"));
+    assert_eq!(c.remove(&id("chat"), Some(4)).await.unwrap().progress, "Some(4)");
+    assert_eq!(c.remove(&id("chat"), None).await.unwrap().progress, "None");
+    assert_eq!(c.rollback(&id("chat")).await.unwrap().verb, "rollback");
+    let (revision, read) = c.document(&id("chat")).await.unwrap();
+    let there = Fake::default().document(&id("chat")).await.unwrap();
+    assert_eq!((revision, keys(&read).unwrap()), (there.0, keys(&there.1).unwrap()));
+    // What was there and is not there any more goes, too, and the answer is about the revision that was read.
+    let request = ReloadRequest {
+        declared: Some((spec, document.clone())),
+        strategy: Some(Strategy::Rolling),
+        deadline: Some(Duration::from_secs(9)),
+        on_deadline: Some(OnDeadline::Force),
+        ..ReloadRequest::default()
+    };
+    let progress = c.reload(&id("chat"), request).await.unwrap().progress;
+    assert_eq!(progress, format!("{:?} Some(3) Some(Rolling) Some(9s) Some(Force)", Some(&document)));
+    let plain = c.reload(&id("chat"), ReloadRequest::default()).await.unwrap().progress;
+    assert_eq!(plain, "None None None None None");
+    assert_eq!(c.reload_config().await.unwrap().unchanged, ["chat"]);
+    let other = PoolSpec { id: PoolIdText::parse("other").unwrap(), ..serde_json::from_str(table).unwrap() };
+    let document = serde_json::to_string(&other).unwrap();
+    let declared = Declared { spec: other.check(&Defaults::default()).unwrap(), document, ..declared };
+    assert_eq!(c.declare(declared, None).await, Err(ControlError::PoolInFile("other".into())));
 }
 
 #[tokio::test]

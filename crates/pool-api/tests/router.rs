@@ -28,6 +28,12 @@ const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/pools/chat?wait_for_snapshot=3&wait_ms=99999999"),
     ("GET", "/v1/pools/chat/health"),
     ("PUT", "/v1/pools/chat?dry_run=true"),
+    ("PUT", "/v1/pools/chat"),
+    ("DELETE", "/v1/pools/chat"),
+    ("GET", "/v1/pools/chat/spec"),
+    ("POST", "/v1/pools/chat/reload"),
+    ("POST", "/v1/pools/chat/rollback"),
+    ("POST", "/v1/config/reload"),
     ("POST", "/v1/plan"),
     ("POST", "/v1/placements"),
     ("POST", "/v1/pools/chat/preload"),
@@ -84,7 +90,7 @@ async fn every_route_answers() {
     for (method, path) in ROUTES {
         let body = match *path {
             "/v1/plan" => r#"{"pool":"chat"}"#,
-            path if *method == "PUT" && path.ends_with("dry_run=true") => r#"{"model":"stub:a","engine":"stub"}"#,
+            _ if *method == "PUT" => r#"{"model":"stub:a","engine":"stub"}"#,
             _ => "",
         };
         let mut request = request(method, path);
@@ -105,6 +111,8 @@ async fn every_error_has_its_status_and_code() {
         (ControlError::LeaseNotFound("x".into()), 404, "LEASE_NOT_FOUND"),
         (ControlError::DeviceNotFound("x".into()), 404, "DEVICE_NOT_FOUND"),
         (ControlError::Conflict("busy".into()), 409, "CONFLICT"),
+        (ControlError::PoolInFile("chat".into()), 409, "POOL_IN_FILE"),
+        (ControlError::Refused { code: "DOES_NOT_FIT".into(), detail: "d".into() }, 422, "DOES_NOT_FIT"),
         (ControlError::Saturated { retry_after: Duration::from_millis(6001) }, 429, "POOL_SATURATED"),
         (ControlError::unready("starting"), 503, "POOL_UNREADY"),
         (ControlError::Draining, 503, "POOL_DRAINING"),
@@ -115,7 +123,7 @@ async fn every_error_has_its_status_and_code() {
     ];
     for (error, status, code) in cases {
         let fake = || Fake { error: Some(error.clone()), ..Fake::default() };
-        for verb in ["preload", "drain", "resume", "stop", "breaker/reset", "leases"] {
+        for verb in ["preload", "drain", "resume", "stop", "reload", "rollback", "breaker/reset", "leases"] {
             let response = send(fake(), request("POST", &format!("/v1/pools/chat/{verb}"))).await;
             let wait = response.headers().get(header::RETRY_AFTER).cloned();
             let (s, p) = problem(response).await;
@@ -377,4 +385,88 @@ async fn plans_and_placements() {
     assert_eq!(ask("PUT", "/v1/pools/new?dry_run=true", r#"{"id":"other","model":"stub:a"}"#).await.0, 400);
     let (status, placed) = ask("POST", "/v1/placements", r#"{"model":"chat","prefer_replica":"chat/r1"}"#).await;
     assert_eq!((status, &placed[0]["serves"], &placed[0]["replica_id"]), (200, &true.into(), &"r1".into()));
+}
+
+async fn ask_if(tag: &str, method: &str, path: &str, body: &'static str) -> (u16, Value) {
+    let mut request = post(path, "application/json", body);
+    *request.method_mut() = method.parse().unwrap();
+    request.headers_mut().insert(header::IF_MATCH, tag.parse().unwrap());
+    let response = send(Fake::default(), request).await;
+    (response.status().as_u16(), json(response).await)
+}
+
+#[tokio::test]
+async fn a_pool_is_declared_by_its_keys_and_a_revision() {
+    let body = r#"{"slots":2,"model":"stub:a","engine":"stub"}"#;
+    let (status, op) = ask_if("\"7\"", "PUT", "/v1/pools/chat", body).await;
+    assert_eq!((status, op["verb"].as_str()), (202, Some("declare")));
+    let document = r#"{"id":"chat","model":"stub:a","engine":"stub","slots":2}"#;
+    assert_eq!(op["progress"], format!("Api Some(7) {document}"));
+    let (_, op) = ask_if("8", "DELETE", "/v1/pools/chat", "").await;
+    assert_eq!((op["verb"].as_str(), op["progress"].as_str()), (Some("remove"), Some("Some(8)")));
+    let read = send(Fake::default(), request("GET", "/v1/pools/chat")).await;
+    assert_eq!(read.headers()[header::ETAG], "\"1\"");
+    let spec = send(Fake::default(), request("GET", "/v1/pools/chat/spec")).await;
+    assert_eq!(spec.headers()[header::ETAG], "\"3\"");
+    let spec = json(spec).await;
+    assert_eq!((&spec["revision"], &spec["source"], &spec["pool"]["slots"]), (&3.into(), &"file".into(), &2.into()));
+}
+
+#[tokio::test]
+async fn a_reload_is_a_patch_of_what_the_pool_is() {
+    for (tag, body, expected) in [
+        (
+            None,
+            r#"{"new_model_ref":"stub:b","new_engine_version":"9","deadline_ms":5,"strategy":"in_place","on_deadline":"force"}"#,
+            r#"Some("{\"id\":\"chat\",\"model\":\"stub:b\",\"engine\":\"stub\",\"version\":\"9\",\"slots\":2,\"drain\":{\"deadline\":\"5s\"}}") Some(3) Some(InPlace) Some(5ms) Some(Force)"#,
+        ),
+        (
+            Some("2"),
+            r#"{"slots":null,"drain":{"stop_grace":"1s"}}"#,
+            r#"Some("{\"id\":\"chat\",\"model\":\"stub:tiny\",\"engine\":\"stub\",\"drain\":{\"deadline\":\"5s\",\"stop_grace\":\"1s\"}}") Some(2) None None None"#,
+        ),
+        (None, r#"{"strategy":"overlap"}"#, "None None Some(Overlap) None None"),
+    ] {
+        let path = "/v1/pools/chat/reload";
+        let (status, op) = match tag {
+            Some(tag) => ask_if(tag, "POST", path, body).await,
+            None => ask("POST", path, body).await,
+        };
+        assert_eq!((status, op["progress"].as_str().unwrap()), (202, expected), "{body}");
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_declared_has_a_code_and_a_hint() {
+    for (method, path, body, status, code) in [
+        ("PUT", "chat", r#"{"id":"other","model":"stub:a","engine":"stub"}"#, 400, "INVALID_PARAMS"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"stub","slotz":1}"#, 400, "INVALID_PARAMS"),
+        ("PUT", "chat", r#"{"engine":"stub"}"#, 400, "INVALID_PARAMS"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"stub","slots":0}"#, 400, "INVALID_PARAMS"),
+        ("PUT", "chat", r#"{"model":"http://169.254.169.254/","engine":"stub"}"#, 422, "MODEL_REF_INVALID"),
+        ("PUT", "chat", r#"{"model":"stub:a"}"#, 422, "MODEL_REF_INVALID"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"../x"}"#, 422, "ENGINE_UNKNOWN"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"stub","devices":"0,0"}"#, 422, "MASK_INVALID"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"stub","devices":["0"],"replicas":2}"#, 422, "MASK_INVALID"),
+        ("PUT", "chat", r#"{"model":"stub:a","engine":"stub","tensor_split":"x"}"#, 422, "SPLIT_INVALID"),
+        ("PUT", "chat?dry_run=perhaps", "{}", 400, "INVALID_PARAMS"),
+        ("PUT", "other", r#"{"model":"stub:a","engine":"stub"}"#, 409, "POOL_IN_FILE"),
+        ("POST", "chat/reload", r#"{"new_model_ref":"nonsense://x"}"#, 422, "MODEL_REF_INVALID"),
+        ("POST", "chat/reload", r#"{"new_model_ref":"stub:a","model":"stub:a"}"#, 400, "INVALID_PARAMS"),
+        ("POST", "chat/reload", r#"{"id":"other"}"#, 400, "INVALID_PARAMS"),
+        ("POST", "chat/reload", r#"{"model":null}"#, 400, "INVALID_PARAMS"),
+        ("POST", "chat/reload", r#"{"deadline_ms":0}"#, 400, "INVALID_PARAMS"),
+        ("POST", "chat/reload", r#"{"deadline_ms":99999999999}"#, 400, "INVALID_PARAMS"),
+        ("POST", "chat/reload", r#"{"strategy":"magic"}"#, 400, "INVALID_PARAMS"),
+        ("POST", "none/reload", r#"{"slots":1}"#, 404, "POOL_NOT_FOUND"),
+        ("DELETE", "none", "", 404, "POOL_NOT_FOUND"),
+    ] {
+        let (given, p) = ask(method, &format!("/v1/pools/{path}"), body).await;
+        assert_eq!((given, p["code"].as_str()), (status, Some(code)), "{method} {path} {body}: {p}");
+        assert!(status != 422 || p["hint"].is_string(), "{p}");
+    }
+    for tag in ["*", "W/\"1\"", "\"-1\"", "\"1\", \"2\""] {
+        let (status, p) = ask_if(tag, "DELETE", "/v1/pools/chat", "").await;
+        assert_eq!((status, p["code"].as_str()), (400, Some("INVALID_PARAMS")), "{tag}: {p}");
+    }
 }

@@ -6,8 +6,9 @@ use std::time::Duration;
 use pool_api::spec::{Defaults, PoolSpec};
 use pool_domain::isolation::{Isolation, RunAs, UserName};
 use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::rollout::Strategy;
 use pool_domain::{DeviceMask, ModelRef};
-use pool_services::{Activation, Workload};
+use pool_services::{Activation, ReloadPolicy, Workload};
 
 const DEFAULTS: Defaults = Defaults { activation: Activation::OnDemand };
 
@@ -64,8 +65,10 @@ deadline = "0s"
 on_deadline = "abort"
 stop_grace = "3s"
 [pool.reload]
-strategy = "auto"
-on_deadline = "abort"
+strategy = "rolling"
+deadline = "2m"
+on_deadline = "force"
+probation = "0s"
 [pool.isolation]
 "#;
 
@@ -77,6 +80,7 @@ fn the_shortest_pool() {
     assert_eq!((p.devices, p.vram, p.context), (vec![DeviceMask::Auto], None, None));
     assert_eq!((p.policy, p.on_deadline), (Policy::default(), OnDeadline::Force));
     assert_eq!(p.model, ModelRef::File("/m/a.gguf".into()));
+    assert_eq!((p.reload, p.idle_ttl, p.pin), (ReloadPolicy::default(), None, false));
 }
 
 #[test]
@@ -92,6 +96,10 @@ fn the_longest_pool_in_toml_and_json() {
     assert_eq!((p.policy.health.timeout, p.policy.health.failures), (Duration::from_millis(500), 2));
     assert_eq!((p.policy.stop.grace, p.policy.start.max), (Duration::from_secs(3), Duration::from_secs(120)));
     assert_eq!(p.policy.breaker.close_after(), Duration::from_secs(120));
+    assert_eq!((p.idle_ttl, p.pin), (Some(Duration::from_secs(600)), false));
+    let (strategy, on_deadline) = (Strategy::Rolling, OnDeadline::Force);
+    let (deadline, probation) = (Duration::from_secs(120), Duration::ZERO);
+    assert_eq!(p.reload, ReloadPolicy { strategy, deadline, on_deadline, probation });
 }
 
 #[test]
@@ -167,8 +175,10 @@ fn what_cannot_be_names_its_field() {
         ("[pool.health]\ninterval = \"0s\"", "health.interval"),
         ("[pool.health]\nstartup_max = \"1s\"", "health.startup_max"),
         ("[pool.health]\nbusy_stall = \"0s\"", "health.busy_stall"),
-        ("[pool.reload]\nstrategy = \"rolling\"", "reload.strategy"),
-        ("[pool.reload]\nprobation = \"1s\"", "reload.probation"),
+        (r#"idle_ttl = "0s""#, "idle_ttl"),
+        ("[pool.reload]\ndeadline = \"0s\"", "reload.deadline"),
+        ("[pool.reload]\ndeadline = \"25h\"", "reload.deadline"),
+        ("[pool.reload]\nprobation = \"25h\"", "reload.probation"),
         ("[pool.isolation]\nnofile = 5", "isolation.nofile"),
         ("[pool.isolation]\nnofile = 2000000", "isolation.nofile"),
         ("[pool.isolation]\nmemory_max = \"1 MiB\"", "isolation.memory_max"),

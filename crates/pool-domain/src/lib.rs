@@ -22,6 +22,7 @@ pub mod mask;
 pub mod model;
 pub mod plan;
 pub mod rank;
+pub mod reconcile;
 pub mod reserve;
 pub mod rollout;
 pub mod split;

@@ -28,10 +28,10 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
         events_lost: 0,
     };
     print(&tables::devices(&node))?;
-    compose::check_masks(&config, &inventory)?;
+    compose::check_masks(&config, &inventory.devices)?;
     let (mut problems, promised) = (Vec::new(), BTreeMap::new());
     let (models, provisioner) = (compose::models(&config), compose::provisioner(&config)?);
-    for (i, pool) in config.pools.iter().enumerate() {
+    for (i, pool) in config.specs().enumerate() {
         let external = provisioner.external(pool);
         let mut needs = String::new();
         if external.is_none() {

@@ -59,6 +59,29 @@ pub enum Command {
     Resume(VerbArgs),
     /// Stop a pool at once, and hold it
     Stop(VerbArgs),
+    /// Give a pool another model, engine version or strategy: the new one serves in the end, or the old one as it was
+    Reload {
+        /// Which pool
+        #[command(flatten)]
+        verb: VerbArgs,
+        /// The new model
+        #[arg(long, value_name = "REF")]
+        model: Option<String>,
+        /// The engine version that it must be from now on
+        #[arg(long, value_name = "VERSION")]
+        engine_version: Option<String>,
+        /// How engines are replaced; by default what the pool says
+        #[arg(long, value_enum, value_name = "HOW")]
+        strategy: Option<Strategy>,
+        /// Time for all of it, such as 5m; by default what the pool says
+        #[arg(long, value_name = "TIME", value_parser = duration)]
+        deadline: Option<Duration>,
+        /// What happens after that
+        #[arg(long, value_enum, value_name = "WHAT")]
+        on_deadline: Option<OnDeadline>,
+    },
+    /// Go back to what a pool was before its last reload
+    Rollback(VerbArgs),
     /// The circuit breaker of a pool
     Breaker {
         /// What to do with it
@@ -89,12 +112,26 @@ pub enum BreakerCommand {
     Reset(VerbArgs),
 }
 
-/// What happens to leases that outlive a drain.
+/// How a reload replaces engines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Strategy {
+    /// The best that fits
+    Auto,
+    /// Stop the old, start the new
+    InPlace,
+    /// Start the new beside the old, then stop the old
+    Overlap,
+    /// Replica by replica
+    Rolling,
+}
+
+/// What happens at a deadline, to leases that outlive a drain or to a reload that is not done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnDeadline {
-    /// They are revoked
+    /// Leases are revoked
     Force,
-    /// The drain is given up
+    /// The drain or reload is given up
     Abort,
 }
 
@@ -228,6 +265,8 @@ mod tests {
             "breaker reset chat",
             "unfence 0",
             "stop chat --no-wait",
+            "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",
+            "rollback chat --json",
             "completions bash",
         ] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");

@@ -4,13 +4,14 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use pool_api::client::HttpControl;
-use pool_api::dto::OperationView;
+use pool_api::dto::{OperationView, ReloadBody};
+use pool_api::spec::StrategyText;
 use pool_domain::PoolId;
 use pool_domain::lifecycle;
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 use serde::Serialize;
 
-use crate::cli::{ClientArgs, OnDeadline, VerbArgs};
+use crate::cli::{ClientArgs, OnDeadline, Strategy, VerbArgs};
 use crate::exit::{BUG, Exit, REFUSED, USAGE, print};
 use crate::tables;
 
@@ -18,7 +19,7 @@ use crate::tables;
 const LOOK: Duration = Duration::from_secs(2);
 
 /// A verb on a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Verb {
     /// Start every engine.
     Preload,
@@ -33,6 +34,45 @@ pub enum Verb {
     Resume,
     /// Stop at once, hold.
     Stop,
+    /// Another form.
+    Reload(Box<ReloadBody>),
+    /// Back to the form before.
+    Rollback,
+}
+
+impl Verb {
+    /// A reload as it is asked for on the command line.
+    #[must_use]
+    pub fn reload(
+        model: Option<String>,
+        engine_version: Option<String>,
+        strategy: Option<Strategy>,
+        deadline: Option<Duration>,
+        on_deadline: Option<OnDeadline>,
+    ) -> Self {
+        Self::Reload(Box::new(ReloadBody {
+            new_model_ref: model,
+            new_engine_version: engine_version,
+            deadline_ms: deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            on_deadline: on_deadline.map(|d| lifecycle::OnDeadline::from(d).into()),
+            strategy: strategy.map(|s| match s {
+                Strategy::Auto => StrategyText::Auto,
+                Strategy::InPlace => StrategyText::InPlace,
+                Strategy::Overlap => StrategyText::Overlap,
+                Strategy::Rolling => StrategyText::Rolling,
+            }),
+            ..ReloadBody::default()
+        }))
+    }
+}
+
+impl From<OnDeadline> for lifecycle::OnDeadline {
+    fn from(d: OnDeadline) -> Self {
+        match d {
+            OnDeadline::Force => Self::Force,
+            OnDeadline::Abort => Self::Abort,
+        }
+    }
 }
 
 fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
@@ -86,7 +126,7 @@ pub async fn status(pool: Option<&str>, args: &ClientArgs) -> Result<(), Exit> {
     print(&text)
 }
 
-/// `preload`, `drain`, `resume`, `stop`
+/// `preload`, `drain`, `resume`, `stop`, `reload`, `rollback`
 ///
 /// # Errors
 /// When the daemon refuses, or the work fails.
@@ -98,12 +138,10 @@ pub async fn verb(verb: Verb, args: &VerbArgs) -> Result<(), Exit> {
         Verb::Resume => control.resume(&id).await,
         Verb::Stop => control.stop(&id).await,
         Verb::Drain { deadline, on_deadline } => {
-            let on_deadline = on_deadline.map(|d| match d {
-                OnDeadline::Force => lifecycle::OnDeadline::Force,
-                OnDeadline::Abort => lifecycle::OnDeadline::Abort,
-            });
-            control.drain(&id, DrainOptions { deadline, on_deadline }).await
+            control.drain(&id, DrainOptions { deadline, on_deadline: on_deadline.map(Into::into) }).await
         }
+        Verb::Reload(body) => control.reload_by(&id, &body, None).await,
+        Verb::Rollback => control.rollback(&id).await,
     };
     let mut operation = begun.map_err(refused)?;
     if !args.no_wait {

@@ -12,13 +12,15 @@ use engine_host::{
 use gpu_nvml::{NvmlError, NvmlGpus};
 use gpu_sim::SimulatedGpus;
 use model_store::LocalModels;
-use pool_services::ports::{GpuProbe, Inventory};
+use pool_domain::DeviceSnapshot;
+use pool_services::ports::GpuProbe;
 use pool_services::{BuildError, Event, PoolManager};
 use state_dir::{StateDir, StateDirError};
 use tokio::sync::mpsc;
 
 use crate::config::{Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, OnExit};
 use crate::exit::{BUG, CONFIG, Exit, IN_USE, NO_GPU};
+use crate::restore;
 
 /// Most bytes of one engine's log, and again of the part before.
 const LOG_MAX_BYTES: u64 = 16 * 1024 * 1024;
@@ -97,15 +99,15 @@ async fn open_nvml(wait: Option<Duration>) -> Result<Arc<dyn GpuProbe>, Exit> {
 /// Checks that every mask names devices of this node.
 ///
 /// # Errors
-/// Exit 78 at the first that does not.
-pub fn check_masks(config: &Config, inventory: &Inventory) -> Result<(), Exit> {
-    for (i, pool) in config.pools.iter().enumerate() {
+/// The first that does not.
+pub fn check_masks(config: &Config, devices: &[DeviceSnapshot]) -> Result<(), ConfigError> {
+    for (i, pool) in config.specs().enumerate() {
         for mask in &pool.devices {
-            if let Err(e) = mask.validate_against_discovered(&inventory.devices) {
-                return Err(Exit::from(config.pool_error(i, "devices", e.to_string()).hinting(format!(
+            if let Err(e) = mask.validate_against_discovered(devices) {
+                return Err(config.pool_error(i, "devices", e.to_string()).hinting(format!(
                     "`pool-managerd check` lists the devices of this node; pool `{}` can also use \"auto\"",
                     pool.id
-                ))));
+                )));
             }
         }
     }
@@ -123,10 +125,10 @@ fn shim() -> Result<ShimCommand, Exit> {
 /// Checks that engines can be kept from what the pools say they are to be kept from.
 ///
 /// # Errors
-/// Exit 78 at the first that cannot.
-pub fn check_isolation(config: &Config) -> Result<(), Exit> {
-    for (i, pool) in config.pools.iter().enumerate() {
-        engine_host::can_keep(&pool.isolation).map_err(|unkept| Exit::from(unkept_error(config, i, &unkept)))?;
+/// The first that cannot.
+pub fn check_isolation(config: &Config) -> Result<(), ConfigError> {
+    for (i, pool) in config.specs().enumerate() {
+        engine_host::can_keep(&pool.isolation).map_err(|unkept| unkept_error(config, i, &unkept))?;
     }
     Ok(())
 }
@@ -188,6 +190,7 @@ pub async fn start(
         lock_dir: state.lock_dir(),
         outlive: config.node.on_exit != OnExit::Bound,
     };
+    let pools = restore::pools(config, &state).await;
     PoolManager::builder()
         .gpu(gpus)
         .models(Arc::new(models(config)))
@@ -197,7 +200,7 @@ pub async fn start(
         .ledger(Arc::new(state))
         .engine_ports(config.node.engine_ports.clone())
         .engine_listen(config.node.engine_listen)
-        .pools(config.pools.clone())
+        .declared(pools)
         .seed(RandomState::new().hash_one(std::process::id()))
         .boot_ms(boot_ms())
         .max_lease_ttl(config.node.max_lease_ttl)

@@ -13,6 +13,8 @@ mod late;
 pub mod logging;
 mod notify;
 pub mod plan_command;
+mod reread;
+mod restore;
 pub mod serve;
 pub mod tables;
 mod tell;

@@ -65,6 +65,11 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         }
         Command::Resume(args) => commands::verb(Verb::Resume, &args).await,
         Command::Stop(args) => commands::verb(Verb::Stop, &args).await,
+        Command::Reload { verb, model, engine_version, strategy, deadline, on_deadline } => {
+            let reload = Verb::reload(model, engine_version, strategy, deadline, on_deadline);
+            commands::verb(reload, &verb).await
+        }
+        Command::Rollback(args) => commands::verb(Verb::Rollback, &args).await,
         Command::Breaker { command: BreakerCommand::Reset(args) } => commands::reset_breaker(&args).await,
         Command::Unfence { device, client } => commands::unfence(&device, &client).await,
         Command::Openapi | Command::Completions { .. } => Ok(()),

@@ -19,7 +19,7 @@ use crate::{compose, tables};
 pub async fn plan(args: PlanArgs) -> Result<(), Exit> {
     let overrides = Overrides { models: vec![args.model], ..Overrides::default() };
     let config = config::load(args.config.config.as_deref(), &overrides)?;
-    let Some(pool) = config.pools.last() else { return Err(Exit::new(USAGE, "there is nothing to plan")) };
+    let Some(pool) = config.specs().last() else { return Err(Exit::new(USAGE, "there is nothing to plan")) };
     let body = PlanBody {
         pool: None,
         model: Some(pool.model.to_string()),

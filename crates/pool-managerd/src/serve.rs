@@ -10,12 +10,14 @@ use pool_api::server::{AppState, Flags, LocalAddr, NodeInfo, router};
 use pool_services::PoolManager;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Config, OnExit};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
+use crate::reread::{LateConfig, Rereader};
 use crate::{compose, logging, notify, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
@@ -52,10 +54,10 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         }
     };
     let inventory = gpus.inventory().borrow().clone();
-    compose::check_masks(&config, &inventory)?;
+    compose::check_masks(&config, &inventory.devices)?;
     compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
-    let told = tokio::spawn(tell::run(events, config.pools.clone(), Arc::clone(&app.state.metrics), config.node.log));
+    let told = tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), config.node.log));
     app.late.set(manager.clone());
     app.state.flags.set_started();
     app.state.flags.set_accepting(true);
@@ -63,6 +65,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         tracing::warn!("the GPUs are SIMULATED: nothing computes on them");
     }
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
+    let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups));
+    let rereader = tokio::spawn(rereader.run());
     notify::ready(config.pools.len(), inventory.devices.len());
     let watchdog = CancellationToken::new();
     tokio::spawn(notify::watch(manager.clone(), watchdog.clone()));
@@ -75,6 +79,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let deadline = config.node.shutdown_deadline;
     tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
     app.state.flags.set_accepting(false);
+    rereader.abort();
     watchdog.cancel();
     notify::stopping(deadline + GOODBYE);
     let in_time = tokio::select! {
@@ -119,10 +124,11 @@ async fn bind(config: &Config) -> Result<(TcpListener, SocketAddr), Exit> {
 struct App {
     state: Arc<AppState>,
     late: Arc<LateControl>,
+    config: Arc<LateConfig>,
 }
 
 fn app(config: &Config) -> App {
-    let late = Arc::new(LateControl::default());
+    let (late, reread) = (Arc::new(LateControl::default()), Arc::new(LateConfig::default()));
     let state = Arc::new(AppState {
         control: Arc::clone(&late) as Arc<_>,
         info: NodeInfo {
@@ -130,11 +136,13 @@ fn app(config: &Config) -> App {
             profile: config.node.profile.code().to_owned(),
             hosts: config.node.hosts.clone(),
             origins: config.node.origins.clone(),
+            defaults: config.defaults(),
         },
+        config: Some(Arc::clone(&reread) as _),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(Flags::default()),
     });
-    App { state, late }
+    App { state, late, config: reread }
 }
 
 async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: CancellationToken) {
@@ -156,6 +164,8 @@ struct Signals {
     term: Signal,
     int: Signal,
     hangup: Signal,
+    /// Rung by each that asks for the config to be read again.
+    hangups: Arc<Notify>,
     /// Whether it was started from a terminal. When SIGHUP tells that the terminal is gone, it is too late to ask.
     terminal: bool,
 }
@@ -167,6 +177,7 @@ impl Signals {
             term: on(SignalKind::terminate())?,
             int: on(SignalKind::interrupt())?,
             hangup: on(SignalKind::hangup())?,
+            hangups: Arc::new(Notify::new()),
             terminal: File::open("/dev/tty").is_ok(),
         })
     }
@@ -175,6 +186,7 @@ impl Signals {
     async fn stop(&mut self) -> &'static str {
         loop {
             tokio::select! {
+                biased;
                 _ = self.term.recv() => return "SIGTERM",
                 _ = self.int.recv() => return "SIGINT",
                 _ = self.hangup.recv() => {
@@ -182,7 +194,7 @@ impl Signals {
                     if self.terminal {
                         return "SIGHUP";
                     }
-                    tracing::warn!("reloading the config is not supported yet: restart the daemon");
+                    self.hangups.notify_one();
                 }
             }
         }

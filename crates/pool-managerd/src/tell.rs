@@ -1,26 +1,18 @@
 //! Events become log lines and metrics. One event is the source of both, so they cannot disagree.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use pool_api::metrics::Metrics;
-use pool_domain::PoolId;
-use pool_services::{Event, EventKind, PoolSpec};
+use pool_services::{Event, EventKind, PoolSpec, Specs};
 use tokio::sync::mpsc;
 
 use crate::config::LogFormat;
 
 /// Takes events until there are no more.
-pub(crate) async fn run(
-    mut events: mpsc::Receiver<Event>,
-    pools: Vec<PoolSpec>,
-    metrics: Arc<Metrics>,
-    format: LogFormat,
-) {
-    let pools: HashMap<PoolId, PoolSpec> = pools.into_iter().map(|p| (p.id.clone(), p)).collect();
+pub(crate) async fn run(mut events: mpsc::Receiver<Event>, pools: Specs, metrics: Arc<Metrics>, format: LogFormat) {
     while let Some(event) = events.recv().await {
         metrics.observe(&event);
-        log(&event, pools.get(&event.key.pool), format);
+        log(&event, pools.of(&event.key.pool).as_deref(), format);
     }
 }
 

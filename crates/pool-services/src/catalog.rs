@@ -219,6 +219,7 @@ async fn erase(node: &Node, id: &PoolId) {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "so that it fits `map_err`")]
 fn unwritten(error: LedgerError) -> ControlError {
     ControlError::Unreachable(format!("{error}, so nothing was changed: {}", error.source))
 }

@@ -35,8 +35,8 @@ pub use control::{ControlError, DrainOptions, Operation, OperationState, PoolCon
 pub use declared::{Declared, Restored, Source};
 pub use events::{Event, EventKind};
 pub use lease::{Lease, LeaseRequest};
-pub use manager::PoolManager;
+pub use manager::{PoolManager, Specs};
 pub use planning::{Placed, PlanReport};
 pub use registry::Registry;
 pub use snapshot::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
-pub use spec::{Activation, PoolSpec, ReloadPolicy, Workload};
+pub use spec::{Activation, Clash, PoolSpec, ReloadPolicy, Workload};

@@ -1,7 +1,7 @@
 //! The facade: the verbs over drivers, conductors and the steward.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -156,16 +156,18 @@ impl PoolManager {
         operation
     }
 
-    /// Whether a pool could be: its name is its own, its engine takes its arguments, its model is there, its masks can
-    /// be, and it would fit if nobody else was there.
-    ///
-    /// # Errors
-    /// With the code of what cannot be.
-    pub async fn vet(&self, spec: &PoolSpec, source: &Source) -> Result<(), ControlError> {
+    /// Whether somebody over the API may have this pool: its name is its own, its engine takes its arguments (of which it
+    /// may have had some before), its model is there, its masks can be, and it would fit if nobody else was there.
+    async fn vet(&self, spec: &PoolSpec, source: &Source, had: &[String]) -> Result<(), ControlError> {
         let provisioner = &*self.inner.ports.provisioner;
         change::clash(&self.table(), |_| false, spec, source, provisioner)?;
+        if spec.args == had {
+            self.admits(spec)?;
+        } else {
+            provisioner.admits_from_api(spec).map_err(planning::not_admitted)?;
+        }
         if provisioner.external(spec).is_some() {
-            return planning::admitted(spec, provisioner);
+            return Ok(());
         }
         let report = self.plan(PlanRequest::Spec(Box::new(spec.clone()))).await?;
         if report.fits || report.waiting_helps {
@@ -173,6 +175,22 @@ impl PoolManager {
         }
         let remedies = report.remedies.iter().map(|r| format!("; {r}")).collect::<String>();
         Err(ControlError::Refused { code: "DOES_NOT_FIT".into(), detail: report.reason + &remedies })
+    }
+
+    /// The catalog says the last word; this says it before anything else is found wrong.
+    fn refuse_of_file(&self, id: &PoolId) -> Result<(), ControlError> {
+        match self.handle(id).map(|handle| handle.roster().standing.source.code()) {
+            Ok("file") => Err(ControlError::PoolInFile(id.to_string())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the engine of a spec is there and may be given its arguments.
+    ///
+    /// # Errors
+    /// With the code of what cannot be.
+    pub fn admits(&self, spec: &PoolSpec) -> Result<(), ControlError> {
+        planning::admitted(spec, &*self.inner.ports.provisioner)
     }
 
     /// Drains a pool of the file and forgets it, because the file has it no more.
@@ -188,6 +206,12 @@ impl PoolManager {
     #[must_use]
     pub fn sources(&self) -> BTreeMap<PoolId, Source> {
         self.table().iter().map(|(id, handle)| (id.clone(), handle.roster().standing.source.clone())).collect()
+    }
+
+    /// The specs as they are now, for whoever must not keep the manager.
+    #[must_use]
+    pub fn specs(&self) -> Specs {
+        Specs(Arc::downgrade(&self.inner))
     }
 
     async fn change(&self, handle: &PoolHandle, reload: Change) -> Result<Operation, ControlError> {
@@ -222,6 +246,18 @@ impl PoolManager {
     #[must_use]
     pub fn events_lost(&self) -> u64 {
         self.inner.events.lost()
+    }
+}
+
+/// The specs of a manager's pools, as long as there is one.
+#[derive(Debug, Clone)]
+pub struct Specs(Weak<Inner>);
+
+impl Specs {
+    /// What a pool is now.
+    #[must_use]
+    pub fn of(&self, pool: &PoolId) -> Option<Arc<PoolSpec>> {
+        Some(self.0.upgrade()?.table.borrow().get(pool)?.spec())
     }
 }
 
@@ -283,7 +319,8 @@ impl PoolControl for PoolManager {
         let (spec, document, source) = (declared.spec.clone(), declared.document.clone(), declared.source.clone());
         // A pool of the file may come before its model does, as when the daemon starts.
         if source == Source::Api {
-            self.vet(&spec, &source).await?;
+            self.refuse_of_file(&spec.id)?;
+            self.vet(&spec, &source, &[]).await?;
         }
         let ordered = self.order(|answer| Order::Declare { declared: Box::new(declared), if_match, answer }).await?;
         match ordered? {
@@ -309,7 +346,8 @@ impl PoolControl for PoolManager {
                     spec.id
                 )));
             }
-            self.vet(spec, &handle.roster().standing.source.clone()).await?;
+            let (source, had) = (handle.roster().standing.source.clone(), handle.spec());
+            self.vet(spec, &source, &had.args).await?;
         }
         self.change(&handle, Change { request, source: None }).await
     }

@@ -89,10 +89,15 @@ pub(crate) async fn demand(
 
 /// Whether there is such an engine, and whether it may be given the spec's arguments.
 pub(crate) fn admitted(spec: &PoolSpec, provisioner: &dyn EngineProvisioner) -> Result<(), ControlError> {
-    provisioner.admits(spec).map_err(|e| match e {
+    provisioner.admits(spec).map_err(not_admitted)
+}
+
+/// Why it is not, with its code.
+pub(crate) fn not_admitted(why: NotAdmitted) -> ControlError {
+    match why {
         NotAdmitted::Engine(why) => refused("ENGINE_UNKNOWN", why),
         NotAdmitted::Argument(why) => refused("ARG_DENIED", why),
-    })
+    }
 }
 
 /// Plans one engine of the spec on the mask of its first replica.

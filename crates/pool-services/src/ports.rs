@@ -201,6 +201,10 @@ pub trait EngineProvisioner: fmt::Debug + Send + Sync {
     fn external(&self, spec: &PoolSpec) -> Option<SocketAddr>;
     /// Whether there is such an engine and whether it may be given the spec's arguments. Asks no program.
     fn admits(&self, spec: &PoolSpec) -> Result<(), NotAdmitted>;
+    /// The same for one that is declared over the API, which may be given fewer.
+    fn admits_from_api(&self, spec: &PoolSpec) -> Result<(), NotAdmitted> {
+        self.admits(spec)
+    }
     /// How the memory of the spec's engine is known.
     fn memory(&self, spec: &PoolSpec) -> EngineMemory;
     /// Plans the launch. Never spawns an engine.

@@ -9,6 +9,7 @@ use pool_domain::lifecycle::{OnDeadline, Policy};
 use pool_domain::plan::Split;
 use pool_domain::rollout::Strategy;
 use pool_domain::{DeviceMask, EngineName, ModelRef, PoolId};
+use thiserror::Error;
 
 /// What an engine is for; it decides what "prove" means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +117,17 @@ pub struct PoolSpec {
     pub reload: ReloadPolicy,
 }
 
+/// Why two pools cannot stand beside each other.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Clash {
+    /// A name would mean both.
+    #[error("`{0}` would be the name of a pool and an alias of another")]
+    Name(PoolId),
+    /// One engine would serve both.
+    #[error("the engine at port {} would be of two pools", .0.port())]
+    Endpoint(SocketAddr),
+}
+
 impl PoolSpec {
     /// What of it decides which engine runs with which arguments for the given replica, as text: an engine that was made
     /// from another one is not what this asks for. Numbers of the lifecycle do not count.
@@ -139,13 +151,13 @@ impl PoolSpec {
         &self,
         other: &Self,
         endpoints: impl FnOnce() -> (Option<SocketAddr>, Option<SocketAddr>),
-    ) -> Option<String> {
+    ) -> Option<Clash> {
         let named = |a: &Self, b: &Self| b.aliases.iter().any(|alias| alias == a.id.as_str()).then(|| a.id.clone());
         if let Some(name) = named(self, other).or_else(|| named(other, self)) {
-            return Some(format!("`{name}` would be the name of a pool and an alias of another"));
+            return Some(Clash::Name(name));
         }
         match endpoints() {
-            (Some(a), Some(b)) if a == b => Some(format!("the engine at port {} would be of two pools", a.port())),
+            (Some(a), Some(b)) if a == b => Some(Clash::Endpoint(a)),
             _ => None,
         }
     }

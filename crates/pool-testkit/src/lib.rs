@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use pool_domain::PoolId;
 use pool_services::events::Event;
-use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec};
+use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec, Restored};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -73,6 +73,18 @@ impl FakeNode {
     /// # Panics
     /// When the pools cannot be managed at all.
     pub async fn manage_at(&self, pools: Vec<PoolSpec>, uptime: Duration) -> (PoolManager, mpsc::Receiver<Event>) {
+        self.manage_declared(pools.into_iter().map(Into::into).collect(), uptime).await
+    }
+
+    /// The same with pools that have a history.
+    ///
+    /// # Panics
+    /// When the pools cannot be managed at all.
+    pub async fn manage_declared(
+        &self,
+        pools: Vec<Restored>,
+        uptime: Duration,
+    ) -> (PoolManager, mpsc::Receiver<Event>) {
         let engines = &self.engines;
         PoolManager::builder()
             .gpu(Arc::clone(&self.gpus) as _)
@@ -81,7 +93,7 @@ impl FakeNode {
             .host(Arc::clone(engines) as _)
             .probe(Arc::clone(engines) as _)
             .ledger(Arc::clone(&self.ledger) as _)
-            .pools(pools)
+            .declared(pools)
             .seed(7)
             .boot_ms(u64::try_from(uptime.max(self.ledger.booted().elapsed()).as_millis()).unwrap_or(u64::MAX))
             .start()

@@ -1,5 +1,6 @@
 //! What is particular to a kind of engine: its flags.
 
+pub(crate) mod allowed;
 pub(crate) mod llama_cpp;
 pub(crate) mod stub;
 

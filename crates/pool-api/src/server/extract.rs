@@ -138,4 +138,11 @@ pub(super) type Answer = Result<Response, Problem>;
 #[serde(deny_unknown_fields)]
 pub(super) struct PutParams {
     pub(super) dry_run: Option<bool>,
+    wait_ms: Option<u64>,
+}
+
+impl PutParams {
+    pub(super) fn wait(&self) -> Option<Duration> {
+        WaitParams { wait_ms: self.wait_ms }.wait()
+    }
 }

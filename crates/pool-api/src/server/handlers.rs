@@ -10,10 +10,11 @@ use axum::response::{IntoResponse, Response};
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 
 use super::AppState;
-use super::extract::{Answer, Body, Id, Params, Pool, PoolParams, PutParams, WaitParams, invalid_params};
+use super::extract::{Answer, Body, Id, Params, Pool, PoolParams, WaitParams, invalid_params};
+use super::specs::etag;
 use crate::dto::{
     DrainBody, EmptyBody, HealthView, NodeView, OperationView, PlacementBody, PlacementView, PlanBody, PlanView,
-    PoolView, Problem, spec_request,
+    PoolView, Problem,
 };
 
 pub(super) type App = State<Arc<AppState>>;
@@ -41,16 +42,12 @@ pub(super) async fn pools(State(s): App) -> Result<Json<Vec<PoolView>>, Problem>
     ("wait_ms" = Option<u64>, Query, description = "But wait no longer; at most ten minutes")), responses(
     (status = 200, body = PoolView),
     (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json")))]
-pub(super) async fn pool(
-    State(s): App,
-    Pool(id): Pool,
-    Params(q): Params<PoolParams>,
-) -> Result<Json<PoolView>, Problem> {
+pub(super) async fn pool(State(s): App, Pool(id): Pool, Params(q): Params<PoolParams>) -> Answer {
     let pool = match q.wait()? {
         Some((after, wait)) => s.control.wait_pool(&id, after, wait).await?,
         None => s.control.pool(&id).await?,
     };
-    Ok(Json((&pool).into()))
+    Ok((etag(pool.revision), Json(PoolView::from(&pool))).into_response())
 }
 
 /// The health of one pool.
@@ -61,7 +58,11 @@ pub(super) async fn pool_health(State(s): App, Pool(id): Pool) -> Result<Json<He
     Ok(Json((&s.control.pool(&id).await?).into()))
 }
 
-async fn answer(control: &dyn PoolControl, op: Result<Operation, ControlError>, wait: Option<Duration>) -> Answer {
+pub(super) async fn answer(
+    control: &dyn PoolControl,
+    op: Result<Operation, ControlError>,
+    wait: Option<Duration>,
+) -> Answer {
     let mut op = op?;
     if let Some(wait) = wait
         && op.state == OperationState::Running
@@ -164,33 +165,6 @@ pub(super) async fn unfence(State(s): App, Id(device): Id, _: Body<EmptyBody>) -
         content_type = "application/problem+json")))]
 pub(super) async fn plan(State(s): App, Body(b): Body<PlanBody>) -> Result<Json<PlanView>, Problem> {
     Ok(Json(s.control.plan(b.request()?).await?.into()))
-}
-
-/// With `dry_run=true`: what would be started where for this pool. Declaring pools over HTTP is not supported yet.
-#[utoipa::path(put, path = "/v1/pools/{id}", tag = "planning",
-    params(("id" = String, Path), ("dry_run" = Option<bool>, Query, description = "Has to be true")), responses(
-    (status = 200, description = "The plan, also where nothing fits", body = PlanView),
-    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
-    (status = 409, description = "CONFLICT: without dry_run", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED", body = Problem,
-        content_type = "application/problem+json")))]
-pub(super) async fn put_pool(
-    State(s): App,
-    Pool(id): Pool,
-    Params(q): Params<PutParams>,
-    Body(mut table): Body<serde_json::Map<String, serde_json::Value>>,
-) -> Result<Json<PlanView>, Problem> {
-    if !q.dry_run.unwrap_or(false) {
-        let why = "pools are declared in the config file; over HTTP only ?dry_run=true is supported yet";
-        return Err(ControlError::Conflict(why.into()).into());
-    }
-    if table.get("id").is_some_and(|given| given.as_str() != Some(id.as_str())) {
-        return Err(invalid_params("`id` in the body is not the one in the path"));
-    }
-    table.insert("id".into(), id.as_str().into());
-    let spec: crate::spec::PoolSpec =
-        serde_json::from_value(table.into()).map_err(|e| invalid_params(format!("the body does not fit: {e}")))?;
-    Ok(Json(s.control.plan(spec_request(spec)?).await?.into()))
 }
 
 /// Every replica, the best for the request first, each with its reason.

@@ -6,6 +6,7 @@ mod handlers;
 mod health;
 mod leases;
 mod openapi;
+mod specs;
 
 use std::any::Any;
 use std::net::SocketAddr;
@@ -24,8 +25,10 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::dto::{Code, Problem};
 use crate::metrics::Metrics;
+use crate::spec::Defaults;
 
 pub use openapi::openapi_json;
+pub use specs::Reconfigure;
 
 /// Largest body that is read.
 pub const MAX_BODY: usize = 64 * 1024;
@@ -43,6 +46,8 @@ pub struct NodeInfo {
     pub hosts: Vec<String>,
     /// Origins that are allowed: `https://name[:port]`.
     pub origins: Vec<String>,
+    /// What pools get when they do not say.
+    pub defaults: Defaults,
 }
 
 /// How far the daemon itself is. Both flags start false.
@@ -80,6 +85,8 @@ pub struct AppState {
     pub control: Arc<dyn PoolControl>,
     /// The node.
     pub info: NodeInfo,
+    /// The config file, where there is one.
+    pub config: Option<Arc<dyn Reconfigure>>,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// How far the daemon is.
@@ -137,7 +144,11 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v2/models/{id}/ready", get(health::model_ready))
         .route("/v1/node", get(handlers::node))
         .route("/v1/pools", get(handlers::pools))
-        .route("/v1/pools/{id}", get(handlers::pool).put(handlers::put_pool))
+        .route("/v1/pools/{id}", get(handlers::pool).put(specs::put_pool).delete(specs::delete_pool))
+        .route("/v1/pools/{id}/spec", get(specs::spec))
+        .route("/v1/pools/{id}/reload", post(specs::reload))
+        .route("/v1/pools/{id}/rollback", post(specs::rollback))
+        .route("/v1/config/reload", post(specs::reload_config))
         .route("/v1/plan", post(handlers::plan))
         .route("/v1/placements", post(handlers::placements))
         .route("/v1/pools/{id}/health", get(handlers::pool_health))

@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{handlers, health, leases};
+use super::{handlers, health, leases, specs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -23,7 +23,12 @@ use super::{handlers, health, leases};
         handlers::pools,
         handlers::pool,
         handlers::pool_health,
-        handlers::put_pool,
+        specs::put_pool,
+        specs::delete_pool,
+        specs::spec,
+        specs::reload,
+        specs::rollback,
+        specs::reload_config,
         handlers::plan,
         handlers::placements,
         handlers::preload,

@@ -23,6 +23,13 @@ pub struct Defaults {
     pub activation: Activation,
 }
 
+impl Default for Defaults {
+    /// Those of a person's machine.
+    fn default() -> Self {
+        Self { activation: Activation::OnDemand }
+    }
+}
+
 /// A pool that is well formed but cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error("{field}: {message}")]

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
+use pool_api::dto::{ConfigReloadView, Problem};
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, NodeInfo};
+use pool_api::server::{AppState, Flags, NodeInfo, Reconfigure};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
@@ -281,6 +282,17 @@ impl PoolControl for Fake {
     }
 }
 
+/// A config file that is as it was.
+#[derive(Debug)]
+pub(crate) struct FakeConfig;
+
+#[async_trait]
+impl Reconfigure for FakeConfig {
+    async fn reload_config(&self) -> Result<ConfigReloadView, Problem> {
+        Ok(ConfigReloadView { unchanged: vec!["chat".into()], ..Default::default() })
+    }
+}
+
 pub(crate) fn state(fake: Fake) -> Arc<AppState> {
     let flags = Flags::default();
     flags.set_started();
@@ -292,7 +304,9 @@ pub(crate) fn state(fake: Fake) -> Arc<AppState> {
             profile: "home".into(),
             hosts: vec!["gpu.lan".into()],
             origins: vec!["https://ui.lan".into()],
+            defaults: Default::default(),
         },
+        config: Some(Arc::new(FakeConfig)),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(flags),
     })

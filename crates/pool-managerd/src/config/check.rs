@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pool_api::spec::Defaults;
-use pool_services::{Activation, PoolSpec};
+use pool_services::{Activation, Clash, Declared, PoolSpec};
+use sha2::{Digest, Sha256};
 
 use super::parse::similar;
 use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawModels, RawNode};
@@ -30,22 +31,65 @@ pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Re
     let gpu = gpu(&raw.gpu, &raw.node, &node, &source)?;
     let mut models = models(&raw.models, &source)?;
     let engines = engines(raw.engines, &source)?;
-    let mut pools: Vec<PoolSpec> = Vec::new();
+    let mut pools: Vec<Declared> = Vec::new();
     for (i, wire) in raw.pool.into_iter().enumerate() {
+        let document = document(&wire);
         let pool = pool(i, wire, &node, &engines, &source)?;
-        if pools.iter().any(|p| p.id == pool.id) {
-            return Err(source
-                .error(At::Key(&pool_key(i, "id")), format!("`{}` is the id of two pools", pool.id))
-                .hinting("give each pool an id of its own"));
+        for other in pools.iter().map(|p| &p.spec) {
+            beside(i, &pool, other, &engines, &source)?;
         }
-        pools.push(pool);
+        pools.push(declared(pool, document));
     }
     for reference in &overrides.models {
         let (pool, root) = pool_of_model(reference, &pools, &source)?;
         models.roots.extend(root);
         pools.push(pool);
     }
-    Ok(Config { node, gpu, models, engines, pools, source })
+    Ok(Config { node, gpu, models, engines, pools, source, overrides: overrides.clone() })
+}
+
+/// The table in its wire form, however it was written.
+fn document(wire: &pool_api::spec::PoolSpec) -> String {
+    // It was read from such a form, so that it can be written as one.
+    serde_json::to_string(wire).unwrap_or_default()
+}
+
+fn declared(spec: PoolSpec, document: String) -> Declared {
+    let digest = Sha256::digest(document.as_bytes()).iter().map(|b| format!("{b:02x}")).collect();
+    Declared { spec, document, source: pool_services::Source::File { digest } }
+}
+
+/// Where the engine of a pool listens, if somebody else runs it.
+pub(crate) fn external(engines: &BTreeMap<String, Engine>, pool: &PoolSpec) -> Option<SocketAddr> {
+    match engines.get(pool.engine.as_str())?.mode {
+        EngineMode::External(addr) => Some(addr),
+        EngineMode::Binary(_) => None,
+    }
+}
+
+/// Whether a pool can stand beside one that stands before it.
+fn beside(
+    index: usize,
+    pool: &PoolSpec,
+    other: &PoolSpec,
+    engines: &BTreeMap<String, Engine>,
+    source: &Source,
+) -> Result<(), ConfigError> {
+    if pool.id == other.id {
+        return Err(source
+            .error(At::Key(&pool_key(index, "id")), format!("`{}` is the id of two pools", pool.id))
+            .hinting("give each pool an id of its own"));
+    }
+    let Some(clash) = pool.clashes_with(other, || (external(engines, pool), external(engines, other))) else {
+        return Ok(());
+    };
+    let (key, hint) = match &clash {
+        Clash::Name(name) if *name == pool.id => ("id", "give the pool another id, or the other one another alias"),
+        Clash::Name(_) => ("aliases", "give the pool another alias, or the other one another id"),
+        Clash::Endpoint(_) => ("engine", "give each pool an engine of its own"),
+    };
+    let why = format!("{clash}: pool `{}` is there already", other.id);
+    Err(source.error(At::Key(&pool_key(index, key)), why).hinting(hint))
 }
 
 fn pool_key(index: usize, key: &str) -> [Step<'_>; 3] {
@@ -239,9 +283,9 @@ fn engine(name: &str, raw: &RawEngine, source: &Source) -> Result<Engine, Config
 /// The pool of `--model REF`, and the file that becomes a root by being named.
 fn pool_of_model(
     reference: &str,
-    others: &[PoolSpec],
+    others: &[Declared],
     source: &Source,
-) -> Result<(PoolSpec, Option<PathBuf>), ConfigError> {
+) -> Result<(Declared, Option<PathBuf>), ConfigError> {
     let at = At::Flag("--model");
     let error = |message: String| source.error(at, message);
     let stub = reference.starts_with("stub:");
@@ -265,16 +309,17 @@ fn pool_of_model(
     let stem = if stem.is_empty() { "model".to_owned() } else { stem };
     let id = (1..)
         .map(|n| if n == 1 { stem.clone() } else { format!("{stem}-{n}") })
-        .find(|id| others.iter().all(|p| p.id.as_str() != id))
+        .find(|id| others.iter().all(|p| p.spec.id.as_str() != id))
         .unwrap_or(stem);
     let wire = serde_json::json!({
         "id": id, "model": model, "engine": if stub { "stub" } else { "llama.cpp" }, "activation": "preload",
         "context": CONTEXT_OF_MODEL,
     });
     let wire: pool_api::spec::PoolSpec = serde_json::from_value(wire).map_err(|e| error(e.to_string()))?;
+    let document = document(&wire);
     let defaults = Defaults { activation: Activation::Preload };
     let pool = wire.check(&defaults).map_err(|e| error(e.to_string()))?;
-    Ok((pool, root))
+    Ok((declared(pool, document), root))
 }
 
 /// Context of a model that is named on the command line, where nobody says more.
@@ -287,11 +332,7 @@ fn pool(
     engines: &BTreeMap<String, Engine>,
     source: &Source,
 ) -> Result<PoolSpec, ConfigError> {
-    let activation = match node.profile {
-        Profile::Home => Activation::OnDemand,
-        Profile::Cloud => Activation::Preload,
-    };
-    let pool = wire.check(&Defaults { activation }).map_err(|e| {
+    let pool = wire.check(&node.profile.defaults()).map_err(|e| {
         let mut path = vec![Step::Key("pool"), Step::Index(index)];
         path.extend(e.field.split('.').map(Step::Key));
         source.error(At::Key(&path), e.message)

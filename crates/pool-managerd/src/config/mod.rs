@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
+use pool_api::spec::Defaults;
+use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
 pub(crate) use source::{At, Step};
 
@@ -42,12 +44,13 @@ pub struct Config {
     /// Declared engines, the built-in ones included.
     pub engines: BTreeMap<String, Engine>,
     /// The pools.
-    pub pools: Vec<pool_services::PoolSpec>,
+    pub pools: Vec<Declared>,
     source: source::Source,
+    overrides: Overrides,
 }
 
 /// The node and its API.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
     /// The set of defaults that was chosen.
     pub profile: Profile,
@@ -136,6 +139,55 @@ pub fn load(path: Option<&Path>, overrides: &Overrides) -> Result<Config, Config
 }
 
 impl Config {
+    /// The same once more, from the file as it is now.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its place.
+    pub fn reread(&self) -> Result<Self, ConfigError> {
+        load(self.file(), &self.overrides)
+    }
+
+    /// What the pools are to be.
+    pub fn specs(&self) -> impl Iterator<Item = &PoolSpec> {
+        self.pools.iter().map(|p| &p.spec)
+    }
+
+    /// What a pool gets when it does not say.
+    #[must_use]
+    pub fn defaults(&self) -> Defaults {
+        self.node.profile.defaults()
+    }
+
+    /// Where the engine of a pool listens, if somebody else runs it.
+    #[must_use]
+    pub fn external(&self, pool: &PoolSpec) -> Option<SocketAddr> {
+        check::external(&self.engines, pool)
+    }
+
+    /// Keys outside `[[pool]]` that another config has otherwise. None of them can be changed without a restart.
+    #[must_use]
+    pub fn differs_outside(&self, other: &Self) -> Vec<String> {
+        let mut keys = Vec::new();
+        let mut compare = |key: String, same: bool| {
+            if !same {
+                keys.push(key);
+            }
+        };
+        macro_rules! node {
+            ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
+        }
+        node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline log);
+        // Nobody writes `bound`.
+        compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
+        compare("gpu".into(), self.gpu == other.gpu);
+        compare("models.roots".into(), self.models == other.models);
+        let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
+        for name in names {
+            compare(format!("engines.{name}"), self.engines.get(name) == other.engines.get(name));
+        }
+        keys
+    }
+
     /// The file it was read from.
     #[must_use]
     pub fn file(&self) -> Option<&Path> {

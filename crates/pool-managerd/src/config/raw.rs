@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use pool_api::spec::Defaults;
+use pool_services::Activation;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
@@ -41,6 +43,15 @@ pub enum Profile {
 }
 
 impl Profile {
+    /// What a pool gets when it does not say.
+    pub(crate) fn defaults(self) -> Defaults {
+        let activation = match self {
+            Self::Home => Activation::OnDemand,
+            Self::Cloud => Activation::Preload,
+        };
+        Defaults { activation }
+    }
+
     /// The profile as one word.
     #[must_use]
     pub fn code(self) -> &'static str {

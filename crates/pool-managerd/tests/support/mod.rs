@@ -99,13 +99,18 @@ impl Answer {
 
 /// One request on a connection of its own.
 pub fn request(addr: &str, method: &str, path: &str, body: Option<&str>) -> Answer {
+    request_with(addr, method, path, "", body)
+}
+
+/// The same with further headers, each with its end of line.
+pub fn request_with(addr: &str, method: &str, path: &str, headers: &str, body: Option<&str>) -> Answer {
     let mut s = TcpStream::connect(addr).unwrap();
     s.set_read_timeout(Some(PATIENCE)).unwrap();
     let body = body.unwrap_or("");
     let kind = if body.is_empty() { "" } else { "Content-Type: application/json\r\n" };
     write!(
         s,
-        "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n{kind}Content-Length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n{headers}{kind}Content-Length: {}\r\n\r\n{body}",
         body.len()
     )
     .unwrap();
