@@ -61,6 +61,8 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         devices: Vec::new(),
         replicas: 1,
         activation: Activation::OnDemand,
+        idle_ttl: None,
+        pin: false,
         context: Some(4096),
         kv_type: Default::default(),
         tensor_split: Default::default(),

@@ -167,6 +167,7 @@ pub async fn start(
         outlive: config.node.on_exit != OnExit::Bound,
     };
     PoolManager::builder()
+        .min_ready_time(config.node.min_ready_time)
         .gpu(gpus)
         .models(Arc::new(models(config)))
         .provisioner(Arc::new(provisioner(config)?))

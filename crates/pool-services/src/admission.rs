@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use pool_domain::Generation;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// The bit that no generation has.
 const REVOKED: u32 = 1 << 31;
@@ -46,10 +48,19 @@ impl Word {
 }
 
 /// The admission word of one replica.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Admission {
     word: AtomicU64,
     idle: Notify,
+    born: Instant,
+    /// When a lease was last given back: milliseconds after `born` and one, 0 for never.
+    used: AtomicU64,
+}
+
+impl Default for Admission {
+    fn default() -> Self {
+        Self { word: AtomicU64::default(), idle: Notify::default(), born: Instant::now(), used: AtomicU64::default() }
+    }
 }
 
 /// The right to use one slot; given back on drop.
@@ -85,6 +96,22 @@ impl Admission {
     pub fn close(&self) {
         let _ = self.update(|w| Some(Word { open: false, ..w }));
         self.idle.notify_one();
+    }
+
+    /// Grants none from now on if no lease is held; else nothing changes. Says whether none is.
+    pub fn close_if_unused(&self) -> bool {
+        let closed = self.update(|w| (w.in_use == 0).then_some(Word { open: false, ..w })).is_ok();
+        if closed {
+            self.idle.notify_one();
+        }
+        closed
+    }
+
+    /// For how long nobody has given a lease back; `None` if nobody ever did.
+    #[must_use]
+    pub fn unused_for(&self) -> Option<Duration> {
+        let used = self.used.load(Ordering::Acquire).checked_sub(1)?;
+        Some(self.born.elapsed().saturating_sub(Duration::from_millis(used)))
     }
 
     /// Takes every lease back; their guards release nothing any more.
@@ -144,6 +171,9 @@ impl SlotGuard {
 impl Drop for SlotGuard {
     fn drop(&mut self) {
         let g = self.generation;
+        // Noted before the slot is free: who sees nothing held sees since when.
+        let now = u64::try_from(self.admission.born.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.admission.used.store(now + 1, Ordering::Release);
         let before =
             self.admission.update(|w| (w.generation == g && w.in_use > 0).then(|| Word { in_use: w.in_use - 1, ..w }));
         if before.is_ok_and(|w| !w.open && w.in_use == 1) {
@@ -187,6 +217,21 @@ mod tests {
         assert!(!first.valid() && !second.valid());
         a.revoke();
         assert!(!first.valid() && !second.valid());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closed_only_while_unused_and_its_last_use_is_remembered() {
+        let a = Arc::new(Admission::default());
+        a.open(Generation(1), 2);
+        assert_eq!(a.unused_for(), None);
+        let lease = a.acquire().unwrap();
+        assert!(!a.close_if_unused());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        drop(lease);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(a.unused_for(), Some(Duration::from_secs(5)));
+        assert!(a.close_if_unused());
+        assert_eq!(a.acquire().unwrap_err(), Refused::Closed);
     }
 
     #[test]

@@ -5,8 +5,10 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use pool_domain::PoolId;
+use pool_domain::evict::EvictionPolicy;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -53,6 +55,7 @@ pub struct Builder {
     ports: RangeInclusive<u16>,
     pools: Vec<PoolSpec>,
     seed: u64,
+    eviction: EvictionPolicy,
     boot_ms: u64,
     #[cfg(feature = "planted-bugs")]
     ignore_generations: bool,
@@ -82,6 +85,7 @@ impl Builder {
             ports: 42_000..=42_999,
             pools: Vec::new(),
             seed: 0,
+            eviction: EvictionPolicy::default(),
             boot_ms: 0,
             #[cfg(feature = "planted-bugs")]
             ignore_generations: false,
@@ -131,6 +135,13 @@ impl Builder {
         self
     }
 
+    /// How long a replica that became Ready neither stops unused nor gives way to others.
+    #[must_use]
+    pub fn min_ready_time(mut self, time: Duration) -> Self {
+        self.eviction.min_ready_time = time;
+        self
+    }
+
     /// Milliseconds of boot time at which the clock starts.
     #[must_use]
     pub fn boot_ms(mut self, ms: u64) -> Self {
@@ -175,6 +186,7 @@ impl Builder {
             ports: ports.clone(),
             clock,
             seed: self.seed,
+            min_ready_time: self.eviction.min_ready_time,
             events: events.clone(),
             bell: Arc::new(Notify::new()),
             memories: TaskTracker::new(),
@@ -205,6 +217,7 @@ impl Builder {
             conditions: conditions_tx,
             clock,
             events: events.clone(),
+            eviction: self.eviction,
             found: records,
             closed,
         };

@@ -1,12 +1,14 @@
 //! The conductor of a pool: the only writer of its hold and its operations. It commands the drivers of its replicas
 //! and sums up what they publish.
 
+mod idle;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
-use pool_domain::{ReplicaKey, Tick};
+use pool_domain::{ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::Admission;
@@ -31,6 +33,10 @@ pub(crate) enum Wish {
     /// Somebody wants a lease of a pool that rests.
     Demand,
     ResetBreaker,
+    /// Another pool needs the memory of this replica: stop it if nobody uses it.
+    GiveWay(ReplicaId),
+    /// This replica gave way for nothing.
+    ComeBack(ReplicaId),
     /// The daemon ends: stop without leaving a hold.
     Shutdown,
     /// The daemon ends and its engines live on.
@@ -104,6 +110,8 @@ pub(crate) struct Conductor {
     pub(crate) hold: Hold,
     /// Operations begun so far.
     pub(crate) made: u64,
+    /// When somebody last asked for the pool.
+    pub(crate) asked: Tick,
     /// The pool is ending: nothing is started any more.
     pub(crate) ending: bool,
     /// Its drivers have ended and left their engines as they are.
@@ -116,11 +124,15 @@ impl Conductor {
         if self.spec.activation == Activation::Preload && !self.hold.held() {
             self.command_all(Command::Wake).await;
         }
+        let clock = self.node.clock;
         loop {
+            let look_at = self.look_at();
             tokio::select! {
                 biased;
                 () = self.bell.notified() => {}
                 command = self.commands.recv() => match command {
+                    Some(ConductorCommand { wish: Wish::GiveWay(id), .. }) => self.give_way(id).await,
+                    Some(ConductorCommand { wish: Wish::ComeBack(id), .. }) => self.come_back(id).await,
                     Some(ConductorCommand { wish, answer }) => {
                         let result = self.carry_out(wish).await;
                         let written = self.hold.tried();
@@ -132,6 +144,7 @@ impl Conductor {
                     }
                     None => return,
                 },
+                () = clock.sleep_until(look_at) => self.stop_if_unused().await,
             }
             self.publish();
             if self.left {
@@ -180,13 +193,22 @@ impl Conductor {
                 "remove"
             }
             Wish::Preload => {
+                self.asked = self.node.clock.now();
                 self.hold.set(false);
                 self.command_all(Command::Start).await;
                 "preload"
             }
             Wish::Demand => {
-                if !self.hold.held() {
-                    self.command_all(Command::Wake).await;
+                // What somebody stopped is not woken by somebody else.
+                if self.hold.held() {
+                    return Err(ControlError::Draining);
+                }
+                self.asked = self.node.clock.now();
+                self.command_all(Command::Wake).await;
+                let starts = |o: &&Operation| o.verb == "preload" && o.state == OperationState::Running;
+                // All that ask wait for one start.
+                if let Some(start) = self.facts.borrow().operations.iter().find(starts) {
+                    return Ok(start.clone());
                 }
                 "preload"
             }
@@ -205,7 +227,11 @@ impl Conductor {
                 self.hold.set(true);
                 "stop"
             }
+            Wish::GiveWay(_) | Wish::ComeBack(_) => {
+                return Err(ControlError::Conflict("it is told, and answers nobody".into()));
+            }
             Wish::Resume => {
+                self.asked = self.node.clock.now();
                 // What a running drain has stopped already comes back, too.
                 let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
                 let draining = self.facts.borrow().operations.iter().any(drains);
@@ -276,6 +302,11 @@ fn judge(o: &mut Operation, replicas: &[Published]) {
         "preload" => {
             let ready = count(State::ready);
             o.progress = format!("{ready} of {} ready", replicas.len());
+            if replicas.len() > 1 {
+                let each = |r: &Published| format!("{} {}", r.snapshot.id, r.snapshot.state);
+                let each = replicas.iter().map(each).collect::<Vec<_>>().join(", ");
+                o.progress = format!("{}: {each}", o.progress);
+            }
             if ready == replicas.len() {
                 o.state = OperationState::Succeeded("ready".into());
             } else if let Some(r) = replicas
@@ -283,6 +314,9 @@ fn judge(o: &mut Operation, replicas: &[Published]) {
                 .find(|r| matches!(r.state, State::Failed { .. } | State::Waiting { why: Wait::Breaker { .. }, .. }))
             {
                 o.state = OperationState::Failed(r.snapshot.reason.clone());
+            } else if let Some(r) = replicas.iter().find(|r| r.state == State::Idle) {
+                // Nobody asked for it any more, or another needed its memory.
+                o.state = OperationState::Failed(format!("{} was stopped before all were ready", r.snapshot.id));
             }
         }
         _ => {

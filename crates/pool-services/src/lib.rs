@@ -11,6 +11,7 @@ mod conductor;
 pub mod control;
 mod driver;
 pub mod events;
+mod eviction;
 mod hold;
 mod lease_desk;
 mod manager;

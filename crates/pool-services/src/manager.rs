@@ -269,6 +269,10 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
     let Some(lead) = snapshot.lead() else { return (ControlError::Unready("it has no replicas".into()), "unready") };
     match (lead.breaker, lead.next_start_in_ms) {
         ("open", Some(ms)) => (ControlError::Unavailable { retry_after: Duration::from_millis(ms) }, "breaker_open"),
+        (_, ms) if lead.reason_code == "vram" => {
+            let (detail, retry_after) = (lead.reason.clone(), ms.map(Duration::from_millis));
+            (ControlError::InsufficientVram { detail, retry_after }, "insufficient_vram")
+        }
         _ if lead.reason.is_empty() => (ControlError::Unready(format!("it is {}", lead.state)), "unready"),
         _ => (ControlError::Unready(lead.reason.clone()), "unready"),
     }

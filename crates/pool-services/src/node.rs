@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
 use pool_domain::lifecycle::Replica;
 use pool_domain::{ReplicaId, ReplicaKey};
@@ -29,6 +30,8 @@ pub(crate) struct Node {
     pub(crate) ports: Ports,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
+    /// No replica stops by itself earlier than this after it became Ready.
+    pub(crate) min_ready_time: Duration,
     pub(crate) events: EventSink,
     /// Rung for the steward.
     pub(crate) bell: Arc<Notify>,
@@ -139,6 +142,7 @@ impl Node {
             facts,
             roster,
             made: 0,
+            asked: self.clock.now(),
             ending: false,
             left: false,
         };

@@ -60,6 +60,10 @@ pub struct PoolSpec {
     pub replicas: u16,
     /// When they start.
     pub activation: Activation,
+    /// Stops when nobody used it for this long; unset = never.
+    pub idle_ttl: Option<Duration>,
+    /// Never stops by itself, and gives way to nobody.
+    pub pin: bool,
     /// Context in tokens over all slots; unset = the largest that fits, at most 8192, where the engine's memory is known,
     /// else the engine's own default.
     pub context: Option<u32>,

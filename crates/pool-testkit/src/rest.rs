@@ -56,6 +56,8 @@ pub fn spec(id: &str) -> PoolSpec {
         devices: vec![DeviceMask::Auto],
         replicas: 1,
         activation: Activation::Preload,
+        idle_ttl: None,
+        pin: false,
         context: None,
         slots: 4,
         kv_type: Default::default(),

@@ -39,6 +39,8 @@ pub struct Metrics {
     readiness: Counters,
     starts: Counters,
     restarts: Counters,
+    evictions: Counters,
+    idle_stops: Counters,
     exits: Counters,
     breaker_opens: Counters,
     drains: Counters,
@@ -65,6 +67,8 @@ impl Default for Metrics {
         let readiness = counters(names::READINESS_TRANSITIONS);
         let starts = counters(names::STARTS);
         let restarts = counters(names::RESTARTS);
+        let evictions = counters(names::EVICTIONS);
+        let idle_stops = counters(names::IDLE_STOPS);
         let exits = counters(names::EXITS);
         let breaker_opens = counters(names::BREAKER_OPENS);
         let drains = counters(names::DRAINS);
@@ -80,6 +84,8 @@ impl Default for Metrics {
             readiness,
             starts,
             restarts,
+            evictions,
+            idle_stops,
             exits,
             breaker_opens,
             drains,
@@ -130,7 +136,11 @@ impl Metrics {
             }
             EventKind::LeaseGranted => count(&self.granted, &of(key, &[])),
             EventKind::LeaseRefused { reason } => count(&self.refused, &of(key, &[("reason", reason)])),
-            EventKind::Suspected { .. }
+            EventKind::Evicted { .. } => count(&self.evictions, &of(key, &[])),
+            EventKind::IdleStopped { .. } => count(&self.idle_stops, &of(key, &[])),
+            EventKind::EvictionPlanned { .. }
+            | EventKind::BroughtBack
+            | EventKind::Suspected { .. }
             | EventKind::RestartPlanned { .. }
             | EventKind::BreakerHalfOpen
             | EventKind::BreakerClosed
@@ -186,6 +196,8 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     let pool = |p: &PoolSnapshot| vec![("pool_id", p.pool_id.to_string())];
     s.gauge(names::POOL_READY, pools, |p| vec![(pool(p), flag(p.ready()))]);
     s.gauge(names::POOL_LIVE, pools, |p| vec![(pool(p), flag(p.live()))]);
+    s.gauge(names::POOL_READY_REPLICAS, pools, |p| vec![(pool(p), f64::from(p.ready_replicas()))]);
+    s.gauge(names::POOL_REPLICAS, pools, |p| vec![(pool(p), number(p.replicas.len() as u64))]);
     s.gauge(names::POOL_HOLD, pools, |p| vec![(pool(p), flag(p.hold))]);
 
     let replicas: Vec<(ReplicaKey, &ReplicaSnapshot)> = pools

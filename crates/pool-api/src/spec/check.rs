@@ -116,6 +116,8 @@ impl PoolSpec {
                 Some(ActivationText::OnDemand) => Activation::OnDemand,
                 None => defaults.activation,
             },
+            idle_ttl: self.idle_ttl.map(DurationText::into_value),
+            pin: self.pin.unwrap_or(false),
             context: self.context,
             slots,
             kv_type: kv_types(self.kv_type.as_ref())?,

@@ -100,6 +100,9 @@ pub struct RawNode {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: String,
+    /// An engine that became ready less than this ago neither stops because nobody uses it nor gives way to another pool: two
+    /// pools that take turns must not load all the time.
+    pub min_ready_time: String,
     /// `pretty` or `json`; by default what the profile says.
     pub log: Option<LogFormat>,
 }
@@ -117,6 +120,7 @@ impl Default for RawNode {
             engine_ports: "42000-42999".into(),
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
+            min_ready_time: "60s".into(),
             log: None,
         }
     }
