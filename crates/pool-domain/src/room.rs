@@ -129,19 +129,18 @@ mod tests {
         }
     }
 
-    fn plan(mask: &str, bytes: u64, residents: &[Resident]) -> Result<Room, NoRoom> {
+    fn plan(mask: &str, bytes: u64, residents: &[Resident], min: u64) -> Result<Room, NoRoom> {
         let promised = |uuid: &str| -> u64 {
             residents.iter().flat_map(|r| &r.holds).filter(|(u, _)| u == uuid).map(|(_, bytes)| bytes).sum()
         };
-        let (mask, policy) = (mask.parse().unwrap(), EvictionPolicy { min_ready_time: Duration::from_secs(60) });
+        let (mask, policy) = (mask.parse().unwrap(), EvictionPolicy { min_ready_time: Duration::from_secs(min) });
         make_room(&demand(bytes), &mask, &gpus(), &promised, residents, &policy, Tick(50_000))
     }
 
     #[test]
     fn the_plan_says_who_goes_and_keeps_its_memory_where_it_will_fit() {
-        let old = |r: Resident| Resident { ready_since: Some(Tick(0)), ..r };
-        let rs = [old(resident("a", 0, 12 * GIB, 5)), old(resident("b", 1, 12 * GIB, 3))];
-        let Err(young) = plan("auto", 12 * GIB, &rs) else { panic!("too young to go") };
+        let rs = [resident("a", 0, 12 * GIB, 5), resident("b", 1, 12 * GIB, 3)];
+        let Err(young) = plan("auto", 12 * GIB, &rs, 60) else { panic!("too young to go") };
         assert_eq!(young.possible_at, Some(Tick(60_000)));
         assert_eq!(
             young.detail,
@@ -165,9 +164,9 @@ mod tests {
     fn who_is_of_no_help_is_not_named_and_strangers_cannot_be_moved() {
         let busy = Resident { busy: 1, ..resident("a", 0, 12 * GIB, 0) };
         let small = resident("b", 1, GIB, 0);
-        let Err(none) = plan("0", 12 * GIB, &[busy, small]) else { panic!("nobody can go") };
+        let Err(none) = plan("0", 12 * GIB, &[busy, small], 0) else { panic!("nobody can go") };
         assert_eq!((none.detail.as_str(), none.possible_at), ("`a` stays: it is busy", None));
-        let Err(never) = plan("0", 20 * GIB, &[]) else { panic!("it is larger than the device") };
+        let Err(never) = plan("0", 20 * GIB, &[], 0) else { panic!("it is larger than the device") };
         assert_eq!(never.detail, "");
     }
 }
