@@ -72,6 +72,7 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         policy: Policy::default(),
         drain_deadline: Duration::from_secs(1),
         on_deadline: OnDeadline::Force,
+        reload: Default::default(),
     }
 }
 

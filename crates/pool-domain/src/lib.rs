@@ -21,6 +21,7 @@ pub mod model;
 pub mod plan;
 pub mod rank;
 pub mod reserve;
+pub mod rollout;
 pub mod room;
 pub mod split;
 pub mod suspicion;

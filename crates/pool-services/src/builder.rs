@@ -1,6 +1,6 @@
 //! Puts a manager together: drivers, conductors and the steward over the ports.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crate::boot::{self, Boot};
 use crate::catalog::Catalog;
 use crate::clock::Clock;
 use crate::conditions::Conditions;
+use crate::declared::Restored;
 use crate::driver::Ports;
 use crate::events::{Event, EventSink};
 use crate::lease_desk;
@@ -25,7 +26,8 @@ use crate::manager::{Inner, PoolManager};
 use crate::node::{Node, QUEUE};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::spec::PoolSpec;
-use crate::steward::{Steward, told_of};
+use crate::steward::{Ledgered, Steward, told_of};
+use crate::view::View;
 
 /// Leases the desk may be asked for at once.
 const DESK_QUEUE: usize = 1024;
@@ -53,7 +55,7 @@ pub struct Builder {
     ledger: Option<Arc<dyn StateLedger>>,
     listen: IpAddr,
     ports: RangeInclusive<u16>,
-    pools: Vec<PoolSpec>,
+    pools: Vec<Restored>,
     seed: u64,
     eviction: EvictionPolicy,
     boot_ms: u64,
@@ -121,9 +123,15 @@ impl Builder {
         self
     }
 
-    /// The pools.
+    /// The pools, where nobody declares any over an API.
     #[must_use]
-    pub fn pools(mut self, pools: Vec<PoolSpec>) -> Self {
+    pub fn pools(self, pools: Vec<PoolSpec>) -> Self {
+        self.declared(pools.into_iter().map(Into::into).collect())
+    }
+
+    /// The pools, with their history.
+    #[must_use]
+    pub fn declared(mut self, pools: Vec<Restored>) -> Self {
         self.pools = pools;
         self
     }
@@ -176,14 +184,19 @@ impl Builder {
             ignore_generations: self.ignore_generations,
         };
         for (i, p) in self.pools.iter().enumerate() {
-            if self.pools[..i].iter().any(|q| q.id == p.id) {
-                return Err(BuildError::DuplicatePool(p.id.clone()));
+            let id = &p.declared.spec.id;
+            if self.pools[..i].iter().any(|q| q.declared.spec.id == *id) {
+                return Err(BuildError::DuplicatePool(id.clone()));
             }
         }
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
+        let (told, ledgered) = watch::channel(Ledgered::default());
+        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let view = View { inventory: ports.gpu.inventory(), ledgered, conditions };
         let node = Node {
             ports: ports.clone(),
+            view: view.clone(),
             clock,
             seed: self.seed,
             min_ready_time: self.eviction.min_ready_time,
@@ -193,16 +206,16 @@ impl Builder {
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
         };
-        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &node.bell).await;
+        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
         let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
-        for spec in self.pools {
-            let id = spec.id.clone();
-            pools.insert(id, node.pool(Arc::new(spec), &mut found).await);
+        for pool in self.pools {
+            let id = pool.declared.spec.id.clone();
+            let places = places.get(&id).cloned().unwrap_or_default();
+            pools.insert(id, node.pool(pool, &places, &mut found).await);
         }
         let (table_tx, table) = watch::channel(Arc::new(pools));
-        let (told, ledgered) = watch::channel(told_of(&records));
-        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
         let steward = Steward {
             table: table.clone(),
@@ -223,16 +236,23 @@ impl Builder {
         };
         node.watched("steward", steward.run());
         let (catalog, orders) = mpsc::channel(QUEUE);
-        node.watched("catalog", Catalog { node: node.clone(), table: table_tx, orders }.run());
+        let (departed_tx, departed) = watch::channel(VecDeque::new());
+        let catalog_task = Catalog {
+            node: node.clone(),
+            table: table_tx,
+            orders,
+            departed: departed_tx,
+            leaving: BTreeSet::new(),
+            births: 0,
+        };
+        node.watched("catalog", catalog_task.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
-        let inventory = ports.gpu.inventory();
         let inner = Inner {
             table,
             catalog,
-            inventory,
-            ledgered,
-            conditions,
+            departed,
+            view,
             steward: steward_commands,
             desk,
             clock,

@@ -118,6 +118,17 @@ pub enum EventKind {
         /// How long nobody used it.
         after: Duration,
     },
+    /// A reload began.
+    ReloadStarted,
+    /// The new serves.
+    Reloaded,
+    /// The old serves as before.
+    ReloadUndone {
+        /// Why not the new.
+        why: String,
+    },
+    /// The new failed, and so did the way back.
+    ReloadBroken,
     /// A lease was granted.
     LeaseGranted,
     /// A lease was refused.
@@ -195,6 +206,10 @@ impl Event {
             EventKind::IdleStopped { after } => {
                 format!("Stopping the {pool} pool: nobody used it for {}", seconds(*after))
             }
+            EventKind::ReloadStarted => format!("Reloading the {pool} pool"),
+            EventKind::Reloaded => format!("The {pool} pool was reloaded"),
+            EventKind::ReloadUndone { .. } => format!("The reload of the {pool} pool failed: it is as it was"),
+            EventKind::ReloadBroken => format!("The reload of the {pool} pool failed, and so did the way back"),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
             EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
         };
@@ -227,6 +242,10 @@ impl Event {
             EventKind::Evicted { .. } => "evicted",
             EventKind::BroughtBack => "brought_back",
             EventKind::IdleStopped { .. } => "idle_stopped",
+            EventKind::ReloadStarted => "reload_started",
+            EventKind::Reloaded => "reloaded",
+            EventKind::ReloadUndone { .. } => "reload_undone",
+            EventKind::ReloadBroken => "reload_broken",
             EventKind::LeaseGranted => "lease_granted",
             EventKind::LeaseRefused { .. } => "lease_refused",
         }

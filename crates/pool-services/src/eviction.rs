@@ -320,7 +320,9 @@ impl Steward {
             };
             let in_hand = {
                 let facts = pool.facts.borrow();
-                let runs = |o: &crate::control::Operation| o.state == OperationState::Running && o.verb != "preload";
+                let runs = |o: &crate::control::Operation| {
+                    o.state == OperationState::Running && !matches!(o.verb.as_str(), "preload" | "declare")
+                };
                 facts.snapshot.hold || facts.operations.iter().any(runs)
             };
             // Replicas of one pool do not take turns.

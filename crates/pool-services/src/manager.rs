@@ -1,33 +1,35 @@
 //! The facade: the verbs over drivers, conductors and the steward.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{DeviceSnapshot, Generation, PoolId, ReplicaKey};
+use pool_domain::{Generation, PoolId, ReplicaKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{Refused, SlotGuard};
-use crate::catalog::Order;
+use crate::catalog::{Declaring, Order, Owner};
+use crate::change::{self, Change};
 use crate::clock::Clock;
-use crate::conditions::{self, Conditions, StewardCommand};
+use crate::conditions::StewardCommand;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::{
     ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
+    ReloadRequest,
 };
+use crate::declared::{Declared, Source};
 use crate::driver::Ports;
 use crate::events::{EventKind, EventSink};
 use crate::lease_desk::DeskCommand;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
-use crate::ports::Inventory;
 use crate::roster::{PoolHandle, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::Ledgered;
+use crate::view::View;
 
 use crate::builder::Builder;
 
@@ -39,9 +41,9 @@ const LAST_CALL: Duration = Duration::from_secs(2);
 pub(crate) struct Inner {
     pub(crate) table: watch::Receiver<Table>,
     pub(crate) catalog: mpsc::Sender<Order>,
-    pub(crate) inventory: watch::Receiver<Inventory>,
-    pub(crate) ledgered: watch::Receiver<Ledgered>,
-    pub(crate) conditions: watch::Receiver<Conditions>,
+    /// How pools that are no more went.
+    pub(crate) departed: watch::Receiver<VecDeque<Operation>>,
+    pub(crate) view: View,
     pub(crate) steward: mpsc::Sender<StewardCommand>,
     pub(crate) desk: mpsc::Sender<DeskCommand>,
     pub(crate) clock: Clock,
@@ -70,14 +72,6 @@ impl PoolManager {
         Builder::new()
     }
 
-    /// The devices as they stand now.
-    fn inventory(&self) -> Inventory {
-        let mut inventory = self.inner.inventory.borrow().clone();
-        let conditions = self.inner.conditions.borrow();
-        inventory.devices.iter_mut().for_each(|d| conditions::overlay(d, &conditions));
-        inventory
-    }
-
     /// The pools as they are now.
     fn table(&self) -> Table {
         Arc::clone(&self.inner.table.borrow())
@@ -88,13 +82,7 @@ impl PoolManager {
     }
 
     async fn wish(&self, id: &PoolId, wish: Wish) -> Result<Operation, ControlError> {
-        let handle = self.handle(id)?;
-        let (answer, answered) = oneshot::channel();
-        handle
-            .commands
-            .try_send(ConductorCommand { wish, answer })
-            .map_err(|_| ControlError::Unreachable("the pool is too busy or stopping".into()))?;
-        answered.await.map_err(|_| ControlError::Unreachable("the daemon is stopping".into()))?
+        change::ask(&self.handle(id)?, wish).await
     }
 
     /// Takes a slot in this process; it is given back when the guard is dropped.
@@ -166,7 +154,7 @@ impl PoolManager {
     async fn end(&self, wish: Wish, deadline: Duration) -> bool {
         for (id, handle) in &*self.table() {
             let (answer, _) = oneshot::channel();
-            if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
+            if handle.commands.send(ConductorCommand { wish: wish.clone(), answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }
         }
@@ -182,11 +170,15 @@ impl PoolManager {
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }
 
-    fn find_operation(&self, id: &str) -> Result<(watch::Receiver<PoolFacts>, Operation), ControlError> {
+    /// An operation, and what tells how it goes on if its pool is there.
+    fn find_operation(&self, id: &str) -> Result<(Option<watch::Receiver<PoolFacts>>, Operation), ControlError> {
+        let among = |operations: &VecDeque<Operation>| operations.iter().find(|o| o.id == id).cloned();
+        if let Some(o) = among(&self.inner.departed.borrow()) {
+            return Ok((None, o));
+        }
         for handle in self.table().values() {
-            let found = handle.facts.borrow().operations.iter().find(|o| o.id == id).cloned();
-            if let Some(o) = found {
-                return Ok((handle.facts.clone(), o));
+            if let Some(o) = among(&handle.facts.borrow().operations) {
+                return Ok((Some(handle.facts.clone()), o));
             }
         }
         Err(ControlError::OperationNotFound(id.to_owned()))
@@ -204,40 +196,48 @@ impl PoolManager {
         operation
     }
 
-    /// The devices as they are, with who else uses them; and what is promised on them, but for one pool.
-    fn devices_without(&self, pool: Option<&PoolId>) -> (Vec<DeviceSnapshot>, BTreeMap<String, u64>) {
-        let (inventory, mut told) = (self.inventory(), self.inner.ledgered.borrow().clone());
-        let mut devices = inventory.devices;
-        for device in &mut devices {
-            device.vram_foreign = device.vram_foreign.max(told.foreign.get(&device.uuid).copied().unwrap_or(0));
-        }
-        for (_, held) in told.held.iter().filter(|(key, _)| Some(&key.pool) == pool) {
-            for (uuid, bytes) in held {
-                if let Some(promised) = told.promised.get_mut(uuid) {
-                    *promised = promised.saturating_sub(*bytes);
-                }
-                if let Some(device) = devices.iter_mut().find(|d| d.uuid == *uuid) {
-                    device.vram_used = device.vram_used.saturating_sub(*bytes);
-                }
-            }
-        }
-        (devices, told.promised)
-    }
-
-    /// Makes a pool; with `activation = preload` it starts.
+    /// Whether a pool could be: its name is its own, its engine takes its arguments, its model is there, its masks can
+    /// be, and it would fit if nobody else was there.
     ///
     /// # Errors
-    /// When there is one of that name, or the daemon is stopping.
-    pub async fn declare(&self, spec: PoolSpec) -> Result<(), ControlError> {
-        self.order(|answer| Order::Declare { spec: Box::new(spec), answer }).await?
+    /// With the code of what cannot be.
+    pub async fn vet(&self, spec: &PoolSpec, source: &Source) -> Result<(), ControlError> {
+        let provisioner = &*self.inner.ports.provisioner;
+        change::clash(&self.table(), |_| false, spec, source, provisioner)?;
+        if provisioner.external(spec).is_some() {
+            return planning::admitted(spec, provisioner);
+        }
+        let report = self.plan(PlanRequest::Spec(Box::new(spec.clone()))).await?;
+        if report.fits || report.waiting_helps {
+            return Ok(());
+        }
+        let remedies = report.remedies.iter().map(|r| format!("; {r}")).collect::<String>();
+        Err(ControlError::Refused { code: "DOES_NOT_FIT".into(), detail: report.reason + &remedies })
     }
 
-    /// Drains a pool and forgets it. It is there until nothing of it is left.
+    /// Drains a pool of the file and forgets it, because the file has it no more.
     ///
     /// # Errors
     /// When there is no such pool, or the daemon is stopping.
-    pub async fn remove(&self, id: &PoolId) -> Result<Operation, ControlError> {
-        self.order(|answer| Order::Remove { id: id.clone(), answer }).await?
+    pub async fn retire(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        let owner = Owner::File;
+        self.order(|answer| Order::Remove { id: id.clone(), if_match: None, owner, answer }).await?
+    }
+
+    /// Who declared each pool.
+    #[must_use]
+    pub fn sources(&self) -> BTreeMap<PoolId, Source> {
+        self.table().iter().map(|(id, handle)| (id.clone(), handle.roster().standing.source.clone())).collect()
+    }
+
+    async fn change(&self, handle: &PoolHandle, reload: Change) -> Result<Operation, ControlError> {
+        let provisioner = &*self.inner.ports.provisioner;
+        let new = reload.request.declared.as_ref().map(|(spec, _)| spec);
+        if new.into_iter().chain([&*handle.spec()]).any(|spec| provisioner.external(spec).is_some()) {
+            let why = "somebody else runs the engine of this pool: what it serves is changed there";
+            return Err(ControlError::Conflict(why.into()));
+        }
+        change::begin(handle, reload).await
     }
 
     async fn order<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Result<T, ControlError> {
@@ -281,8 +281,8 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
-        let inventory = self.inventory();
-        let told = self.inner.ledgered.borrow().clone();
+        let inventory = self.inner.view.inventory();
+        let told = self.inner.view.ledgered.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
             driver: inventory.driver,
@@ -332,6 +332,56 @@ impl PoolControl for PoolManager {
         self.wish(id, Wish::Stop).await
     }
 
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let (spec, document, source) = (declared.spec.clone(), declared.document.clone(), declared.source.clone());
+        // A pool of the file may come before its model does, as when the daemon starts.
+        if source == Source::Api {
+            self.vet(&spec, &source).await?;
+        }
+        let ordered = self.order(|answer| Order::Declare { declared: Box::new(declared), if_match, answer }).await?;
+        match ordered? {
+            Declaring::New(operation) => Ok(operation),
+            Declaring::Exists(handle) => {
+                let request = ReloadRequest { declared: Some((spec, document)), if_match, ..ReloadRequest::default() };
+                self.change(&handle, Change { request, source: Some(source) }).await
+            }
+        }
+    }
+
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let owner = Owner::Api;
+        self.order(|answer| Order::Remove { id: id.clone(), if_match, owner, answer }).await?
+    }
+
+    async fn reload(&self, id: &PoolId, request: ReloadRequest) -> Result<Operation, ControlError> {
+        let handle = self.handle(id)?;
+        if let Some((spec, _)) = &request.declared {
+            if spec.id != *id {
+                return Err(ControlError::Conflict(format!(
+                    "a pool keeps its name: `{id}` cannot become `{}`",
+                    spec.id
+                )));
+            }
+            self.vet(spec, &handle.roster().standing.source.clone()).await?;
+        }
+        self.change(&handle, Change { request, source: None }).await
+    }
+
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        let handle = self.handle(id)?;
+        if handle.roster().standing.previous.is_none() {
+            return Err(ControlError::Conflict(format!(
+                "the pool `{id}` was not reloaded: there is nothing to go back to"
+            )));
+        }
+        change::back(&handle).await
+    }
+
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
+        let standing = Arc::clone(&self.handle(id)?.roster().standing);
+        Ok((standing.revision, standing.document.clone()))
+    }
+
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.wish(id, Wish::ResetBreaker).await.map(|_| ())
     }
@@ -360,10 +410,17 @@ impl PoolControl for PoolManager {
     }
 
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
-        let (mut facts, _) = self.find_operation(id)?;
+        let (Some(mut facts), _) = self.find_operation(id)? else { return self.operation(id).await };
         let done =
             |f: &PoolFacts| f.operations.iter().find(|o| o.id == id).is_none_or(|o| o.state != OperationState::Running);
-        let _ = tokio::time::timeout(wait, facts.wait_for(done)).await;
+        let mut departed = self.inner.departed.clone();
+        let over = async {
+            if facts.wait_for(done).await.is_err() {
+                // The pool is going: what became of it is told there.
+                let _ = departed.wait_for(|all| all.iter().any(|o| o.id == id)).await;
+            }
+        };
+        let _ = tokio::time::timeout(wait, over).await;
         self.operation(id).await
     }
 
@@ -404,7 +461,7 @@ impl PoolControl for PoolManager {
             PlanRequest::Spec(spec) => *spec,
         };
         // What the pool holds already is there for it.
-        let (devices, promised) = self.devices_without(Some(&spec.id));
+        let (devices, promised) = self.inner.view.devices_without(Some(&spec.id));
         let ports = &self.inner.ports;
         let from = Surroundings {
             models: &*ports.models,
@@ -420,7 +477,7 @@ impl PoolControl for PoolManager {
         if let Some(pool) = &request.pool {
             self.handle(pool)?;
         }
-        let (devices, promised) = self.devices_without(None);
+        let (devices, promised) = self.inner.view.devices_without(None);
         let pools: Vec<_> = self.table().values().map(|h| (h.spec(), self.picture(h))).collect();
         let pools = pools.iter().map(|(spec, picture)| (&**spec, picture.clone()));
         planning::placements(pools, &devices, &promised, request)

@@ -1,6 +1,6 @@
 //! Makes the tasks of a pool: a driver for each replica, and their conductor.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,13 +13,16 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::Admission;
 use crate::clock::Clock;
-use crate::conductor::{Conductor, Member, PoolFacts};
+use crate::conductor::{Conductor, Made, Member, PoolFacts};
+use crate::control::{Operation, OperationState};
+use crate::declared::{Restored, Standing};
 use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
 use crate::events::EventSink;
 use crate::hold::Hold;
 use crate::roster::{PoolHandle, Roster};
 use crate::snapshot::PoolSnapshot;
-use crate::spec::PoolSpec;
+use crate::spec::{Activation, PoolSpec};
+use crate::view::View;
 
 /// Commands that may wait for a task; more are refused.
 pub(crate) const QUEUE: usize = 32;
@@ -28,6 +31,7 @@ pub(crate) const QUEUE: usize = 32;
 #[derive(Debug, Clone)]
 pub(crate) struct Node {
     pub(crate) ports: Ports,
+    pub(crate) view: View,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
     /// No replica stops by itself earlier than this after it became Ready.
@@ -106,12 +110,47 @@ impl Node {
     }
 
     /// Starts a pool, with the engines of it that were found.
-    pub(crate) async fn pool(&self, spec: Arc<PoolSpec>, found: &mut BTreeMap<ReplicaKey, Found>) -> PoolHandle {
+    pub(crate) async fn pool(
+        &self,
+        pool: Restored,
+        places: &[ReplicaId],
+        found: &mut BTreeMap<ReplicaKey, Found>,
+    ) -> PoolHandle {
+        self.start(pool, places, found, 0, None).await
+    }
+
+    /// Starts a pool that is new, as an operation. Its operations are numbered from here.
+    pub(crate) async fn declare(&self, pool: Restored, number: u64) -> (PoolHandle, Operation) {
+        let spec = &pool.declared.spec;
+        let operation = Operation {
+            id: format!("op-{}-{:08x}-{number}", spec.id, self.seed & 0xffff_ffff),
+            verb: "declare".into(),
+            pool_id: spec.id.clone(),
+            state: match spec.activation {
+                Activation::Preload => OperationState::Running,
+                Activation::OnDemand => OperationState::Succeeded("declared".into()),
+            },
+            progress: String::new(),
+            started_at: self.clock.wall(),
+        };
+        let places: Vec<ReplicaId> = (0..spec.replicas).map(ReplicaId).collect();
+        (self.start(pool, &places, &mut BTreeMap::new(), number, Some(operation.clone())).await, operation)
+    }
+
+    async fn start(
+        &self,
+        pool: Restored,
+        places: &[ReplicaId],
+        found: &mut BTreeMap<ReplicaKey, Found>,
+        number: u64,
+        begun: Option<Operation>,
+    ) -> PoolHandle {
+        let standing = Standing::of(&pool);
+        let (spec, revision) = (Arc::new(pool.declared.spec), pool.revision);
         let bell = Arc::new(Notify::new());
         let hold = self.ports.ledger.held(&spec.id).await;
         let mut members = Vec::new();
-        for place in 0..spec.replicas {
-            let id = ReplicaId(place);
+        for (place, id) in (0..).zip(places.iter().copied()) {
             let found = found.remove(&ReplicaKey { pool: spec.id.clone(), replica: id });
             let birth = Birth { spec: &spec, id, place, bell: &bell, serves: true, found, hold };
             members.push(self.replica(birth).await);
@@ -119,7 +158,8 @@ impl Node {
         let snapshot = PoolSnapshot {
             pool_id: spec.id.clone(),
             snapshot: 1,
-            revision: 1,
+            revision,
+            source: standing.source.code(),
             engine: spec.engine.to_string(),
             model: spec.model.to_string(),
             model_id: spec.model.model_id(),
@@ -128,20 +168,28 @@ impl Node {
             replicas: members.iter().map(|m| m.published.borrow().snapshot.clone()).collect(),
         };
         let (facts, facts_seen) =
-            watch::channel(PoolFacts { snapshot, operations: VecDeque::new(), next_starts: Vec::new() });
+            watch::channel(PoolFacts { snapshot, operations: begun.into_iter().collect(), next_starts: Vec::new() });
         let seats = members.iter().map(Member::seat).collect();
-        let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), seats }));
+        let Standing { document, source, previous, .. } = standing.clone();
+        let standing = Arc::new(standing);
+        let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), standing, seats }));
         let (commands, conductor_commands) = mpsc::channel(QUEUE);
         let conductor = Conductor {
             hold: Hold::found(spec.id.clone(), Arc::clone(&self.ports.ledger), hold),
-            spec,
+            made: Made { spec, document },
+            source,
+            previous,
+            revision,
+            running: None,
+            queued: None,
+            probation: None,
             node: self.clone(),
             members,
             bell,
             commands: conductor_commands,
             facts,
             roster,
-            made: 0,
+            begun: number,
             asked: self.clock.now(),
             ending: false,
             left: false,

@@ -354,6 +354,21 @@ pub struct LedgerError {
     pub source: std::io::Error,
 }
 
+/// A pool whose spec is not what the config file says, written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredPool {
+    /// Its name.
+    pub pool: PoolId,
+    /// Revision of its spec.
+    pub revision: u64,
+    /// The pool in its wire form. Opaque here.
+    pub document: String,
+    /// Set: it stands in for a pool of the file as long as that one's table has this digest. Unset: a pool of the API.
+    pub file_digest: Option<String>,
+    /// The document before the last reload.
+    pub previous: Option<String>,
+}
+
 /// Facts that outlive the daemon.
 #[async_trait]
 pub trait StateLedger: fmt::Debug + Send + Sync {
@@ -383,6 +398,14 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction>;
     /// Remembers what it took.
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError>;
+    /// Every pool that was stored, by name.
+    async fn stored_pools(&self) -> Vec<StoredPool>;
+    /// Writes a pool down in place of what was stored of it: all of it or nothing, also when the power fails.
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError>;
+    /// Takes that back; one that is not stored is taken back already.
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
+    /// Forgets hold, past and what engines took of a pool that is no more. Its generations stay: none is used twice.
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
 }
 
 /// How long one question to an engine may take.

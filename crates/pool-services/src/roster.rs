@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::admission::Admission;
 use crate::conductor::{ConductorCommand, PoolFacts};
+use crate::declared::Standing;
 use crate::driver::{DriverCommand, Published};
 use crate::spec::PoolSpec;
 
@@ -37,6 +38,8 @@ impl Seat {
 #[derive(Debug, Clone)]
 pub(crate) struct Roster {
     pub(crate) spec: Arc<PoolSpec>,
+    /// How that came about.
+    pub(crate) standing: Arc<Standing>,
     pub(crate) seats: Vec<Seat>,
 }
 

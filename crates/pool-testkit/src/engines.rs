@@ -85,6 +85,7 @@ struct FakeEngine {
     began: Instant,
     pid: u32,
     nonce: String,
+    model: String,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
     terms: AtomicU64,
@@ -95,6 +96,8 @@ struct FakeEngine {
 #[derive(Debug, Default)]
 pub struct FakeEngines {
     script: Mutex<Script>,
+    /// For engines of these models, instead.
+    scripts: Mutex<BTreeMap<String, Script>>,
     by_addr: Mutex<BTreeMap<SocketAddr, Arc<FakeEngine>>>,
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
@@ -110,6 +113,16 @@ impl FakeEngines {
     /// Changes the script for later launches and questions.
     pub fn script(&self, change: impl FnOnce(&mut Script)) {
         change(&mut lock(&self.script));
+    }
+
+    /// Changes the script for engines of one model, which from then on is its own.
+    pub fn script_of(&self, model: &str, change: impl FnOnce(&mut Script)) {
+        let mut scripts = lock(&self.scripts);
+        change(scripts.entry(model.to_owned()).or_insert_with(|| lock(&self.script).clone()));
+    }
+
+    fn script_for(&self, model: &str) -> Script {
+        lock(&self.scripts).get(model).cloned().unwrap_or_else(|| lock(&self.script).clone())
     }
 
     /// When launches happened and of which generation.
@@ -145,6 +158,12 @@ impl FakeEngines {
     #[must_use]
     pub fn running(&self) -> Vec<u32> {
         lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.pid).collect()
+    }
+
+    /// The models of the engines that have not ended.
+    #[must_use]
+    pub fn models(&self) -> Vec<String> {
+        lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.model.clone()).collect()
     }
 
     /// TERM and KILL signals that engines have received so far.
@@ -257,8 +276,8 @@ impl RunningEngine for Stranger {
 
 #[async_trait]
 impl EngineProvisioner for FakeEngines {
-    async fn preflight(&self, _: &PoolSpec) -> Result<(), Failure> {
-        lock(&self.script).preflight.clone().map_or(Ok(()), Err)
+    async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure> {
+        self.script_for(&spec.model.model_id()).preflight.map_or(Ok(()), Err)
     }
     fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
         None
@@ -266,8 +285,8 @@ impl EngineProvisioner for FakeEngines {
     fn admits(&self, _: &PoolSpec) -> Result<(), NotAdmitted> {
         Ok(())
     }
-    fn memory(&self, _: &PoolSpec) -> EngineMemory {
-        lock(&self.script).memory
+    fn memory(&self, spec: &PoolSpec) -> EngineMemory {
+        self.script_for(&spec.model.model_id()).memory
     }
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
         Ok(PreparedEngine {
@@ -292,7 +311,7 @@ impl EngineHost for FakeEngines {
         !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
     }
     async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
-        let script = lock(&self.script).clone();
+        let script = self.script_for(&engine.endpoint.model);
         lock(&self.launches).push((Instant::now(), record.generation));
         if let Some(f) = script.launch {
             return Err(f);
@@ -303,6 +322,7 @@ impl EngineHost for FakeEngines {
             began: Instant::now(),
             pid,
             nonce: record.nonce.clone(),
+            model: engine.endpoint.model.clone(),
             exit: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             terms: AtomicU64::new(0),
@@ -354,7 +374,7 @@ impl EngineProbe for FakeEngines {
     }
     async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
         // Asked of the script, not of the launch, so that a running engine can be told to hang.
-        if lock(&self.script).decodes && self.at(endpoint.addr).is_some() {
+        if self.script_for(&endpoint.model).decodes && self.at(endpoint.addr).is_some() {
             Ok(())
         } else {
             std::future::pending().await

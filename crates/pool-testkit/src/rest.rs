@@ -9,10 +9,12 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
 use pool_domain::{
-    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, Tick,
+    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, FailureClass, Generation, ModelProfile, ModelRef, PoolId,
+    ReplicaKey, Tick,
 };
 use pool_services::ports::{
     EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
+    StoredPool,
 };
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
@@ -67,6 +69,7 @@ pub fn spec(id: &str) -> PoolSpec {
         policy: Policy::default(),
         drain_deadline: Duration::from_secs(30),
         on_deadline: OnDeadline::Force,
+        reload: Default::default(),
     }
 }
 
@@ -112,9 +115,15 @@ pub struct FakeModels {
     failure: Mutex<Option<Failure>>,
     profile: Mutex<Option<ModelProfile>>,
     takes: Mutex<Duration>,
+    missing: Mutex<BTreeSet<String>>,
 }
 
 impl FakeModels {
+    /// The model of this id is not to be had from now on.
+    pub fn missing(&self, id: &str) {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+    }
+
     /// What every model's header says from now on.
     pub fn set_profile(&self, profile: ModelProfile) {
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
@@ -136,6 +145,9 @@ impl ModelStore for FakeModels {
     async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
         let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
         slowly(takes).await;
+        if self.missing.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id()) {
+            return Err(Failure::new(FailureClass::Artifact, "there is no such model"));
+        }
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             Some(f) => Err(f),
             None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
@@ -162,7 +174,9 @@ struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
+    refuses_pools: bool,
     takes: Duration,
 }
 
@@ -186,6 +200,17 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// Whether later writes of what pools are to be fail.
+    pub fn refuse_pools(&self, refuse: bool) {
+        self.facts().refuses_pools = refuse;
+    }
+
+    /// What is written down of what a pool is to be.
+    #[must_use]
+    pub fn stored(&self, pool: &PoolId) -> Option<StoredPool> {
+        self.facts().stored.get(pool).cloned()
     }
 
     /// Changes what is on record, as somebody with an editor might.
@@ -295,5 +320,31 @@ impl StateLedger for FakeLedger {
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
         self.facts().learnt.insert((pool.clone(), key.clone()), correction);
         Ok(())
+    }
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.facts().stored.values().cloned().collect()
+    }
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        self.slowly().await;
+        if self.facts().refuses_pools {
+            return Err(LedgerError { what: "the pool", source: std::io::ErrorKind::StorageFull.into() });
+        }
+        self.write(|f| {
+            f.stored.insert(pool.pool.clone(), pool.clone());
+        })
+    }
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.stored.remove(pool);
+        })
+    }
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.held.remove(pool);
+            f.pasts.retain(|key, _| key.pool != *pool);
+            f.learnt.retain(|(of, _), _| of != pool);
+        })
     }
 }

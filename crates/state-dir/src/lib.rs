@@ -5,6 +5,7 @@
 //! lock                       held for life, never unlinked
 //! ledger/<pool>.json         hold, generations and what is held against replicas, and <pool>.json.copy with the same content
 //! engines/<pool>-<replica>.json   what a later daemon needs to find the engine and go on with it
+//! pools/<pool>.json          a pool that was declared over the API, or that stands in for one of the file; and a .copy
 //! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
 //! run/                       whatever engines need while they run
 //! ```
@@ -18,6 +19,7 @@ mod files;
 mod lock_dir;
 mod past;
 mod record;
+mod stored;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -29,7 +31,7 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
+use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tracing::error;
@@ -77,6 +79,7 @@ struct Paths {
     ledger: PathBuf,
     handoff: PathBuf,
     engines: PathBuf,
+    pools: PathBuf,
 }
 
 impl StateDir {
@@ -87,16 +90,22 @@ impl StateDir {
     /// When another daemon holds the lock, or the file system refuses.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, StateDirError> {
         let root = path.into();
-        let paths =
-            Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
+        let paths = Paths {
+            ledger: root.join("ledger"),
+            handoff: root.join("handoff"),
+            engines: root.join("engines"),
+            pools: root.join("pools"),
+            root,
+        };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
-        for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.root.join("run")] {
+        for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.pools, &paths.root.join("run")] {
             create_dir(dir)?;
         }
         clear(&paths.handoff, |_| true)?;
         clear(&paths.ledger, files::is_leftover)?;
         clear(&paths.engines, files::is_leftover)?;
+        clear(&paths.pools, files::is_leftover)?;
         let lock_dir = lock_dir::create(&paths.root).map_err(|source| StateDirError::Io {
             what: "make a directory for the locks of",
             path: paths.root.clone(),
@@ -244,6 +253,37 @@ impl StateLedger for StateDir {
             Ok(())
         })
         .await
+    }
+
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.work(|paths| stored::load_all(&paths.pools)).await.unwrap_or_else(|error| {
+            error!(%error, "the stored pools cannot be read");
+            Vec::new()
+        })
+    }
+
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| stored::store(&paths.pools, &pool))
+            .await
+            .map_err(|source| LedgerError { what: "a pool", source })
+    }
+
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| stored::remove(&paths.pools, &pool))
+            .await
+            .map_err(|source| LedgerError { what: "the end of a pool", source })
+    }
+
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| {
+            let mut record = record::load_for_update(&paths.ledger, &pool)?;
+            if record.forget() { record::store(&paths.ledger, &pool, &record) } else { Ok(()) }
+        })
+        .await
+        .map_err(|source| LedgerError { what: "that a pool is no more", source })
     }
 }
 

@@ -12,6 +12,7 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::{Generation, PoolId, ReplicaId, Tick};
 use pool_services::ports::Handoff;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
@@ -103,6 +104,15 @@ impl PoolRecord {
         self.learnt.drain(..superfluous);
     }
 
+    /// Forgets all but the generations. Says whether there was anything.
+    pub(crate) fn forget(&mut self) -> bool {
+        let before = self.clone();
+        self.hold = false;
+        self.learnt.clear();
+        self.replicas.values_mut().for_each(|r| r.past = None);
+        *self != before
+    }
+
     /// Takes over every generation that is higher in `other`.
     fn raise(&mut self, other: &Self) {
         for (&replica, theirs) in &other.replicas {
@@ -113,7 +123,8 @@ impl PoolRecord {
 }
 
 /// Why a record could not be read.
-enum Unreadable {
+#[derive(Debug)]
+pub(crate) enum Unreadable {
     /// Written by a version of the daemon that knows more.
     Newer(u32),
     /// Torn, or the file system refused.
@@ -123,10 +134,9 @@ enum Unreadable {
 impl From<Unreadable> for io::Error {
     fn from(why: Unreadable) -> Self {
         match why {
-            Unreadable::Newer(v) => Self::new(
-                ErrorKind::Unsupported,
-                format!("ledger version {v} is unknown, this version writes {VERSION}"),
-            ),
+            Unreadable::Newer(v) => {
+                Self::new(ErrorKind::Unsupported, format!("version {v} is unknown, which a newer daemon wrote"))
+            }
             Unreadable::Broken(error) => error,
         }
     }
@@ -182,6 +192,11 @@ fn read_both(dir: &Path, pool: &PoolId) -> Result<PoolRecord, Unreadable> {
 }
 
 fn read_one(path: &Path) -> Result<Option<PoolRecord>, Unreadable> {
+    read_versioned(path, VERSION)
+}
+
+/// Reads a record of this version; no file is no record.
+pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Result<Option<T>, Unreadable> {
     let bytes = match fs::read(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         other => other.map_err(Unreadable::Broken)?,
@@ -189,7 +204,7 @@ fn read_one(path: &Path) -> Result<Option<PoolRecord>, Unreadable> {
     let torn = |e: serde_json::Error| Unreadable::Broken(io::Error::new(ErrorKind::InvalidData, e));
     // The version first: a newer record may have any other shape.
     let Versioned { version } = serde_json::from_slice(&bytes).map_err(torn)?;
-    if version != VERSION {
+    if version != known {
         return Err(Unreadable::Newer(version));
     }
     serde_json::from_slice(&bytes).map(Some).map_err(torn)

@@ -49,6 +49,7 @@ fn word(text: &str, known: &[&[&'static str]]) -> &'static str {
 const REASONS: &[&str] = &["backoff", "breaker", "devices", "vram", "hold", "fenced", "draining", "stopping"];
 const BREAKERS: &[&str] = &["closed", "open", "half_open"];
 const PROOFS: &[&str] = &["vram", "simulated", "served"];
+const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
     use FailureClass as C;
@@ -118,6 +119,7 @@ impl TryFrom<PoolView> for PoolSnapshot {
             pool_id: pool_id(&p.pool_id)?,
             snapshot: p.snapshot,
             revision: p.revision,
+            source: word(&p.source, &[SOURCES]),
             engine: p.engine,
             model: p.model,
             model_id: p.model_id,

@@ -7,12 +7,12 @@ use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, Stop
 use pool_domain::plan::Split;
 use pool_domain::split::{MAX_DEVICES, SplitRatios};
 use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceMask, EngineName, ModelRef};
-use pool_services::{Activation, Workload};
+use pool_services::{Activation, ReloadPolicy, Workload};
 use thiserror::Error;
 
 use super::{
-    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, MaskText,
-    OnDeadlineText, PoolSpec, SplitText, StrategyText, VramText, WorkloadText,
+    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, MaskText, PoolSpec,
+    ReloadTable, SplitText, VramText, WorkloadText,
 };
 
 /// What a pool gets from its surroundings when it does not say.
@@ -52,6 +52,7 @@ fn some_time(field: &'static str, text: Option<DurationText>, default: Duration)
 /// What the admission word can count.
 const MAX_SLOTS: u16 = 32_767;
 const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(24 * 3600);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 impl PoolSpec {
@@ -111,6 +112,8 @@ impl PoolSpec {
             },
             devices: masks(self.devices, replicas)?,
             replicas,
+            idle_ttl: self.idle_ttl.map(|ttl| some_time("idle_ttl", Some(ttl), SECOND)).transpose()?,
+            pin: self.pin.unwrap_or(false),
             activation: match self.activation {
                 Some(ActivationText::Preload) => Activation::Preload,
                 Some(ActivationText::OnDemand) => Activation::OnDemand,
@@ -127,6 +130,7 @@ impl PoolSpec {
             policy,
             on_deadline: drain.on_deadline.map_or(OnDeadline::Force, OnDeadline::from),
             drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
+            reload: reload(self.reload.unwrap_or_default())?,
         })
     }
 
@@ -134,12 +138,6 @@ impl PoolSpec {
         if let Some(h) = &self.health {
             unsupported("health.busy_stall", h.busy_stall.is_some())?;
             unsupported("health.canary", h.canary.is_some())?;
-        }
-        if let Some(r) = &self.reload {
-            unsupported("reload.strategy", !matches!(r.strategy, None | Some(StrategyText::Auto)))?;
-            unsupported("reload.deadline", r.deadline.is_some())?;
-            unsupported("reload.on_deadline", !matches!(r.on_deadline, None | Some(OnDeadlineText::Abort)))?;
-            unsupported("reload.probation", r.probation.is_some())?;
         }
         if let Some(i) = &self.isolation {
             unsupported("isolation.run_as", i.run_as.is_some())?;
@@ -236,6 +234,23 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");
     }
     Ok(Policy { start, health, ..Policy::default() })
+}
+
+fn reload(t: ReloadTable) -> Result<ReloadPolicy, SpecError> {
+    let default = ReloadPolicy::default();
+    let policy = ReloadPolicy {
+        strategy: t.strategy.map_or(default.strategy, Into::into),
+        deadline: some_time("reload.deadline", t.deadline, default.deadline)?,
+        on_deadline: t.on_deadline.map_or(default.on_deadline, Into::into),
+        probation: time(t.probation, default.probation),
+    };
+    if policy.deadline > DAY {
+        return wrong("reload.deadline", "is longer than a day");
+    }
+    if policy.probation > DAY {
+        return wrong("reload.probation", "is longer than a day");
+    }
+    Ok(policy)
 }
 
 fn stop(t: &DrainTable) -> StopPolicy {

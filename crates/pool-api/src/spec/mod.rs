@@ -3,6 +3,7 @@
 mod check;
 mod text;
 
+use pool_domain::rollout::Strategy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,7 @@ pub enum OnDeadlineText {
 
 /// How a reload replaces an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum StrategyText {
     /// The best that fits.
@@ -124,15 +126,16 @@ tables! {
         /// Time between TERM and KILL; default `"30s"`.
         stop_grace: DurationText,
     }
-    /// `[pool.reload]`: only its defaults are supported yet.
+    /// `[pool.reload]`: how a reload goes unless it says otherwise.
     ReloadTable {
-        /// Default `"auto"`.
+        /// How engines are replaced; default `"auto"`.
         strategy: StrategyText,
-        /// Not supported yet.
+        /// Time for the whole of it; default `"15m"`.
         deadline: DurationText,
-        /// Default `"abort"`.
+        /// What happens then; default `"abort"`: the old engines serve on.
         on_deadline: OnDeadlineText,
-        /// Not supported yet.
+        /// Time after it in which a failure of the new engines brings the old ones back, at most a day; default `"60s"`,
+        /// `"0s"` is none.
         probation: DurationText,
     }
     /// `[pool.isolation]`: not supported yet.
@@ -175,7 +178,8 @@ pub struct PoolSpec {
     /// When they start; the default is the profile's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation: Option<ActivationText>,
-    /// Time without requests after which an on-demand pool may stop. Read and kept; nothing stops for it yet.
+    /// Time without requests after which an on-demand pool stops; without it, never. Read and kept; nothing stops for it
+    /// yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle_ttl: Option<DurationText>,
     /// Never evicted for another pool. Read and kept; nothing is evicted yet, so every pool is.
@@ -218,6 +222,28 @@ pub struct PoolSpec {
     /// What an engine may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<IsolationTable>,
+}
+
+impl From<StrategyText> for Strategy {
+    fn from(s: StrategyText) -> Self {
+        match s {
+            StrategyText::Auto => Self::Auto,
+            StrategyText::InPlace => Self::InPlace,
+            StrategyText::Overlap => Self::Overlap,
+            StrategyText::Rolling => Self::Rolling,
+        }
+    }
+}
+
+impl From<Strategy> for StrategyText {
+    fn from(s: Strategy) -> Self {
+        match s {
+            Strategy::Auto => Self::Auto,
+            Strategy::InPlace => Self::InPlace,
+            Strategy::Overlap => Self::Overlap,
+            Strategy::Rolling => Self::Rolling,
+        }
+    }
 }
 
 impl From<OnDeadlineText> for pool_domain::lifecycle::OnDeadline {

@@ -23,11 +23,11 @@ impl Conductor {
     }
 
     fn idleness(&self) -> Verdict {
-        let Some(idle_ttl) = self.spec.idle_ttl else { return Verdict::Stays };
-        let rests = self.ending || self.hold.held() || self.spec.pin;
+        let Some(idle_ttl) = self.made.spec.idle_ttl else { return Verdict::Stays };
+        let rests = self.ending || self.running.is_some() || self.hold.held() || self.made.spec.pin;
         // A replica that leaves or is not to serve yet is somebody else's business.
         let settled = self.members.iter().all(|m| m.serves && m.published.borrow().verbs == m.sent);
-        if rests || !settled || self.spec.activation != Activation::OnDemand {
+        if rests || !settled || self.made.spec.activation != Activation::OnDemand {
             return Verdict::Stays;
         }
         let now = self.node.clock.now();
@@ -57,7 +57,8 @@ impl Conductor {
 
     /// The steward needs the memory of a replica.
     pub(super) async fn give_way(&mut self, id: ReplicaId) {
-        if self.ending {
+        // Whoever reloads it has its engines in hand.
+        if self.ending || self.running.is_some() {
             return;
         }
         if let Some(member) = self.members.iter_mut().find(|m| m.key.replica == id && m.serves) {
@@ -67,7 +68,7 @@ impl Conductor {
 
     /// It gave way for nothing.
     pub(super) async fn come_back(&mut self, id: ReplicaId) {
-        if self.ending || self.hold.held() {
+        if self.ending || self.running.is_some() || self.hold.held() {
             return;
         }
         if let Some(member) = self.members.iter_mut().find(|m| m.key.replica == id && m.serves) {

@@ -42,7 +42,8 @@ impl Driver {
         let generation = record.generation;
         let end = record.phase == Phase::Stopping || hold && record.phase == Phase::Starting;
         let drain = match &record.phase {
-            Phase::Draining { deadline, on_deadline, .. } => Some((*deadline, *on_deadline)),
+            // Without a hold it was a reload that was not committed: it is undone.
+            Phase::Draining { deadline, on_deadline, .. } if hold => Some((*deadline, *on_deadline)),
             Phase::Ready { .. } if hold => Some((self.clock.now() + self.spec.drain_deadline, self.spec.on_deadline)),
             _ => None,
         };

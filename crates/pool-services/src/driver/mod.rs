@@ -95,6 +95,8 @@ pub(crate) enum DriverCommand {
     Unblock,
     /// A person says that nothing of the engine is left.
     Unfence,
+    /// Nothing is to be tried again by itself.
+    GiveUp(Failure),
     /// What the next start makes the engine from.
     Respec(Arc<PoolSpec>),
     /// The daemon ends and its engines live on: leave everything as it is.
@@ -362,6 +364,9 @@ impl Driver {
                     let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: OnDeadline::Force };
                     self.step(Event::Command(stop));
                 }
+            }
+            DriverCommand::GiveUp(failure) => {
+                self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
             }
             DriverCommand::Respec(spec) => {
                 self.policy = spec.policy;

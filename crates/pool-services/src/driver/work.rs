@@ -26,6 +26,9 @@ const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Dura
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
 
+/// Between an answer that was cut off and the news that the engine has ended.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
 impl Driver {
     pub(super) fn send(&self, report: Report) {
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
@@ -241,7 +244,11 @@ impl Driver {
                     proof.slots = if proof.slots == 0 { slots } else { proof.slots };
                     Report::Proved(proof, taken)
                 }
-                Err(failure) => Report::Fact(Fact::Unproved(failure)),
+                Err(failure) => {
+                    // An engine that ends cuts off its answers first; the watch of its end knows why.
+                    let ends = tokio::time::timeout(LAST_WORDS, engine.exited()).await.is_ok();
+                    if ends { std::future::pending().await } else { Report::Fact(Fact::Unproved(failure)) }
+                }
             }
         });
     }

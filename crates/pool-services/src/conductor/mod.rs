@@ -2,29 +2,35 @@
 //! and sums up what they publish.
 
 mod idle;
+mod operations;
+mod reload;
+
+pub(crate) use reload::{Made, Probation, Reload, Running};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
+use pool_domain::lifecycle::{Command, OnDeadline};
 use pool_domain::{ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::Admission;
 use crate::control::{ControlError, DrainOptions, Operation, OperationState};
+use crate::declared::Source;
 use crate::driver::{DriverCommand, Published};
+use crate::events::EventKind;
 use crate::hold::Hold;
 use crate::node::Node;
 use crate::roster::{Roster, Seat};
 use crate::snapshot::PoolSnapshot;
-use crate::spec::{Activation, PoolSpec};
+use crate::spec::Activation;
 
 /// Operations remembered per pool.
 const REMEMBERED: usize = 32;
 
 /// A wish of a person or program.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Wish {
     Preload,
     Drain(DrainOptions),
@@ -43,6 +49,10 @@ pub(crate) enum Wish {
     Leave,
     /// Drain, then end: the pool is no more.
     Remove,
+    /// To be made from another spec.
+    Reload(Box<Reload>),
+    /// To be made from the spec before the last reload.
+    Rollback,
 }
 
 pub(crate) type Answer = Result<Operation, ControlError>;
@@ -100,7 +110,15 @@ impl Member {
 }
 
 pub(crate) struct Conductor {
-    pub(crate) spec: Arc<PoolSpec>,
+    /// What the pool is made from, and what it was made from before the last reload.
+    pub(crate) made: Made,
+    pub(crate) source: Source,
+    pub(crate) previous: Option<Made>,
+    pub(crate) revision: u64,
+    /// The reload under way, and the one that is wanted after it.
+    pub(crate) running: Option<Running>,
+    pub(crate) queued: Option<(Reload, String)>,
+    pub(crate) probation: Option<Probation>,
     pub(crate) node: Node,
     pub(crate) members: Vec<Member>,
     pub(crate) bell: Arc<Notify>,
@@ -109,7 +127,7 @@ pub(crate) struct Conductor {
     pub(crate) roster: watch::Sender<Arc<Roster>>,
     pub(crate) hold: Hold,
     /// Operations begun so far.
-    pub(crate) made: u64,
+    pub(crate) begun: u64,
     /// When somebody last asked for the pool.
     pub(crate) asked: Tick,
     /// The pool is ending: nothing is started any more.
@@ -121,15 +139,17 @@ pub(crate) struct Conductor {
 impl Conductor {
     /// Runs until nobody can command it any more; the drivers end with it.
     pub(crate) async fn run(mut self) {
-        if self.spec.activation == Activation::Preload && !self.hold.held() {
+        if self.made.spec.activation == Activation::Preload && !self.hold.held() {
             self.command_all(Command::Wake).await;
         }
-        let clock = self.node.clock;
         loop {
-            let look_at = self.look_at();
+            let (look_at, late) = (self.look_at(), self.reload_deadline());
+            let mut found = None;
             tokio::select! {
                 biased;
                 () = self.bell.notified() => {}
+                verdict = Self::verdict(&mut self.running) => found = Some(verdict),
+                () = self.node.clock.sleep_until(late) => self.reload_is_late(),
                 command = self.commands.recv() => match command {
                     Some(ConductorCommand { wish: Wish::GiveWay(id), .. }) => self.give_way(id).await,
                     Some(ConductorCommand { wish: Wish::ComeBack(id), .. }) => self.come_back(id).await,
@@ -144,7 +164,12 @@ impl Conductor {
                     }
                     None => return,
                 },
-                () = clock.sleep_until(look_at) => self.stop_if_unused().await,
+                () = self.node.clock.sleep_until(look_at) => self.stop_if_unused().await,
+            }
+            self.advance(found).await;
+            self.heed_probation().await;
+            if self.running.is_none() {
+                self.let_go();
             }
             self.publish();
             if self.left {
@@ -162,7 +187,7 @@ impl Conductor {
     }
 
     async fn command_all(&mut self, command: Command) {
-        for member in self.members.iter_mut().filter(|m| m.serves) {
+        for member in self.members.iter_mut().filter(|m| m.serves || self.ending) {
             member.command(command).await;
         }
     }
@@ -171,7 +196,13 @@ impl Conductor {
         if self.ending {
             return Err(ControlError::Unreachable("the pool is stopping".into()));
         }
+        self.wish_during_reload(&wish)?;
         let verb = match wish {
+            Wish::Reload(reload) => return Ok(self.reload(*reload, "reload")),
+            Wish::Rollback => {
+                let reload = Reload::back(self.before()?);
+                return Ok(self.reload(reload, "rollback"));
+            }
             Wish::Shutdown => {
                 self.ending = true;
                 self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
@@ -188,7 +219,7 @@ impl Conductor {
             }
             Wish::Remove => {
                 self.ending = true;
-                let (deadline, on_deadline) = (self.spec.drain_deadline, OnDeadline::Force);
+                let (deadline, on_deadline) = (self.made.spec.drain_deadline, OnDeadline::Force);
                 self.command_all(Command::Drain { deadline, on_deadline }).await;
                 "remove"
             }
@@ -213,10 +244,10 @@ impl Conductor {
                 "preload"
             }
             Wish::Drain(o) => {
-                let deadline = o.deadline.unwrap_or(self.spec.drain_deadline);
+                let deadline = o.deadline.unwrap_or(self.made.spec.drain_deadline);
                 self.command_all(Command::Drain {
                     deadline,
-                    on_deadline: o.on_deadline.unwrap_or(self.spec.on_deadline),
+                    on_deadline: o.on_deadline.unwrap_or(self.made.spec.on_deadline),
                 })
                 .await;
                 self.hold.set(true);
@@ -237,98 +268,46 @@ impl Conductor {
                 let draining = self.facts.borrow().operations.iter().any(drains);
                 self.hold.set(false);
                 self.command_all(Command::Resume).await;
-                if draining || self.spec.activation == Activation::Preload {
+                if draining || self.made.spec.activation == Activation::Preload {
                     self.command_all(Command::Start).await;
                 }
-                "resume"
+                return Ok(self.ended_operation("resume", "resumed"));
             }
             Wish::ResetBreaker => {
                 self.command_all(Command::ResetBreaker).await;
-                "breaker_reset"
+                return Ok(self.ended_operation("breaker_reset", "reset"));
             }
         };
-        self.made += 1;
-        let operation = Operation {
-            id: format!("op-{}-{:08x}-{}", self.spec.id, self.node.seed & 0xffff_ffff, self.made),
-            verb: verb.into(),
-            pool_id: self.spec.id.clone(),
-            state: match wish {
-                Wish::Resume | Wish::ResetBreaker => {
-                    OperationState::Succeeded(if verb == "resume" { "resumed" } else { "reset" }.into())
-                }
-                _ => OperationState::Running,
-            },
-            progress: String::new(),
-            started_at: self.node.clock.wall(),
-        };
-        self.facts.send_modify(|f| {
-            // The last wish wins: what it contradicts is over.
-            for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running && o.verb != verb) {
-                o.state = OperationState::Failed(format!("superseded by {verb}"));
-            }
-            f.operations.push_front(operation.clone());
-            f.operations.truncate(REMEMBERED);
-        });
-        Ok(operation)
+        Ok(self.begin_operation(verb))
     }
 
-    fn publish(&mut self) {
-        let replicas: Vec<Published> =
-            self.members.iter_mut().map(|m| m.published.borrow_and_update().clone()).collect();
-        // An operation is judged only once every driver has taken in its command.
-        let settled = self.members.iter().zip(&replicas).all(|(m, r)| r.verbs == m.sent);
-        let hold = self.hold.held();
-        self.facts.send_if_modified(|f| {
-            let before = f.clone();
-            f.snapshot.hold = hold;
-            f.snapshot.replicas = replicas.iter().map(|r| r.snapshot.clone()).collect();
-            f.next_starts = replicas.iter().map(|r| r.next_start).collect();
-            if settled {
-                for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running) {
-                    judge(o, &replicas);
-                }
-            }
-            let changed = *f != before;
-            f.snapshot.snapshot += u64::from(changed);
-            changed
-        });
-    }
-}
-
-/// How an operation stands, given its pool's replicas.
-fn judge(o: &mut Operation, replicas: &[Published]) {
-    let count = |p: fn(&State) -> bool| replicas.iter().filter(|r| p(&r.state)).count();
-    match o.verb.as_str() {
-        "preload" => {
-            let ready = count(State::ready);
-            o.progress = format!("{ready} of {} ready", replicas.len());
-            if replicas.len() > 1 {
-                let each = |r: &Published| format!("{} {}", r.snapshot.id, r.snapshot.state);
-                let each = replicas.iter().map(each).collect::<Vec<_>>().join(", ");
-                o.progress = format!("{}: {each}", o.progress);
-            }
-            if ready == replicas.len() {
-                o.state = OperationState::Succeeded("ready".into());
-            } else if let Some(r) = replicas
-                .iter()
-                .find(|r| matches!(r.state, State::Failed { .. } | State::Waiting { why: Wait::Breaker { .. }, .. }))
-            {
-                o.state = OperationState::Failed(r.snapshot.reason.clone());
-            } else if let Some(r) = replicas.iter().find(|r| r.state == State::Idle) {
-                // Nobody asked for it any more, or another needed its memory.
-                o.state = OperationState::Failed(format!("{} was stopped before all were ready", r.snapshot.id));
-            }
+    fn wish_during_reload(&mut self, wish: &Wish) -> Result<(), ControlError> {
+        if self.running.is_none() {
+            return Ok(());
         }
-        _ => {
-            let rest = count(|s| matches!(s, State::Idle | State::Failed { .. }));
-            o.progress = format!("{rest} of {} at rest", replicas.len());
-            if rest == replicas.len() {
-                o.state = OperationState::Succeeded("drained".into());
-            } else if replicas.iter().any(|r| matches!(r.state, State::Fenced { .. })) {
-                o.state = OperationState::Failed("something of an engine may be left: its devices are fenced".into());
-            } else if replicas.iter().any(|r| r.state.ready()) {
-                o.state = OperationState::Failed("given up: leases were still held at the deadline".into());
+        match wish {
+            Wish::Preload | Wish::Resume => Err(ControlError::Conflict("the pool is being reloaded".into())),
+            Wish::Demand => Err(ControlError::Unready("it is being reloaded".into())),
+            Wish::Drain(_) => {
+                self.give_up_reload("a drain was asked for");
+                Ok(())
             }
+            Wish::Stop => {
+                self.give_up_reload("a stop was asked for");
+                Ok(())
+            }
+            Wish::Shutdown | Wish::Leave | Wish::Remove => {
+                self.drop_reload();
+                Ok(())
+            }
+            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker | Wish::GiveWay(_) | Wish::ComeBack(_) => Ok(()),
+        }
+    }
+
+    fn tell(&self, kind: EventKind) {
+        if let Some(member) = self.serving().next() {
+            let generation = member.published.borrow().snapshot.generation;
+            self.node.events.send(&member.key, generation, kind);
         }
     }
 }

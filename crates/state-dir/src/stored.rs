@@ -1,0 +1,121 @@
+//! Pools that were stored, and their wire form.
+//!
+//! A pool lies in two files of the same content. The first one decides: is it missing, there is no such pool, and is it
+//! torn, the copy stands in. So the copy is written first and removed last, and whoever is interrupted leaves what was
+//! there before, or what was to be.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use pool_domain::PoolId;
+use pool_services::ports::StoredPool;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tracing::{error, warn};
+
+use crate::files;
+use crate::record::{Unreadable, read_versioned};
+
+const VERSION: u32 = 1;
+const COPY: &str = ".copy";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Written {
+    version: u32,
+    /// Over all that follows.
+    checksum: String,
+    #[serde(flatten)]
+    content: Content,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Content {
+    pool: String,
+    revision: u64,
+    document: String,
+    file_digest: Option<String>,
+    previous: Option<String>,
+}
+
+impl Content {
+    fn checksum(&self) -> String {
+        let Self { pool, revision, document, file_digest, previous } = self;
+        // Lengths and presence count, so that no two contents look the same.
+        let text = format!("{pool:?} {revision} {document:?} {file_digest:?} {previous:?}");
+        let digest = Sha256::digest(text.as_bytes());
+        digest.iter().map(|b| format!("{b:02x}")).collect()
+    }
+}
+
+impl From<&StoredPool> for Written {
+    fn from(p: &StoredPool) -> Self {
+        let content = Content {
+            pool: p.pool.to_string(),
+            revision: p.revision,
+            document: p.document.clone(),
+            file_digest: p.file_digest.clone(),
+            previous: p.previous.clone(),
+        };
+        Self { version: VERSION, checksum: content.checksum(), content }
+    }
+}
+
+fn invalid(why: impl ToString) -> Unreadable {
+    Unreadable::Broken(io::Error::new(ErrorKind::InvalidData, why.to_string()))
+}
+
+fn read_one(path: &Path) -> Result<Option<StoredPool>, Unreadable> {
+    let Some(Written { checksum, content, .. }) = read_versioned::<Written>(path, VERSION)? else { return Ok(None) };
+    if checksum != content.checksum() {
+        return Err(invalid("its checksum is another"));
+    }
+    let pool = content.pool.parse().map_err(|e: pool_domain::id::IdError| invalid(e))?;
+    let Content { revision, document, file_digest, previous, .. } = content;
+    Ok(Some(StoredPool { pool, revision, document, file_digest, previous }))
+}
+
+/// A pool id may hold dots, so the copy is told by its end, which no first file has.
+fn names(pool: &PoolId) -> [String; 2] {
+    [format!("{pool}.json"), format!("{pool}.json{COPY}")]
+}
+
+/// Writes a pool, durably. What a newer version wrote is not overwritten.
+pub(crate) fn store(dir: &Path, pool: &StoredPool) -> io::Result<()> {
+    let (written, [main, copy]) = (Written::from(pool), names(&pool.pool));
+    if let Err(newer @ Unreadable::Newer(_)) = read_one(&dir.join(&main)) {
+        return Err(newer.into());
+    }
+    files::write_json(dir, &copy, &written)?;
+    files::write_json(dir, &main, &written)
+}
+
+/// Removes a pool, durably.
+pub(crate) fn remove(dir: &Path, pool: &PoolId) -> io::Result<()> {
+    names(pool).iter().try_for_each(|name| files::remove(dir, name))
+}
+
+/// Every pool, by name. One of which neither file can be read is told and left as it is.
+pub(crate) fn load_all(dir: &Path) -> io::Result<Vec<StoredPool>> {
+    let mut pools = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        let Some(name) = path.file_name().and_then(|n| n.to_str()).filter(|n| n.ends_with(".json")) else { continue };
+        let copy = dir.join(format!("{name}{COPY}"));
+        match read_one(&path) {
+            Ok(found) => pools.extend(found),
+            Err(why @ Unreadable::Newer(_)) => {
+                error!(file = name, error = %io::Error::from(why), "a stored pool cannot be read")
+            }
+            Err(Unreadable::Broken(error)) => match read_one(&copy) {
+                Ok(Some(found)) => {
+                    warn!(file = name, %error, "a stored pool cannot be read; its copy is used");
+                    pools.push(found);
+                }
+                _ => error!(file = name, %error, "a stored pool cannot be read, nor can its copy: it is not there"),
+            },
+        }
+    }
+    pools.sort_by(|a, b| a.pool.cmp(&b.pool));
+    Ok(pools)
+}
