@@ -12,7 +12,7 @@ use pool_domain::{DeviceMask, DeviceSnapshot, Generation, PoolId, ReplicaKey, Re
 use tokio::sync::oneshot;
 
 use crate::conductor::{ConductorCommand, Wish};
-use crate::control::OperationState;
+use crate::control::{Operation, OperationState};
 use crate::driver::Want;
 use crate::events::EventKind;
 use crate::ports::Inventory;
@@ -114,6 +114,12 @@ impl Steward {
         self.table.borrow().get(id).cloned()
     }
 
+    fn reloads(&self, id: &PoolId) -> bool {
+        let runs =
+            |o: &Operation| o.state == OperationState::Running && matches!(o.verb.as_str(), "reload" | "rollback");
+        self.pool(id).is_some_and(|pool| pool.facts.borrow().operations.iter().any(runs))
+    }
+
     fn ward(&self, key: &ReplicaKey) -> Option<&Seat> {
         self.wards.iter().find(|w| w.key == *key)
     }
@@ -183,14 +189,28 @@ impl Steward {
         let now = self.clock.now();
         let states: BTreeMap<&ReplicaKey, State> =
             self.wards.iter().map(|w| (&w.key, w.published.borrow().state.clone())).collect();
+        // An engine that a reload has stopped makes room for the next of its own pool, or comes back itself.
+        let reloading = |key: &ReplicaKey| !book.held.contains_key(key) && self.reloads(&key.pool);
+        let swapped: Vec<(ReplicaKey, Vec<(String, u64)>)> = book
+            .homes
+            .iter()
+            .filter(|(key, _)| reloading(key))
+            .map(|(key, home)| (key.clone(), home.pairs()))
+            .collect();
         let line = &mut book.line;
         line.places.retain(|p| match states.get(&p.key) {
+            Some(_) if swapped.iter().any(|(key, _)| *key == p.key) => true,
             Some(State::Staging { .. } | State::Preparing { .. } | State::Waiting { why: Wait::Vram { .. }, .. }) => {
                 true
             }
             Some(State::Idle) => p.claim.as_ref().is_some_and(|c| c.victims.is_empty() && now < c.at + BACK_WITHIN),
             _ => false,
         });
+        for (key, home) in swapped {
+            if line.claim(&key).is_none() {
+                line.keep(&key, home, now);
+            }
+        }
         let mut failed = Vec::new();
         line.gave_way.retain(|starter, _| match states.get(starter) {
             Some(State::Ready { .. } | State::Suspect { .. } | State::Draining { .. }) => false,
@@ -320,7 +340,7 @@ impl Steward {
             };
             let in_hand = {
                 let facts = pool.facts.borrow();
-                let runs = |o: &crate::control::Operation| {
+                let runs = |o: &Operation| {
                     o.state == OperationState::Running && !matches!(o.verb.as_str(), "preload" | "declare")
                 };
                 facts.snapshot.hold || facts.operations.iter().any(runs)

@@ -6,8 +6,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pool_domain::failure::Exit;
+use pool_domain::rollout::Strategy;
 use pool_domain::{Failure, FailureClass, PoolId};
-use pool_services::{Activation, ControlError, Event, EventKind, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
+use pool_services::control::ReloadRequest;
+use pool_services::{
+    Activation, ControlError, Event, EventKind, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
+};
 use pool_testkit::{FakeGpus, FakeNode, gpu, spec, until};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
@@ -274,6 +278,28 @@ async fn a_drain_of_the_starter_calls_it_off_and_brings_the_other_back() {
     m.stop(&id("b")).await.unwrap();
     until(&m, &id("a"), PoolSnapshot::ready).await;
     assert_eq!(state(&m.pool(&id("b")).await.unwrap()), "idle");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_memory_of_a_pool_that_is_reloaded_in_place_goes_to_nobody_who_waits() {
+    let node = small();
+    let a = PoolSpec { activation: Activation::Preload, ..large("a") };
+    let (m, _events) = node.manage(vec![a.clone(), large("b")]).await;
+    until(&m, &id("a"), PoolSnapshot::ready).await;
+    assert!(m.lease(&id("b"), TTL).await.is_err());
+    until(&m, &id("b"), waits).await;
+    // Longer than it takes to start the one that waits.
+    node.models.set_slow(Duration::from_secs(20));
+    let other = PoolSpec { model: "stub:other".parse().unwrap(), ..a };
+    let request = ReloadRequest {
+        declared: Some((other, "new".into())),
+        strategy: Some(Strategy::InPlace),
+        ..ReloadRequest::default()
+    };
+    let begun = m.reload(&id("a"), request).await.unwrap();
+    let ended = m.wait_operation(&begun.id, Duration::from_secs(3_600)).await.unwrap();
+    assert_eq!(ended.state, OperationState::Succeeded("reloaded".into()));
+    assert!(waits(&m.pool(&id("b")).await.unwrap()) && m.pool(&id("a")).await.unwrap().ready());
 }
 
 #[tokio::test(start_paused = true)]
