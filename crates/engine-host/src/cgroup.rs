@@ -138,6 +138,19 @@ impl Cgroup {
         }
     }
 
+    /// Whether memory is counted here.
+    pub(crate) fn limits_memory(&self) -> bool {
+        self.dir.join("memory.max").exists()
+    }
+
+    /// Lets it have at most this much memory, and no swap beyond it.
+    pub(crate) fn limit_memory(&self, bytes: u64) -> io::Result<()> {
+        fs::write(self.dir.join("memory.max"), bytes.to_string())?;
+        // Not there without swap.
+        let _no_swap = fs::write(self.dir.join("memory.swap.max"), "0");
+        Ok(())
+    }
+
     /// Whether the kernel killed here for memory.
     pub(crate) fn oom_killed(&self) -> bool {
         counted(&fs::read_to_string(self.dir.join("memory.events")).unwrap_or_default())

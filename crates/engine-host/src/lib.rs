@@ -11,6 +11,7 @@ mod discover;
 mod external;
 mod host;
 mod http;
+mod isolation;
 mod kinds;
 mod locks;
 mod log_patterns;
@@ -20,8 +21,10 @@ mod provision;
 mod running;
 mod text;
 mod tree;
+mod users;
 
 pub use decl::{EngineDecl, Kind, Mode, StubCommand};
 pub use host::{HostOptions, ProcessHost, ShimCommand};
+pub use isolation::{Unkept, can_keep};
 pub use probe::HttpProbe;
 pub use provision::Provisioner;

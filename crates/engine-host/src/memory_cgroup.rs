@@ -82,6 +82,14 @@ impl MemoryCgroup {
         self.dir.join("cgroup.procs")
     }
 
+    /// Lets it have at most this much memory, and no swap beyond it.
+    pub(crate) fn limit(&self, bytes: u64) -> io::Result<()> {
+        fs::write(self.dir.join("memory.limit_in_bytes"), bytes.to_string())?;
+        // Both together; not there where swap is not counted.
+        let _no_swap = fs::write(self.dir.join("memory.memsw.limit_in_bytes"), bytes.to_string());
+        Ok(())
+    }
+
     /// Whether the kernel killed here for memory.
     pub(crate) fn oom_killed(&self) -> bool {
         counted(&fs::read_to_string(self.dir.join("memory.oom_control")).unwrap_or_default())

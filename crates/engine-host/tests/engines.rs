@@ -22,6 +22,9 @@ use pool_services::{Activation, PoolSpec, Workload};
 use tempfile::TempDir;
 use tokio::sync::Mutex;
 
+#[path = "parts/isolation.rs"]
+mod isolation;
+
 const LIMIT: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -70,6 +73,7 @@ fn spec(engine: &str, args: &[&str]) -> PoolSpec {
         vram: None,
         aliases: Vec::new(),
         policy: Policy::default(),
+        isolation: Default::default(),
         drain_deadline: Duration::from_secs(1),
         on_deadline: OnDeadline::Force,
         reload: Default::default(),

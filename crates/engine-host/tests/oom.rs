@@ -68,6 +68,7 @@ async fn end_of(then: &str) -> Option<Failure> {
             model_path: None,
             workload: Workload::Generate,
         },
+        confinement: Default::default(),
         engine_version: String::new(),
     };
     let record = EngineRecord {

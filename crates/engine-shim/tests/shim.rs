@@ -12,6 +12,9 @@ use engine_shim::{ExitRecord, KILL, LaunchSpec, Report, StartRecord, TERMINATE};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
+#[path = "parts/isolation.rs"]
+mod isolation;
+
 const LIMIT: Duration = Duration::from_secs(30);
 
 struct Bench {
@@ -56,9 +59,12 @@ impl Bench {
             lock_on_stdin: false,
             shared_locks: Vec::new(),
             cgroup_procs: Vec::new(),
+            limiting_cgroup_procs: Vec::new(),
             later_cgroup_procs: Vec::new(),
             nofile: None,
             run_as: None,
+            secrets: Vec::new(),
+            shm_dir: None,
             stop_when_parent_gone: false,
         }
     }
@@ -338,21 +344,6 @@ fn the_engine_is_born_in_its_cgroup() {
     assert_eq!((step.as_str(), not_found), ("exec", true));
     shim.ends_with(1);
     assert_eq!(fs::read_to_string(cgroup.0.join("cgroup.procs")).unwrap(), "", "nothing is left of it");
-}
-
-#[test]
-fn the_engine_runs_as_another_user() {
-    if !rustix::process::geteuid().is_root() {
-        return;
-    }
-    let bench = Bench::new();
-    let mut spec = bench.script("id -u; id -g; id -G; grep CapEff /proc/self/status");
-    spec.run_as = Some((65534, 65533));
-    spec.workdir = "/".into();
-    let shim = bench.start(&spec);
-    shim.started();
-    assert_eq!(shim.report(), exited(0));
-    assert_eq!(bench.text("log"), "65534\n65533\n65533\nCapEff:\t0000000000000000\n");
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub mod failure;
 pub mod health;
 pub mod id;
 pub mod idle;
+pub mod isolation;
 pub mod lifecycle;
 pub mod mask;
 pub mod model;

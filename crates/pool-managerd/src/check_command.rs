@@ -58,7 +58,10 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
                 Err(other) => problems.push(config.pool_error(i, "model", other.to_string())),
             }
         }
-        if let Err(failure) = provisioner.preflight(pool).await {
+        // As the user of its engines; the preflight says the same with fewer words.
+        if let Err(unkept) = provisioner.prove(pool).await {
+            problems.push(compose::unkept_error(&config, i, &unkept));
+        } else if let Err(failure) = provisioner.preflight(pool).await {
             problems.push(config.pool_error(i, "engine", failure.detail));
         }
         let what = match (external, pool.activation) {

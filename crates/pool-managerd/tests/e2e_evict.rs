@@ -109,13 +109,13 @@ fn what_gave_way_comes_back_when_the_new_one_fails() {
 
 #[test]
 fn a_pool_that_nobody_uses_stops_and_the_next_request_starts_it() {
-    let mut daemon = start("0s", &large("a", "idle_ttl = \"200ms\""));
+    let mut daemon = start("0s", &large("a", "idle_ttl = \"1s\""));
     let engines = Engines::of(&daemon);
     let held = lease(&daemon, &engines, "a");
     assert_eq!(daemon.delete(&format!("/v1/leases/{held}")).status, 204);
     let stopped = daemon.until("a", |p| p["state"] == "idle" && p["snapshot"].as_u64() > Some(1));
     assert_eq!(stopped["hold"], false);
-    daemon.wait_log("Stopping the a pool: nobody used it for 0.2 s");
+    daemon.wait_log("Stopping the a pool: nobody used it for 1.0 s");
     lease(&daemon, &engines, "a");
     assert_eq!(daemon.stop(), Some(0));
 }

@@ -131,10 +131,53 @@ pub struct PreparedEngine {
     pub args: Vec<String>,
     /// Its whole environment.
     pub env: Vec<(String, String)>,
+    /// What it is kept from, and what only it is told.
+    pub confinement: Confinement,
     /// Where it will be reached.
     pub endpoint: Endpoint,
     /// Version that was discovered.
     pub engine_version: String,
+}
+
+/// Who an engine runs as, by the numbers of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineUser {
+    /// The user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Its further groups.
+    pub groups: Vec<u32>,
+}
+
+/// A secret for an engine. It reaches the engine as a file that only the engine's user may read, and is taken out of its
+/// log.
+#[derive(Clone, PartialEq, Eq)]
+pub struct EngineSecret {
+    /// Name of the file in the engine's working directory.
+    pub file: String,
+    /// What it holds.
+    pub value: String,
+}
+
+/// Leaves out the value.
+impl fmt::Debug for EngineSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineSecret").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// What an engine is kept from, and what only it is told.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Confinement {
+    /// Who it runs as, without any capability; unset = as the daemon does.
+    pub user: Option<EngineUser>,
+    /// Most bytes of the host's memory.
+    pub memory_max: Option<u64>,
+    /// Most open files; unset = what is usual.
+    pub nofile: Option<u64>,
+    /// What it is told.
+    pub secrets: Vec<EngineSecret>,
 }
 
 /// Why a spec cannot be for any engine here.

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use pool_domain::estimate::KvType;
+use pool_domain::isolation::Isolation;
 use pool_domain::lifecycle::{OnDeadline, Policy};
 use pool_domain::plan::Split;
 use pool_domain::rollout::Strategy;
@@ -105,6 +106,8 @@ pub struct PoolSpec {
     pub aliases: Vec<String>,
     /// The numbers of its lifecycle.
     pub policy: Policy,
+    /// What its engines are kept from.
+    pub isolation: Isolation,
     /// Default drain deadline.
     pub drain_deadline: Duration,
     /// Default end of a drain.
@@ -120,8 +123,13 @@ impl PoolSpec {
     pub fn fingerprint(&self, replica: u16) -> String {
         let Self { model, engine, args, version, workload, context, slots, kv_type, tensor_split, vram, .. } = self;
         let (mask, workload) = (self.mask_of(replica), workload.code());
+        // Only where it says something, so that engines of a daemon that did not know it are still what is asked for.
+        let isolation = match &self.isolation {
+            none if *none == Isolation::default() => String::new(),
+            some => format!(" {some:?}"),
+        };
         format!(
-            "{model} {engine} {args:?} {version:?} {workload} {mask:?} {context:?} {slots} {kv_type:?} {tensor_split:?} {vram:?}"
+            "{model} {engine} {args:?} {version:?} {workload} {mask:?} {context:?} {slots} {kv_type:?} {tensor_split:?} {vram:?}{isolation}"
         )
     }
 

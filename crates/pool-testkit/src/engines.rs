@@ -300,6 +300,7 @@ impl EngineProvisioner for FakeEngines {
                 model_path: None,
                 workload: request.spec.workload,
             },
+            confinement: Default::default(),
             engine_version: "1".into(),
         })
     }

@@ -67,6 +67,7 @@ pub fn spec(id: &str) -> PoolSpec {
         vram: Some(1 << 30),
         aliases: Vec::new(),
         policy: Policy::default(),
+        isolation: Default::default(),
         drain_deadline: Duration::from_secs(30),
         on_deadline: OnDeadline::Force,
         reload: Default::default(),

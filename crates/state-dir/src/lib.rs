@@ -23,7 +23,7 @@ mod stored;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,6 +101,7 @@ impl StateDir {
         let lock = take_lock(&paths.root)?;
         for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.pools, &paths.root.join("run")] {
             create_dir(dir)?;
+            close_to_others(dir)?;
         }
         clear(&paths.handoff, |_| true)?;
         clear(&paths.ledger, files::is_leftover)?;
@@ -297,8 +298,18 @@ fn handoff_name(key: &ReplicaKey) -> String {
     format!("{key}.json")
 }
 
+/// What is below the state directory is nobody else's, whoever made it.
+fn close_to_others(path: &Path) -> Result<(), StateDirError> {
+    let failed = |source| StateDirError::Io { what: "close to others", path: path.to_owned(), source };
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)
+}
+
 fn create_dir(path: &Path) -> Result<(), StateDirError> {
-    // One that exists keeps its mode: it may be shared on purpose.
+    // One that exists keeps its mode: it may be a directory that others use too.
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| StateDirError::Io {
         what: "create",
         path: path.to_owned(),

@@ -358,6 +358,26 @@ fn locks_lie_outside_under_the_name_of_the_directory() {
     assert_eq!(StateDir::open(&link).unwrap().lock_dir(), locks);
 }
 
+#[test]
+fn what_is_below_it_is_closed_to_others_and_the_directory_itself_is_left_as_it_was() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let open = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(dir.path(), open.clone()).unwrap();
+    for name in ["ledger", "run"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        fs::set_permissions(dir.path().join(name), open.clone()).unwrap();
+    }
+    let _state = StateDir::open(dir.path()).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(dir.path()), 0o755);
+    for name in ["ledger", "run", "engines", "handoff", "pools"] {
+        assert_eq!(mode(&dir.path().join(name)), 0o700, "{name}");
+    }
+    assert_eq!(mode(&dir.path().join("lock")), 0o600);
+}
+
 fn stored(pool: &str) -> StoredPool {
     StoredPool {
         pool: pool.parse().unwrap(),

@@ -23,7 +23,8 @@ pub(crate) const BUILD_INFO: &str = concat!("stub-engine ", env!("CARGO_PKG_VERS
 
 type Shared = State<Arc<Engine>>;
 
-pub(crate) fn router(engine: Arc<Engine>) -> Router {
+pub(crate) fn router(engine: Arc<Engine>, api_key: Option<String>) -> Router {
+    let key: Option<Arc<str>> = api_key.map(Arc::from);
     Router::new()
         .route("/health", get(health))
         .route("/v1/health", get(health))
@@ -38,8 +39,22 @@ pub(crate) fn router(engine: Arc<Engine>) -> Router {
         .route("/v1/embeddings", post(embeddings))
         .route("/v1/rerank", post(rerank))
         .fallback(not_found)
+        .layer(middleware::from_fn_with_state(key, refuse_without_key))
         .layer(middleware::from_fn_with_state(Arc::clone(&engine), refuse_while_loading))
         .with_state(engine)
+}
+
+/// As llama-server does; some paths are for everybody.
+async fn refuse_without_key(State(key): State<Option<Arc<str>>>, request: Request, next: Next) -> Response {
+    let public = ["/health", "/v1/health", "/models", "/v1/models"].contains(&request.uri().path());
+    let bears = |key: &str| {
+        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        given.and_then(|value| value.strip_prefix("Bearer ")) == Some(key)
+    };
+    if public || key.as_deref().is_none_or(bears) {
+        return next.run(request).await;
+    }
+    error(StatusCode::UNAUTHORIZED, "authentication_error", "Invalid API Key")
 }
 
 /// Until the model is loaded every path gives the same answer.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pool_domain::estimate::KvType;
+use pool_domain::isolation::{Isolation, RunAsError};
 use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
 use pool_domain::plan::Split;
 use pool_domain::split::{MAX_DEVICES, SplitRatios};
@@ -11,8 +12,8 @@ use pool_services::{Activation, ReloadPolicy, Workload};
 use thiserror::Error;
 
 use super::{
-    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, MaskText, PoolSpec,
-    ReloadTable, SplitText, VramText, WorkloadText,
+    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, IsolationTable,
+    MaskText, PoolSpec, ReloadTable, SizeText, SplitText, VramText, WorkloadText,
 };
 
 /// What a pool gets from its surroundings when it does not say.
@@ -70,8 +71,8 @@ impl PoolSpec {
         if matches!(model, ModelRef::Stub(_)) && engine.as_str() == "llama.cpp" {
             return wrong("model", "only a stub engine serves a stub: model: write engine = \"stub\"");
         }
-        if let Some(arg) = self.args.iter().find(|a| a.contains('\0')) {
-            return wrong("args", format!("{arg:?} holds a NUL byte"));
+        if let Some(arg) = self.args.iter().find(|arg| arg.chars().any(char::is_control)) {
+            return wrong("args", format!("{arg:?} holds a control character"));
         }
         let replicas = self.replicas.unwrap_or(1);
         if !(1..=64).contains(&replicas) {
@@ -119,8 +120,6 @@ impl PoolSpec {
                 Some(ActivationText::OnDemand) => Activation::OnDemand,
                 None => defaults.activation,
             },
-            idle_ttl: self.idle_ttl.map(DurationText::into_value),
-            pin: self.pin.unwrap_or(false),
             context: self.context,
             slots,
             kv_type: kv_types(self.kv_type.as_ref())?,
@@ -128,6 +127,7 @@ impl PoolSpec {
             vram: self.vram.and_then(VramText::into_value),
             aliases: self.aliases,
             policy,
+            isolation: isolation(self.isolation.unwrap_or_default())?,
             on_deadline: drain.on_deadline.map_or(OnDeadline::Force, OnDeadline::from),
             drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
             reload: reload(self.reload.unwrap_or_default())?,
@@ -138,11 +138,6 @@ impl PoolSpec {
         if let Some(h) = &self.health {
             unsupported("health.busy_stall", h.busy_stall.is_some())?;
             unsupported("health.canary", h.canary.is_some())?;
-        }
-        if let Some(i) = &self.isolation {
-            unsupported("isolation.run_as", i.run_as.is_some())?;
-            unsupported("isolation.memory_max", i.memory_max.is_some())?;
-            unsupported("isolation.nofile", i.nofile.is_some())?;
         }
         Ok(())
     }
@@ -234,6 +229,22 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");
     }
     Ok(Policy { start, health, ..Policy::default() })
+}
+
+/// Less, and nothing could start.
+const LEAST_MEMORY: u64 = 16 << 20;
+const NOFILE: std::ops::RangeInclusive<u64> = 64..=1 << 20;
+
+fn isolation(t: IsolationTable) -> Result<Isolation, SpecError> {
+    let memory_max = t.memory_max.map(SizeText::into_value);
+    if memory_max.is_some_and(|bytes| bytes < LEAST_MEMORY) {
+        return wrong("isolation.memory_max", "is less than 16 MiB, in which no engine can start");
+    }
+    if let Some(nofile) = t.nofile.filter(|n| !NOFILE.contains(n)) {
+        return wrong("isolation.nofile", format!("{nofile} is outside {} to {}", NOFILE.start(), NOFILE.end()));
+    }
+    let run_as = t.run_as.map(|text| text.parse().or_else(|e: RunAsError| wrong("isolation.run_as", e.to_string())));
+    Ok(Isolation { run_as: run_as.transpose()?, memory_max, nofile: t.nofile })
 }
 
 fn reload(t: ReloadTable) -> Result<ReloadPolicy, SpecError> {

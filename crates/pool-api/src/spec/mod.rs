@@ -138,13 +138,16 @@ tables! {
         /// `"0s"` is none.
         probation: DurationText,
     }
-    /// `[pool.isolation]`: not supported yet.
+    /// `[pool.isolation]`: what an engine is kept from.
     IsolationTable {
-        /// Not supported yet.
+        /// Who its engines run as, without any capability: a user name or a uid, with the groups that the machine gives that
+        /// user (`video` and `render` for /dev/dri), or `"uid:gid"` for that one group. Needs root, or CAP_SETUID,
+        /// CAP_SETGID, CAP_KILL and CAP_SYS_PTRACE; default: as the daemon.
         run_as: String,
-        /// Not supported yet.
+        /// Most of the host's memory that an engine may use, without swap; the kernel ends one that needs more. At least
+        /// 16 MiB; default: no limit.
         memory_max: SizeText,
-        /// Not supported yet.
+        /// Most files that an engine may have open; default 65536, or the daemon's own hard limit if that is less.
         nofile: u64,
     }
 }

@@ -60,6 +60,7 @@ impl Driver {
             args: Vec::new(),
             env: Vec::new(),
             endpoint: record.endpoint.clone(),
+            confinement: Default::default(),
             engine_version: record.engine_version.clone(),
         });
         self.attempt.engine = engine;

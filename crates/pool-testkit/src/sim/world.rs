@@ -405,6 +405,7 @@ impl EngineProvisioner for World {
             entry: Some("/sim/engine".into()),
             args: Vec::new(),
             env: Vec::new(),
+            confinement: Default::default(),
             endpoint: Endpoint {
                 addr: request.listen,
                 kind: "sim".into(),
