@@ -165,6 +165,7 @@ async fn main() {
     {
         let manager = pool().await;
         let state = AppState {
+            config: None,
             control: Arc::new(manager.clone()) as Arc<dyn PoolControl>,
             info: NodeInfo::default(),
             metrics: Arc::new(Metrics::default()),

@@ -24,6 +24,8 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::EngineFailed { failure: failure(), nth: 1 },
         EventKind::RestartPlanned { delay: took, failure: failure(), nth: 1 },
         EventKind::Restarting,
+        EventKind::Evicted { by: "other".into() },
+        EventKind::IdleStopped { after: took },
         EventKind::BreakerOpened { pause: took },
         EventKind::DrainEnded { outcome: "drained", took },
         EventKind::Reloaded,

@@ -192,6 +192,7 @@ pub async fn start(
     };
     let pools = restore::pools(config, &state).await;
     PoolManager::builder()
+        .min_ready_time(config.node.min_ready_time)
         .gpu(gpus)
         .models(Arc::new(models(config)))
         .provisioner(Arc::new(provisioner(config)?))

@@ -3,9 +3,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use pool_domain::Generation;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 /// The bit that no generation has.
 const REVOKED: u32 = 1 << 31;
@@ -84,7 +86,7 @@ impl Bell for Notify {
 }
 
 /// The admission word of one replica.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Admission<W: AtomicWord = AtomicU64, B: Bell = Notify> {
     word: W,
     idle: B,
@@ -92,6 +94,15 @@ pub struct Admission<W: AtomicWord = AtomicU64, B: Bell = Notify> {
     granted: Notify,
     /// Rung when there may be a slot for somebody who waits.
     desk: Arc<B>,
+    born: Instant,
+    /// When a lease was last given back: milliseconds after `born` and one, 0 for never.
+    used: AtomicU64,
+}
+
+impl<W: AtomicWord, B: Bell> Default for Admission<W, B> {
+    fn default() -> Self {
+        Self::belled(Arc::default())
+    }
 }
 
 /// The right to use one slot; given back on drop.
@@ -110,7 +121,8 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     /// Closed. `desk` is rung when there may be a slot for somebody who waits.
     #[must_use]
     pub fn belled(desk: Arc<B>) -> Self {
-        Self { word: W::default(), idle: B::default(), granted: Notify::new(), desk }
+        let (born, used) = (Instant::now(), AtomicU64::default());
+        Self { word: W::default(), idle: B::default(), granted: Notify::new(), desk, born, used }
     }
 
     fn update(&self, f: impl Fn(Word) -> Option<Word>) -> Result<Word, Word> {
@@ -142,6 +154,22 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     pub fn close(&self) {
         let _ = self.update(|w| Some(Word { open: false, ..w }));
         self.idle.ring();
+    }
+
+    /// Grants none from now on if no lease is held; else nothing changes. Says whether none is.
+    pub fn close_if_unused(&self) -> bool {
+        let closed = self.update(|w| (w.in_use == 0).then_some(Word { open: false, ..w })).is_ok();
+        if closed {
+            self.idle.ring();
+        }
+        closed
+    }
+
+    /// For how long nobody has given a lease back; `None` if nobody ever did.
+    #[must_use]
+    pub fn unused_for(&self) -> Option<Duration> {
+        let used = self.used.load(Ordering::Acquire).checked_sub(1)?;
+        Some(self.born.elapsed().saturating_sub(Duration::from_millis(used)))
     }
 
     /// Takes every lease back; their guards release nothing any more.
@@ -259,6 +287,9 @@ impl<W: AtomicWord, B: Bell> SlotGuard<W, B> {
 impl<W: AtomicWord, B: Bell> Drop for SlotGuard<W, B> {
     fn drop(&mut self) {
         let g = self.generation;
+        // Noted before the slot is free: who sees nothing held sees since when.
+        let now = u64::try_from(self.admission.born.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.admission.used.store(now + 1, Ordering::Release);
         let before =
             self.admission.update(|w| (w.generation == g && w.in_use > 0).then(|| Word { in_use: w.in_use - 1, ..w }));
         match before {
@@ -304,6 +335,21 @@ mod tests {
         assert!(!first.valid() && !second.valid());
         a.revoke();
         assert!(!first.valid() && !second.valid());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn closed_only_while_unused_and_its_last_use_is_remembered() {
+        let a = Arc::new(<Admission>::default());
+        a.open(Generation(1), 2);
+        assert_eq!(a.unused_for(), None);
+        let lease = a.acquire().unwrap();
+        assert!(!a.close_if_unused());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        drop(lease);
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(a.unused_for(), Some(Duration::from_secs(5)));
+        assert!(a.close_if_unused());
+        assert_eq!(a.acquire().unwrap_err(), Refused::Closed);
     }
 
     #[test]

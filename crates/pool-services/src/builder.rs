@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::PoolId;
+use pool_domain::evict::EvictionPolicy;
 use pool_domain::lease_book::Limits;
 use pool_domain::suspicion::Suspicions;
 use thiserror::Error;
@@ -53,6 +54,7 @@ pub struct Builder {
     ports: RangeInclusive<u16>,
     pools: Vec<Restored>,
     seed: u64,
+    eviction: EvictionPolicy,
     boot_ms: u64,
     max_lease_ttl: Duration,
     #[cfg(feature = "planted-bugs")]
@@ -83,6 +85,7 @@ impl Builder {
             ports: 42_000..=42_999,
             pools: Vec::new(),
             seed: 0,
+            eviction: EvictionPolicy::default(),
             boot_ms: 0,
             max_lease_ttl: Limits::default().max_ttl,
             #[cfg(feature = "planted-bugs")]
@@ -136,6 +139,13 @@ impl Builder {
     #[must_use]
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
+        self
+    }
+
+    /// How long a replica that became Ready neither stops unused nor gives way to others.
+    #[must_use]
+    pub fn min_ready_time(mut self, time: Duration) -> Self {
+        self.eviction.min_ready_time = time;
         self
     }
 
@@ -195,6 +205,7 @@ impl Builder {
             view: view.clone(),
             clock,
             seed: self.seed,
+            min_ready_time: self.eviction.min_ready_time,
             events: events.clone(),
             bell: Arc::new(Notify::new()),
             memories: TaskTracker::new(),
@@ -227,6 +238,7 @@ impl Builder {
             conditions: conditions_tx,
             clock,
             events: events.clone(),
+            eviction: self.eviction,
             found: records,
             closed,
             remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),

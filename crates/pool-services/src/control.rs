@@ -60,6 +60,14 @@ pub enum ControlError {
         /// Until half-open.
         retry_after: Duration,
     },
+    /// It waits for GPU memory that others hold.
+    #[error("{detail}")]
+    InsufficientVram {
+        /// What is missing, and who stays and why.
+        detail: String,
+        /// Until it may be possible, where that is known.
+        retry_after: Option<Duration>,
+    },
     /// The daemon is stopping or the far side did not answer.
     #[error("{0}")]
     Unreachable(String),

@@ -99,6 +99,25 @@ pub enum EventKind {
         /// Its UUID.
         device: String,
     },
+    /// A start needs memory that idle engines hold.
+    EvictionPlanned {
+        /// The plan in words.
+        plan: String,
+        /// Pools that give way.
+        pools: Vec<String>,
+    },
+    /// An idle engine is stopped so that another can start.
+    Evicted {
+        /// The pool it gives way to.
+        by: String,
+    },
+    /// What gave way comes back, because the start that it was for failed.
+    BroughtBack,
+    /// Nobody used it for as long as its pool says.
+    IdleStopped {
+        /// How long nobody used it.
+        after: Duration,
+    },
     /// A reload began.
     ReloadStarted,
     /// The new serves.
@@ -215,6 +234,16 @@ impl Event {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
             EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
+            EventKind::EvictionPlanned { pools, .. } => {
+                let first: String = pools.first().map(|p| p.chars().take(24).collect()).unwrap_or_default();
+                let more = if pools.len() > 1 { " and others" } else { "" };
+                format!("The {first} pool{more} gives way to the {pool} pool")
+            }
+            EventKind::Evicted { .. } => format!("Stopping the idle {pool} pool: another needs its memory"),
+            EventKind::BroughtBack => format!("Bringing the {pool} pool back: the start it gave way to failed"),
+            EventKind::IdleStopped { after } => {
+                format!("Stopping the {pool} pool: nobody used it for {}", seconds(*after))
+            }
             EventKind::ReloadStarted => format!("Reloading the {pool} pool"),
             EventKind::Reloaded => format!("The {pool} pool was reloaded"),
             EventKind::ReloadUndone { .. } => format!("The reload of the {pool} pool failed: it is as it was"),
@@ -275,6 +304,10 @@ impl Event {
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
+            EventKind::EvictionPlanned { .. } => "eviction_planned",
+            EventKind::Evicted { .. } => "evicted",
+            EventKind::BroughtBack => "brought_back",
+            EventKind::IdleStopped { .. } => "idle_stopped",
             EventKind::ReloadStarted => "reload_started",
             EventKind::Reloaded => "reloaded",
             EventKind::ReloadUndone { .. } => "reload_undone",

@@ -13,6 +13,7 @@ pub mod control;
 mod declared;
 mod driver;
 pub mod events;
+mod eviction;
 mod hold;
 pub mod lease;
 mod lease_desk;

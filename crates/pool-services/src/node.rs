@@ -36,6 +36,8 @@ pub(crate) struct Node {
     pub(crate) view: View,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
+    /// No replica stops by itself earlier than this after it became Ready.
+    pub(crate) min_ready_time: Duration,
     pub(crate) events: EventSink,
     /// Rung for the steward.
     pub(crate) bell: Arc<Notify>,
@@ -209,6 +211,7 @@ impl Node {
             facts,
             roster,
             begun: number,
+            asked: self.clock.now(),
             ending: false,
             left: false,
         };

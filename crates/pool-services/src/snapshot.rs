@@ -108,6 +108,11 @@ impl PoolSnapshot {
     pub fn ready(&self) -> bool {
         self.replicas.iter().any(|r| r.ready)
     }
+    /// How many replicas are.
+    #[must_use]
+    pub fn ready_replicas(&self) -> u32 {
+        self.replicas.iter().map(|r| u32::from(r.ready)).sum()
+    }
     /// At least one replica is being drained.
     #[must_use]
     pub fn draining(&self) -> bool {

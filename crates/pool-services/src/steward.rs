@@ -7,7 +7,9 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_domain::evict::EvictionPolicy;
 use pool_domain::lifecycle::{State, Wait};
+use pool_domain::mask::MaskError;
 use pool_domain::plan::fit;
 use pool_domain::reserve::Refusal;
 use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
@@ -20,6 +22,7 @@ use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
+use crate::eviction::Line;
 use crate::ports::{EngineHost, EngineRecord, Inventory};
 use crate::roster::{Seat, Table};
 
@@ -28,11 +31,11 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// What one replica holds.
 #[derive(Debug, Clone, PartialEq)]
-struct Reservation {
-    generation: Generation,
-    devices: ResolvedMask,
+pub(crate) struct Reservation {
+    pub(crate) generation: Generation,
+    pub(crate) devices: ResolvedMask,
     /// On each of them.
-    bytes: Vec<u64>,
+    pub(crate) bytes: Vec<u64>,
     port: Option<u16>,
 }
 
@@ -40,13 +43,19 @@ impl Reservation {
     fn on(&self, uuid: &str) -> Option<u64> {
         self.devices.uuids.iter().position(|u| u == uuid).and_then(|at| self.bytes.get(at).copied())
     }
+
+    pub(crate) fn pairs(&self) -> Vec<(String, u64)> {
+        self.devices.uuids.iter().cloned().zip(self.bytes.iter().copied()).collect()
+    }
 }
 
 /// What replicas hold, and where each was last.
 #[derive(Debug, Default)]
-struct Book {
-    held: BTreeMap<ReplicaKey, Reservation>,
-    homes: BTreeMap<ReplicaKey, Reservation>,
+pub(crate) struct Book {
+    pub(crate) held: BTreeMap<ReplicaKey, Reservation>,
+    pub(crate) homes: BTreeMap<ReplicaKey, Reservation>,
+    /// Who waits for memory or for a turn, and what is kept for whom.
+    pub(crate) line: Line,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
     suspicions: Suspicions,
@@ -83,6 +92,7 @@ pub(crate) struct Steward {
     pub(crate) conditions: watch::Sender<Conditions>,
     pub(crate) clock: Clock,
     pub(crate) events: EventSink,
+    pub(crate) eviction: EvictionPolicy,
     /// What replicas hold from before this daemon.
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
@@ -123,8 +133,11 @@ impl Steward {
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
-            self.unblock(&inventory, &book, next_port, retry).await;
-            for i in 0..self.wards.len() {
+            self.tend(&mut book);
+            self.unblock(&inventory, &mut book, next_port, retry).await;
+            // Devices for whose turn somebody is next.
+            let mut spoken_for = BTreeSet::new();
+            for i in self.in_order(&book) {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
                 if book.held.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
                     continue; // answered; the driver has not published that yet
@@ -137,7 +150,13 @@ impl Steward {
                     continue;
                 }
                 let command = match answer {
+                    Ok(grant) if !self.has_turn(&grant.devices, &book, &mut spoken_for) => {
+                        // It fits; its memory stays its own until the one that loads there is done.
+                        book.line.keep(&key, grant.pairs(), self.clock.now());
+                        continue;
+                    }
                     Ok(grant) => {
+                        book.line.leave(&key);
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
                         let held =
                             Reservation { generation: want.generation, devices, bytes: grant.bytes.clone(), port };
@@ -145,7 +164,14 @@ impl Steward {
                         book.held.insert(key, held);
                         DriverCommand::Grant(grant)
                     }
-                    Err(denied) => DriverCommand::Deny(want.generation, denied),
+                    Err(Denied::Wait(Wait::Vram { detail, .. })) => {
+                        let wait = self.room_for(&self.wards[i], &want, detail, &inventory, &mut book);
+                        DriverCommand::Deny(want.generation, Denied::Wait(wait))
+                    }
+                    Err(denied) => {
+                        book.line.leave(&key);
+                        DriverCommand::Deny(want.generation, denied)
+                    }
                 };
                 // The driver never waits for the steward, so this cannot deadlock.
                 self.wards[i].tell(command).await;
@@ -275,21 +301,35 @@ impl Steward {
     }
 
     /// Wakes those that wait, if what they wait for is there now; who waits for something else is woken at a `retry`.
-    async fn unblock(&self, inventory: &Inventory, book: &Book, next_port: u16, retry: bool) {
-        for ward in &self.wards {
+    async fn unblock(&self, inventory: &Inventory, book: &mut Book, next_port: u16, retry: bool) {
+        for i in self.in_order(book) {
+            let ward = &self.wards[i];
             let published = ward.published.borrow().clone();
-            if !matches!(published.state, State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }) {
+            let State::Waiting { why: why @ (Wait::Devices { .. } | Wait::Vram { .. }), .. } = &published.state else {
                 continue;
-            }
-            let wake = match &published.blocked {
-                Some(want) => {
-                    let answer = self.decide(&ward.key, want, inventory, book, &mut { next_port });
-                    !matches!(answer, Err(Denied::Wait(_)))
-                }
-                None => retry,
             };
-            if wake {
-                ward.tell(DriverCommand::Unblock).await;
+            let Some(want) = &published.blocked else {
+                if retry {
+                    ward.tell(DriverCommand::Unblock).await;
+                }
+                continue;
+            };
+            let wait = match self.decide(&ward.key, want, inventory, book, &mut { next_port }) {
+                Ok(grant) => {
+                    // Until it has taken it, nobody else gets it.
+                    book.line.keep(&ward.key, grant.pairs(), self.clock.now());
+                    ward.tell(DriverCommand::Unblock).await;
+                    continue;
+                }
+                Err(Denied::Never(_)) => {
+                    ward.tell(DriverCommand::Unblock).await;
+                    continue;
+                }
+                Err(Denied::Wait(Wait::Vram { detail, .. })) => self.room_for(ward, want, detail, inventory, book),
+                Err(Denied::Wait(other)) => other,
+            };
+            if wait != *why {
+                ward.tell(DriverCommand::Waits(want.generation, wait)).await;
             }
         }
     }
@@ -315,7 +355,7 @@ impl Steward {
 
     /// The devices as this replica may use them. One on which something of another engine may be left admits no newcomer;
     /// who was there before may come back within what it had.
-    fn devices_for(
+    pub(crate) fn devices_for(
         &self,
         key: &ReplicaKey,
         inventory: &Inventory,
@@ -382,17 +422,20 @@ impl Steward {
             let detail = inventory.problem.clone().unwrap_or_else(|| "the node has no GPU".into());
             return Err(Denied::Wait(Wait::Devices { detail }));
         }
-        let promised = promised(&book.held);
+        let promised = promised_but_to(key, book);
         let usable = self.devices_for(key, inventory, book, &promised);
-        let fit =
-            fit(&want.demand, &want.mask, &usable, &|u| promised.get(u).copied().unwrap_or(0)).map_err(
-                |r| match r {
-                    Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
-                    Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
-                    Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
-                    Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
-                },
-            )?;
+        let promised = |u: &str| promised.get(u).copied().unwrap_or(0);
+        let fit = self
+            .beside_its_siblings(key, want, &usable, &promised, book)
+            .map_or_else(|| fit(&want.demand, &want.mask, &usable, &promised), Ok);
+        let fit = fit.map_err(|r| match r {
+            // It may yet come: at boot drivers and slices are not all there at once.
+            Refusal::Mask(e @ MaskError::Absent { .. }) => Denied::Wait(Wait::Devices { detail: e.to_string() }),
+            Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
+            Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
+            Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
+            Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail, possible_at: None }),
+        })?;
         let taken: Vec<u16> = book.held.values().filter_map(|r| r.port).collect();
         let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
         for _ in 0..count {
@@ -449,7 +492,6 @@ fn reservations(found: &[EngineRecord]) -> BTreeMap<ReplicaKey, Reservation> {
     found.iter().map(|r| (r.key.clone(), reservation(r))).collect()
 }
 
-/// What is promised already by engines that were found.
 /// What is held before the steward runs.
 pub(crate) fn told_of(found: &[EngineRecord]) -> Ledgered {
     let held = reservations(found);
@@ -457,8 +499,14 @@ pub(crate) fn told_of(found: &[EngineRecord]) -> Ledgered {
 }
 
 fn by_device(held: &BTreeMap<ReplicaKey, Reservation>) -> BTreeMap<ReplicaKey, Vec<(String, u64)>> {
-    let pairs = |r: &Reservation| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
-    held.iter().map(|(key, r)| (key.clone(), pairs(r))).collect()
+    held.iter().map(|(key, r)| (key.clone(), r.pairs())).collect()
+}
+
+/// What others have, or what is kept for them.
+pub(crate) fn promised_but_to(key: &ReplicaKey, book: &Book) -> Promised {
+    let mut sum = promised(&book.held);
+    book.line.add_kept_for_others(key, &mut sum);
+    sum
 }
 
 fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {

@@ -1,6 +1,7 @@
 //! The seeded simulation of whole nodes: see `pool_testkit::sim`.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use pool_testkit::sim::truth::{Scene, What};
 use pool_testkit::sim::{Plant, Schedule, run, soak};
 
 fn threads() -> usize {
@@ -42,4 +43,25 @@ fn a_host_that_says_too_early_that_nothing_is_left_is_found_within_200_seeds() {
     let report = soak(0..200, threads(), Plant::GoneTooEarly, 5, &|_| {});
     let found: Vec<_> = report.failed.iter().map(|f| f.violation.invariant).collect();
     assert!(found.contains(&"one_generation"), "{found:?}");
+}
+
+/// Otherwise the invariants about them would hold for want of anything to look at.
+#[test]
+fn the_schedules_have_engines_that_give_way_and_come_back() {
+    let (mut gave_way, mut started_again) = (0, 0);
+    for seed in 0..200 {
+        let (mut scene, mut gone) = (Scene::default(), Vec::new());
+        for entry in run(Schedule::of(seed), Plant::None).log {
+            match &entry.what {
+                What::Term(pid) if scene.processes.get(pid).is_some_and(|p| p.blameless && p.ended.is_none()) => {
+                    gave_way += 1;
+                    gone.push(scene.processes[pid].launch.key.clone());
+                }
+                What::Launched(launch) if gone.contains(&launch.key) => started_again += 1,
+                _ => {}
+            }
+            scene.saw(&entry);
+        }
+    }
+    assert!(gave_way > 20 && started_again > 10, "{gave_way} {started_again}");
 }

@@ -141,6 +141,8 @@ dtos! {
         live: bool,
         /// At least one replica is Ready.
         ready: bool,
+        /// How many replicas are ready, of those in `replicas`.
+        ready_replicas: u32,
         /// At least one replica is being drained.
         draining: bool,
         /// Demand does not wake it.
@@ -191,6 +193,8 @@ dtos! {
         live: bool,
         /// At least one replica is Ready.
         ready: bool,
+        /// How many replicas are ready, of those in `replicas`.
+        ready_replicas: u32,
         /// At least one replica is being drained.
         draining: bool,
         /// State as one word.

@@ -106,6 +106,8 @@ codes! {
     PoolDraining = "POOL_DRAINING", SERVICE_UNAVAILABLE, true;
     /// The breaker is open.
     PoolUnavailable = "POOL_UNAVAILABLE", SERVICE_UNAVAILABLE, true;
+    /// Others hold the GPU memory that it needs.
+    InsufficientVram = "INSUFFICIENT_VRAM", SERVICE_UNAVAILABLE, true;
     /// The daemon is starting or stopping.
     Unavailable = "UNAVAILABLE", SERVICE_UNAVAILABLE, true;
     /// A bug.
@@ -172,6 +174,10 @@ impl Problem {
             },
             "POOL_DRAINING" => ControlError::Draining,
             "POOL_UNAVAILABLE" => ControlError::Unavailable { retry_after },
+            "INSUFFICIENT_VRAM" => ControlError::InsufficientVram {
+                detail: self.detail,
+                retry_after: self.retry_after_ms.map(Duration::from_millis),
+            },
             "UNAVAILABLE" => ControlError::Unreachable(self.detail),
             _ => ControlError::Refused { code: self.code, detail: self.detail },
         }
@@ -211,6 +217,11 @@ impl From<ControlError> for Problem {
                 Self::new(Code::PoolUnavailable, format!("the pool's engine keeps failing: {}", wait(retry_after)))
                     .with_retry(Some(retry_after))
                     .with_hint("read the pool's last_error; POST …/breaker/reset tries at once")
+            }
+            ControlError::InsufficientVram { retry_after, .. } => {
+                Self::new(Code::InsufficientVram, text).with_retry(Some(retry_after.unwrap_or(SOON))).with_hint(
+                    "stop or drain a pool that stays, or give it less memory; GET /v1/pools tells who holds what",
+                )
             }
             ControlError::Unreachable(_) => Self::new(Code::Unavailable, text),
             ControlError::Refused { code, detail } => {

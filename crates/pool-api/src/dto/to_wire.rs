@@ -89,6 +89,7 @@ impl From<&PoolSnapshot> for PoolView {
             leases_waiting: p.leases_waiting,
             live: p.live(),
             ready: p.ready(),
+            ready_replicas: p.ready_replicas(),
             draining: p.draining(),
             hold: p.hold,
             state: lead.as_ref().map(|l| l.state.clone()).unwrap_or_default(),
@@ -111,6 +112,7 @@ impl From<&PoolSnapshot> for HealthView {
         Self {
             live: p.live(),
             ready: p.ready(),
+            ready_replicas: p.ready_replicas(),
             draining: p.draining(),
             state: lead.map(|l| l.state.to_owned()).unwrap_or_default(),
             reason: lead.map(|l| l.reason.clone()).unwrap_or_default(),

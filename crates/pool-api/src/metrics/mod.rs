@@ -39,6 +39,8 @@ pub struct Metrics {
     readiness: Counters,
     starts: Counters,
     restarts: Counters,
+    evictions: Counters,
+    idle_stops: Counters,
     exits: Counters,
     breaker_opens: Counters,
     drains: Counters,
@@ -69,6 +71,8 @@ impl Default for Metrics {
         let readiness = counters(names::READINESS_TRANSITIONS);
         let starts = counters(names::STARTS);
         let restarts = counters(names::RESTARTS);
+        let evictions = counters(names::EVICTIONS);
+        let idle_stops = counters(names::IDLE_STOPS);
         let exits = counters(names::EXITS);
         let breaker_opens = counters(names::BREAKER_OPENS);
         let drains = counters(names::DRAINS);
@@ -88,6 +92,8 @@ impl Default for Metrics {
             readiness,
             starts,
             restarts,
+            evictions,
+            idle_stops,
             exits,
             breaker_opens,
             drains,
@@ -150,7 +156,11 @@ impl Metrics {
             EventKind::LeaseExpired { .. } => count(&self.ended, &of(key, &[("how", "expired")])),
             EventKind::LeaseRevoked { .. } => count(&self.ended, &of(key, &[("how", "revoked")])),
             EventKind::LeaseRefused { reason, .. } => count(&self.refused, &of(key, &[("reason", reason)])),
-            EventKind::Suspected { .. }
+            EventKind::Evicted { .. } => count(&self.evictions, &of(key, &[])),
+            EventKind::IdleStopped { .. } => count(&self.idle_stops, &of(key, &[])),
+            EventKind::EvictionPlanned { .. }
+            | EventKind::BroughtBack
+            | EventKind::Suspected { .. }
             | EventKind::RestartPlanned { .. }
             | EventKind::BreakerHalfOpen
             | EventKind::BreakerClosed
@@ -208,6 +218,8 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     s.gauge(names::POOL_READY, pools, |p| vec![(pool(p), flag(p.ready()))]);
     s.gauge(names::POOL_LIVE, pools, |p| vec![(pool(p), flag(p.live()))]);
     s.gauge(names::LEASES_WAITING, pools, |p| vec![(pool(p), f64::from(p.leases_waiting))]);
+    s.gauge(names::POOL_READY_REPLICAS, pools, |p| vec![(pool(p), f64::from(p.ready_replicas()))]);
+    s.gauge(names::POOL_REPLICAS, pools, |p| vec![(pool(p), number(p.replicas.len() as u64))]);
     s.gauge(names::POOL_HOLD, pools, |p| vec![(pool(p), flag(p.hold))]);
 
     let replicas: Vec<(ReplicaKey, &ReplicaSnapshot)> = pools

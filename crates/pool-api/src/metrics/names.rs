@@ -36,6 +36,8 @@ metrics! {
         "Times a replica became ready or stopped being ready";
     STARTS = "engine_starts_total", "counter", REPLICA, "Engine processes launched";
     RESTARTS = "engine_restarts_total", "counter", REPLICA, "Starts after a failure";
+    EVICTIONS = "evictions_total", "counter", REPLICA, "Times an idle engine was told to give way to another pool";
+    IDLE_STOPS = "idle_stops_total", "counter", REPLICA, "Times an engine was stopped because nobody used it";
     EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
@@ -54,6 +56,8 @@ metrics! {
         "Time a drain took";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
     POOL_LIVE = "pool_live", "gauge", POOL, "1 when at least one process exists";
+    POOL_READY_REPLICAS = "pool_ready_replicas", "gauge", POOL, "Replicas that are ready";
+    POOL_REPLICAS = "pool_replicas", "gauge", POOL, "Replicas that there are";
     POOL_HOLD = "pool_hold", "gauge", POOL, "1 when demand does not wake the pool";
     REPLICA_STATE = "replica_state", "gauge", &["pool_id", "replica_id", "state"],
         "1 for the state a replica is in, 0 for the others";

@@ -238,6 +238,11 @@ impl Replica {
                     self.state = State::Waiting { since: cx.now, why };
                     vec![Action::CancelWork]
                 }
+                // It waits on, for another reason.
+                State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, since } => {
+                    self.state = State::Waiting { since, why };
+                    Vec::new()
+                }
                 _ => Vec::new(),
             },
             Fact::Unstartable(failure) => match self.state {

@@ -72,6 +72,8 @@ pub struct Node {
     pub shutdown_deadline: Duration,
     /// Longest lease.
     pub max_lease_ttl: Duration,
+    /// How long a replica that became Ready neither stops unused nor gives way to others.
+    pub min_ready_time: Duration,
     /// How the log looks.
     pub log: LogFormat,
 }

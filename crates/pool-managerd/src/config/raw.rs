@@ -114,6 +114,9 @@ pub struct RawNode {
     /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
     /// the daemon count as taken.
     pub max_lease_ttl: String,
+    /// An engine that became ready less than this ago neither stops because nobody uses it nor gives way to another pool: two
+    /// pools that take turns must not load all the time.
+    pub min_ready_time: String,
     /// `pretty` or `json`; by default what the profile says.
     pub log: Option<LogFormat>,
 }
@@ -132,6 +135,7 @@ impl Default for RawNode {
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
             max_lease_ttl: "1h".into(),
+            min_ready_time: "60s".into(),
             log: None,
         }
     }

@@ -239,6 +239,10 @@ impl Daemon {
         request(&self.addr, "POST", path, Some(body))
     }
 
+    pub fn delete(&self, path: &str) -> Answer {
+        request(&self.addr, "DELETE", path, None)
+    }
+
     pub fn pool(&self, id: &str) -> Value {
         self.get(&format!("/v1/pools/{id}")).json()
     }
@@ -326,7 +330,7 @@ pub fn write_config(dir: &Path, config: &str) -> PathBuf {
 
 /// A range of ports per test process below the ephemeral ones, so that daemons side by side rarely meet; where they do,
 /// the daemon tries another port, as it would anywhere.
-fn engine_ports() -> String {
+pub fn engine_ports() -> String {
     let first = 10_000 + (std::process::id() % 340) * 64;
     format!("{first}-{}", first + 63)
 }

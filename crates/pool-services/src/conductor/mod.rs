@@ -1,6 +1,7 @@
 //! The conductor of a pool: the only writer of its hold and its operations. It commands the drivers of its replicas
 //! and sums up what they publish.
 
+mod idle;
 mod operations;
 mod reload;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, OnDeadline};
-use pool_domain::{ReplicaKey, Tick};
+use pool_domain::{ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::Admission;
@@ -39,6 +40,10 @@ pub(crate) enum Wish {
     /// Somebody wants a lease of a pool that rests.
     Demand,
     ResetBreaker,
+    /// Another pool needs the memory of this replica: stop it if nobody uses it.
+    GiveWay(ReplicaId),
+    /// This replica gave way for nothing.
+    ComeBack(ReplicaId),
     /// The daemon ends: stop without leaving a hold.
     Shutdown,
     /// The daemon ends and its engines live on.
@@ -136,6 +141,8 @@ pub(crate) struct Conductor {
     pub(crate) hold: Hold,
     /// Operations begun so far.
     pub(crate) begun: u64,
+    /// When somebody last asked for the pool.
+    pub(crate) asked: Tick,
     /// The pool is ending: nothing is started any more.
     pub(crate) ending: bool,
     /// Its drivers have ended and left their engines as they are.
@@ -149,7 +156,7 @@ impl Conductor {
             self.command_all(Command::Wake).await;
         }
         loop {
-            let late = self.reload_deadline();
+            let (look_at, late) = (self.look_at(), self.reload_deadline());
             let mut found = None;
             tokio::select! {
                 biased;
@@ -157,6 +164,8 @@ impl Conductor {
                 verdict = Self::verdict(&mut self.running) => found = Some(verdict),
                 () = self.node.clock.sleep_until(late) => self.reload_is_late(),
                 command = self.commands.recv() => match command {
+                    Some(ConductorCommand { wish: Wish::GiveWay(id), .. }) => self.give_way(id).await,
+                    Some(ConductorCommand { wish: Wish::ComeBack(id), .. }) => self.come_back(id).await,
                     Some(ConductorCommand { wish, answer }) => {
                         let result = self.carry_out(wish).await;
                         let written = self.hold.tried();
@@ -168,6 +177,7 @@ impl Conductor {
                     }
                     None => return,
                 },
+                () = self.node.clock.sleep_until(look_at) => self.stop_if_unused().await,
             }
             self.advance(found).await;
             self.heed_probation().await;
@@ -227,13 +237,22 @@ impl Conductor {
                 "remove"
             }
             Wish::Preload => {
+                self.asked = self.node.clock.now();
                 self.hold.set(false);
                 self.command_all(Command::Start).await;
                 "preload"
             }
             Wish::Demand => {
-                if !self.hold.held() {
-                    self.command_all(Command::Wake).await;
+                // What somebody stopped is not woken by somebody else.
+                if self.hold.held() {
+                    return Err(ControlError::Draining);
+                }
+                self.asked = self.node.clock.now();
+                self.command_all(Command::Wake).await;
+                let starts = |o: &&Operation| o.verb == "preload" && o.state == OperationState::Running;
+                // All that ask wait for one start.
+                if let Some(start) = self.facts.borrow().operations.iter().find(starts) {
+                    return Ok(start.clone());
                 }
                 "preload"
             }
@@ -252,7 +271,11 @@ impl Conductor {
                 self.hold.set(true);
                 "stop"
             }
+            Wish::GiveWay(_) | Wish::ComeBack(_) => {
+                return Err(ControlError::Conflict("it is told, and answers nobody".into()));
+            }
             Wish::Resume => {
+                self.asked = self.node.clock.now();
                 // What a running drain has stopped already comes back, too.
                 let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
                 let draining = self.facts.borrow().operations.iter().any(drains);
@@ -290,7 +313,7 @@ impl Conductor {
                 self.drop_reload();
                 Ok(())
             }
-            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker => Ok(()),
+            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker | Wish::GiveWay(_) | Wish::ComeBack(_) => Ok(()),
         }
     }
 

@@ -77,12 +77,23 @@ pub(crate) struct Grant {
     pub(crate) context: Option<u64>,
 }
 
+impl Grant {
+    /// Bytes by device.
+    pub(crate) fn pairs(&self) -> Vec<(String, u64)> {
+        self.devices.uuids.iter().cloned().zip(self.bytes.iter().copied()).collect()
+    }
+}
+
 /// Commands from above.
 #[derive(Debug)]
 pub(crate) enum DriverCommand {
     Verb(Command),
     Grant(Grant),
     Deny(Generation, Denied),
+    /// It waits on, for this.
+    Waits(Generation, Wait),
+    /// Stop if nobody uses it.
+    GiveWay,
     /// What it waited for may be there.
     Unblock,
     /// A person says that nothing of the engine is left.
@@ -357,6 +368,17 @@ impl Driver {
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));
+            }
+            DriverCommand::Waits(generation, why) => self.step(Event::Engine(generation, Fact::Blocked(why))),
+            DriverCommand::GiveWay => {
+                self.verbs += 1;
+                // From here on nobody gets a lease: either one was there before, or there will be none.
+                if matches!(self.replica.state, State::Ready { .. } | State::Suspect { .. })
+                    && self.admission.close_if_unused()
+                {
+                    let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: OnDeadline::Force };
+                    self.step(Event::Command(stop));
+                }
             }
             DriverCommand::GiveUp(failure) => {
                 self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));

@@ -167,9 +167,8 @@ impl Driver {
 /// Known already while what failed is still being ended.
 fn next_start(state: &State) -> Option<Tick> {
     match state {
-        State::Waiting { why, .. }
-        | State::Stopping { then: Then::Wait(why), .. }
-        | State::Fenced { then: Then::Wait(why), .. } => why.until(),
+        State::Waiting { why, .. } => why.possible_at(),
+        State::Stopping { then: Then::Wait(why), .. } | State::Fenced { then: Then::Wait(why), .. } => why.until(),
         _ => None,
     }
 }

@@ -65,6 +65,10 @@ pub(crate) fn refusal(pool: &PoolSnapshot, saturated: Option<Duration>) -> (Cont
     let next = lead.next_start_in_ms.map(Duration::from_millis);
     match (lead.breaker, next) {
         ("open", Some(retry_after)) => (ControlError::Unavailable { retry_after }, "breaker_open"),
+        _ if lead.reason_code == "vram" => {
+            let detail = lead.reason.clone();
+            (ControlError::InsufficientVram { detail, retry_after: next }, "insufficient_vram")
+        }
         _ => {
             let why = if lead.ready {
                 "it is changing its state".to_owned()

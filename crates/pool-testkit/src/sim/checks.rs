@@ -81,6 +81,12 @@ pub fn spec_of<'a>(schedule: &'a Schedule, id: &PoolId) -> Option<&'a pool_servi
     schedule.pools.iter().map(|p| &p.spec).find(|s| s.id == *id)
 }
 
+/// Whether its engines may be stopped because nobody uses them.
+#[must_use]
+pub fn yields(spec: &pool_services::PoolSpec) -> bool {
+    spec.activation == pool_services::Activation::OnDemand && !spec.pin
+}
+
 /// At most one generation of a replica has a process, and it was durable before it was launched.
 #[derive(Debug)]
 struct OneGeneration;
@@ -226,6 +232,13 @@ impl Invariant for LeasesStand {
             if !lease.valid && p.ended.is_none() && p.signalled.is_none() {
                 return Err(format!("a lease on process {} was taken back, which serves on", lease.pid));
             }
+            // Nothing but an eviction or idleness can have ended it.
+            if !lease.valid && p.blameless && p.signalled.is_some() {
+                return Err(format!(
+                    "a lease on process {} was cut off, whose pool did not ask for its end",
+                    lease.pid
+                ));
+            }
             if lease.valid && known_dead(p, view.now) {
                 return Err(format!("a lease on process {} stands, which is dead", lease.pid));
             }
@@ -234,17 +247,25 @@ impl Invariant for LeasesStand {
     }
 }
 
-/// No engine is ended to which nothing happened: no fault of its own, no command to its pool.
+/// No engine is ended to which nothing happened: no fault of its own, no command to its pool. But one that starts on demand
+/// and is not pinned may be, once it has been Ready for long enough: because nobody uses it, or another needs its memory.
+/// That it is idle then, [`LeasesStand`] sees.
 #[derive(Debug)]
 struct NothingForNothing;
 impl Invariant for NothingForNothing {
     fn name(&self) -> &'static str {
         "nothing_for_nothing"
     }
-    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
+    fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
         let (What::Term(pid) | What::Kill(pid)) = &entry.what else { return Ok(()) };
+        let of_age = |p: &Process| {
+            let spec = spec_of(schedule, &p.launch.key.pool).filter(|spec| yields(spec));
+            let asked = p.signalled.unwrap_or(entry.at);
+            spec.is_some() && p.worked.is_some_and(|since| asked >= since + schedule.min_ready_time)
+        };
         match scene.processes.get(pid) {
             None => Err(format!("process {pid} was signalled, which never existed")),
+            Some(p) if p.blameless && p.ended.is_none() && of_age(p) => Ok(()),
             Some(p) if p.blameless && p.ended.is_none() => Err(format!("process {pid} was ended for nothing: {p:?}")),
             Some(_) => Ok(()),
         }

@@ -111,6 +111,8 @@ struct Runner {
     plant: Plant,
     manager: PoolManager,
     followers: Vec<JoinHandle<()>>,
+    /// Facts cannot be written now.
+    unwritable: bool,
     /// Whether each pool is to run in the end, where that is plain.
     wanted: BTreeMap<PoolId, Option<bool>>,
 }
@@ -125,6 +127,7 @@ async fn manager(world: &Arc<World>, schedule: &Schedule, plant: Plant, life: u3
         .ledger(Arc::clone(&world.ledger) as _)
         .engine_ports(schedule.ports.clone())
         .pools(schedule.pools.iter().map(|p| p.spec.clone()).collect())
+        .min_ready_time(schedule.min_ready_time)
         .seed(schedule.seed ^ u64::from(life));
     let builder = if plant == Plant::IgnoreGenerations { builder.ignore_generations() } else { builder };
     // Nobody reads the events: what does not fit is counted and lost.
@@ -265,6 +268,7 @@ impl Runner {
             Act::LedgerBroken(broken) => {
                 world.record(What::Writable(!broken));
                 world.ledger.set_broken(broken);
+                self.unwritable = broken;
             }
             Act::LedgerSlow(takes) => world.ledger.set_slow(takes),
             Act::Models(n) => world.models.fail(match n {
@@ -291,7 +295,8 @@ impl Runner {
         for pool in self.pictures().await {
             let spec = checks::spec_of(&self.schedule, &pool.pool_id);
             let wanted = spec.is_some_and(|s| s.activation == Activation::Preload) && !pool.hold;
-            self.wanted.insert(pool.pool_id, Some(wanted));
+            // An engine whose end could not be written down has crashed, for all that the next manager knows.
+            self.wanted.insert(pool.pool_id, if self.unwritable && !wanted { None } else { Some(wanted) });
         }
     }
 
@@ -347,8 +352,9 @@ impl Runner {
                 if waits {
                     waiting.push(pool.pool_id.clone());
                 }
+                let yields = checks::yields(spec) && r.state == "idle";
                 let rests = match wanted {
-                    Some(true) => r.ready || r.state == "failed" || waits,
+                    Some(true) => r.ready || r.state == "failed" || waits || yields,
                     Some(false) => matches!(r.state, "idle" | "failed"),
                     None => r.ready || matches!(r.state, "idle" | "failed") || waits,
                 };
@@ -460,7 +466,9 @@ async fn run_paused(schedule: Schedule, plant: Plant) -> Outcome {
     if let Some(manager) = manager(&world, &schedule, plant, 0).await {
         let (world, watch) = (Arc::clone(&world), Arc::clone(&watch));
         let followers = Vec::new();
-        let mut runner = Runner { world, watch: Arc::clone(&watch), schedule, plant, manager, followers, wanted };
+        let unwritable = false;
+        let watch_too = Arc::clone(&watch);
+        let mut runner = Runner { world, watch: watch_too, schedule, plant, manager, followers, unwritable, wanted };
         tokio::select! {
             biased;
             () = watch.found.notified() => {}

@@ -98,6 +98,8 @@ pub struct Schedule {
     pub provable: bool,
     /// Ports engines may have.
     pub ports: std::ops::RangeInclusive<u16>,
+    /// How long a replica that became Ready neither stops unused nor gives way.
+    pub min_ready_time: Duration,
     /// Its pools.
     pub pools: Vec<SimPool>,
     /// What happens.
@@ -142,7 +144,7 @@ fn policy(rng: &mut Rng) -> Policy {
 fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
     let mut spec = PoolSpec {
         replicas: if one_in(rng, 3) { 2 } else { 1 },
-        activation: if one_in(rng, 3) { Activation::OnDemand } else { Activation::Preload },
+        activation: if rng.bool() { Activation::OnDemand } else { Activation::Preload },
         slots: rng.u16(1..=4),
         vram: Some(rng.u64(1..=9) * GIB),
         policy: policy(rng),
@@ -150,6 +152,12 @@ fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
         on_deadline: if one_in(rng, 4) { OnDeadline::Abort } else { OnDeadline::Force },
         ..spec(&format!("p{at}"))
     };
+    if spec.activation == Activation::OnDemand {
+        // Often more than fits beside others.
+        spec.vram = Some(rng.u64(3..=9) * GIB);
+        spec.idle_ttl = if rng.bool() { Some(seconds(rng, 1..=30)) } else { None };
+        spec.pin = one_in(rng, 6);
+    }
     let on = |text: String| text.parse().unwrap_or(DeviceMask::Auto);
     spec.devices = match rng.u32(0..6) {
         0 => vec![DeviceMask::All],
@@ -231,11 +239,12 @@ impl Schedule {
         let devices: Vec<SimDevice> = (0..count).map(|at| device(rng, at)).collect();
         let pools = rng.usize(1..=4);
         let pools: Vec<SimPool> = (0..pools).map(|at| pool(rng, at, count, pools == 1)).collect();
+        let min_ready_time = seconds(rng, 0..=30);
         let ports = 42_000..=42_000 + rng.u16(7..=15);
         let width = ports.end() - ports.start() + 1;
         let steps = rng.usize(4..=28);
         let steps = (0..steps).map(|_| Step { act: act(rng, width), then: pause(rng) }).collect();
-        Self { seed, devices, provable: rng.bool(), ports, pools, steps }
+        Self { seed, devices, provable: rng.bool(), ports, min_ready_time, pools, steps }
     }
 }
 
@@ -252,7 +261,8 @@ pub fn health(n: u8) -> DeviceHealth {
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}: residency {}", self.seed, if self.provable { "provable" } else { "claimed" })?;
+        let residency = if self.provable { "provable" } else { "claimed" };
+        writeln!(f, "seed {}: residency {residency}, stays for {:?}", self.seed, self.min_ready_time)?;
         for d in &self.devices {
             let (total, kept) = (d.shown.vram_total / GIB, d.shown.vram_reserved / (1 << 20));
             writeln!(f, "  device {}: {total} GiB, {kept} MiB kept by the driver", d.shown.index)?;
@@ -260,12 +270,14 @@ impl fmt::Display for Schedule {
         for SimPool { spec, well, memory } in &self.pools {
             writeln!(
                 f,
-                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
+                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, idle {:?}, pin {}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
                 spec.id,
                 spec.replicas,
                 spec.devices,
                 spec.vram.map(|v| v / GIB),
                 spec.activation,
+                spec.idle_ttl,
+                spec.pin,
                 spec.slots,
                 spec.tensor_split,
                 well.load,
