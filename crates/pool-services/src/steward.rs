@@ -144,13 +144,9 @@ impl Steward {
                 }
                 let key = self.wards[i].key.clone();
                 let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
-                // One after the other: what a starting engine takes is not seen before it is there. Who has to wait for its
-                // turn is answered later.
-                if answer.as_ref().is_ok_and(|grant| self.starts_on_one_of(&key, &grant.devices, &book)) {
-                    continue;
-                }
                 let command = match answer {
                     Ok(grant) if !self.has_turn(&grant.devices, &book, &mut spoken_for) => {
+                        // One after the other: what a starting engine takes is not seen before it is there.
                         // It fits; its memory stays its own until the one that loads there is done.
                         book.line.keep(&key, grant.pairs(), self.clock.now());
                         continue;
@@ -455,29 +451,6 @@ impl Steward {
         }
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
-    }
-}
-
-impl Steward {
-    /// Whether somebody else was granted one of these devices and is not Ready there yet.
-    fn starts_on_one_of(&self, key: &ReplicaKey, devices: &ResolvedMask, book: &Book) -> bool {
-        let starting = |ward: &&Seat| {
-            let held = book.held.get(&ward.key).filter(|_| ward.key != *key);
-            let shares = held.is_some_and(|held| devices.uuids.iter().any(|uuid| held.on(uuid).is_some()));
-            // Granted and not published yet counts as well.
-            let published = ward.published.borrow();
-            let done = matches!(
-                published.state,
-                State::Ready { .. }
-                    | State::Suspect { .. }
-                    | State::Draining { .. }
-                    | State::Stopping { .. }
-                    | State::Fenced { .. }
-                    | State::Adopting { .. }
-            );
-            shares && !done
-        };
-        self.wards.iter().any(|ward| starting(&ward))
     }
 }
 

@@ -130,7 +130,7 @@ impl Problem {
             code: code.as_str().into(),
             retriable: code.retriable(),
             retry_after_ms: None,
-            hint: None,
+            hint: code.hint().map(str::to_owned),
         }
         .with_status(code.status())
         .with_retry(code.retriable().then_some(SOON))
@@ -227,7 +227,6 @@ impl From<ControlError> for Problem {
             ControlError::Refused { code, detail } => {
                 let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
-                p.hint = known.and_then(Code::hint).map(str::to_owned);
                 p.code = code;
                 if known == Some(Code::InvalidParams) {
                     return p.with_hint(FORM);

@@ -31,6 +31,12 @@ pub(crate) fn place(pools: &str) -> tempfile::TempDir {
     let first = own_ports();
     let node = format!("{pools}\n[node]\nstate_dir = \"state\"\nengine_ports = \"{}-{}\"\n", first + 1, first + 7);
     write_config(dir.path(), &node);
+    // Two more, where engines may load for ever without holding up others.
+    let more = ["3", "4"].map(|n| {
+        let uuid = format!("GPU-51000000-0000-4000-8000-00000000000{n}");
+        format!("\n[[device]]\nname = \"Simulated GPU\"\nuuid = \"{uuid}\"\nvram = \"24 GiB\"\n")
+    });
+    fs::write(dir.path().join("two-gpus.toml"), gpu_sim::TWO_GPUS.to_owned() + &more.concat()).unwrap();
     dir
 }
 

@@ -56,15 +56,19 @@ fn takes_time(point: Point) -> bool {
 
 fn config() -> String {
     let slowly = ["--tokens-per-second", "500"];
-    let context = "context = 100000";
+    let context = "devices = \"0\"\ncontext = 100000";
     [
-        pool("starting", &["--load-ms", "600000"], ""),
-        pool("warming", &["--hang-after-requests", "0"], ""),
+        pool("starting", &["--load-ms", "600000"], "devices = \"2\""),
+        pool("warming", &["--hang-after-requests", "0"], "devices = \"3\""),
         pool("ready", &slowly, context),
         pool("draining", &slowly, context),
-        pool("stopping", &[], ""),
+        pool("stopping", &[], "devices = \"0\""),
         // Deaf, so that its stop has every step.
-        later("sixth", &["--ignore-sigterm"], &format!("{QUICK}[pool.drain]\nstop_grace = \"200ms\"\n")),
+        later(
+            "sixth",
+            &["--ignore-sigterm"],
+            &format!("devices = \"0\"\n{QUICK}[pool.drain]\nstop_grace = \"200ms\"\n"),
+        ),
     ]
     .concat()
 }
