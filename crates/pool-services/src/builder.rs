@@ -62,7 +62,7 @@ pub struct Builder {
     seed: u64,
     boot_ms: u64,
     #[cfg(feature = "planted-bugs")]
-    ignore_generations: bool,
+    bug: Option<crate::planted::Bug>,
 }
 
 macro_rules! setters {
@@ -91,7 +91,7 @@ impl Builder {
             seed: 0,
             boot_ms: 0,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: false,
+            bug: None,
         }
     }
 
@@ -145,11 +145,11 @@ impl Builder {
         self
     }
 
-    /// A bug on purpose: drivers take facts of old generations for those of the current one.
+    /// A bug on purpose.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
-    pub fn ignore_generations(mut self) -> Self {
-        self.ignore_generations = true;
+    pub fn bug(mut self, bug: crate::planted::Bug) -> Self {
+        self.bug = Some(bug);
         self
     }
 
@@ -169,7 +169,7 @@ impl Builder {
             probe: need("the engine answers", self.probe)?,
             ledger: need("the durable facts", self.ledger)?,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: self.ignore_generations,
+            bug: self.bug,
         };
         for (i, p) in self.pools.iter().enumerate() {
             if self.pools[..i].iter().any(|q| q.id == p.id) {

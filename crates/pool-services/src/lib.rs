@@ -14,6 +14,8 @@ mod hold;
 mod lease_desk;
 mod manager;
 pub mod planning;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 pub mod ports;
 pub mod registry;
 pub mod snapshot;

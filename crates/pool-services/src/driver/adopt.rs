@@ -10,7 +10,7 @@ use super::work::prove;
 use super::{Driver, Grant, Report};
 use crate::admission::SlotGuard;
 use crate::ports::{
-    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
+    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine, Up,
 };
 
 /// Between two questions of one check, and of how busy an engine is.
@@ -40,7 +40,7 @@ impl Driver {
             Phase::Starting | Phase::Stopping => None,
         };
         let generation = record.generation;
-        let end = record.phase == Phase::Stopping || hold && record.phase == Phase::Starting;
+        let end = record.phase == Phase::Stopping || hold && (record.phase == Phase::Starting || refused.is_some());
         let drain = match &record.phase {
             Phase::Draining { deadline, on_deadline, .. } => Some((*deadline, *on_deadline)),
             Phase::Ready { .. } if hold => Some((self.clock.now() + self.spec.drain_deadline, self.spec.on_deadline)),
@@ -64,13 +64,26 @@ impl Driver {
         self.attempt.engine = engine;
         self.attempt.record = Some(record);
         self.attempt.refused = refused;
-        self.step(Event::Command(Command::Adopt { generation, ready_since }));
-        if end && self.attempt.refused.is_none() {
-            let on_deadline = OnDeadline::Force;
-            self.step(Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline }));
-        }
         self.attempt.drain = drain;
+        self.step(Event::Command(Command::Adopt { generation, ready_since }));
+        if end {
+            self.stop_adopted();
+        }
         self.publish();
+    }
+
+    fn stop_adopted(&mut self) {
+        self.attempt.drain = None;
+        let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
+        self.step(Event::Command(stop));
+    }
+
+    /// An engine that was to end anyway is not started again because it did, or because it is not what it was.
+    pub(super) fn ends_while_adopted(&mut self, fact: &Fact) {
+        let ends = matches!(fact, Fact::Exited(_) | Fact::Unproved(_) | Fact::NotAdopted(_));
+        if ends && self.attempt.drain.is_some() && matches!(self.replica.state, State::Adopting { .. }) {
+            self.stop_adopted();
+        }
     }
 
     /// Whether the engine still is what it was.
@@ -94,6 +107,11 @@ impl Driver {
             }
         };
         self.watch_exit(Arc::clone(&engine));
+        if self.attempt.drain.is_some() {
+            // It gets nothing new to do, so it need not prove that it could, and its deadline does not wait.
+            self.send(Report::Fact(Fact::Adopted(Some(recorded))));
+            return;
+        }
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
         let patience = self.policy.health.timeout * self.policy.health.failures;
         self.run_work(async move {
@@ -118,7 +136,7 @@ impl Driver {
                 Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
                 Ok(Err(failure)) => Fact::Unproved(failure),
                 // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
-                Err(_) if busy(&*ports.probe, &endpoint).await > 0 => Fact::Adopted(Some(recorded)),
+                Err(_) if may_be_busy(&*ports.probe, &endpoint).await => Fact::Adopted(Some(recorded)),
                 Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
             })
         });
@@ -200,6 +218,12 @@ impl Driver {
             }
         }
     }
+}
+
+/// Whether it says that it serves, and not that it is idle. Who does not say is taken for busy, as in every check.
+async fn may_be_busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> bool {
+    let asked = async { probe.up(endpoint).await == Up::Serving && probe.busy(endpoint).await != Some(0) };
+    tokio::time::timeout(PROBE_TIMEOUT, asked).await.unwrap_or(false)
 }
 
 async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {

@@ -49,7 +49,7 @@ pub(crate) struct Ports {
     pub(crate) ledger: Arc<dyn StateLedger>,
     /// Not a port: a bug on purpose.
     #[cfg(feature = "planted-bugs")]
-    pub(crate) ignore_generations: bool,
+    pub(crate) bug: Option<crate::planted::Bug>,
 }
 
 /// What a start needs from the node.
@@ -198,6 +198,8 @@ pub(crate) struct Driver {
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
+    /// It was to be started while an engine of an earlier daemon was being ended.
+    wake_again: bool,
     last_call: CancellationToken,
 }
 
@@ -269,6 +271,7 @@ impl Driver {
             accused: None,
             attempt_began: now,
             verbs: 0,
+            wake_again: false,
             last_call: parts.last_call,
         }
     }
@@ -317,6 +320,8 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                self.wake_again = command == Command::Wake
+                    && matches!(self.replica.state, State::Adopting { .. } | State::Draining { .. });
                 self.step(Event::Command(command));
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
@@ -348,7 +353,11 @@ impl Driver {
 
     fn report(&mut self, generation: Generation, report: Report) {
         #[cfg(feature = "planted-bugs")]
-        let generation = if self.ports.ignore_generations { self.replica.generation } else { generation };
+        let generation = if self.ports.bug == Some(crate::planted::Bug::IgnoreGenerations) {
+            self.replica.generation
+        } else {
+            generation
+        };
         if generation != self.replica.generation {
             // A late launch cannot happen: its generation stays current until the launch was answered.
             return;
@@ -388,6 +397,7 @@ impl Driver {
             }
         };
         let adopted = matches!(fact, Fact::Adopted(_));
+        self.ends_while_adopted(&fact);
         self.step(Event::Engine(generation, fact));
         if adopted {
             self.go_on();
@@ -409,6 +419,10 @@ impl Driver {
         for action in actions {
             self.act(action);
         }
+        if self.wake_again && matches!(self.replica.state, State::Stopping { .. } | State::Idle) {
+            self.wake_again = false;
+            self.step(Event::Command(Command::Wake));
+        }
     }
 
     /// Of the generation that failed: the next one may have begun already.
@@ -421,6 +435,14 @@ impl Driver {
     }
 
     fn act(&mut self, action: Action) {
+        #[cfg(feature = "planted-bugs")]
+        if matches!(
+            (self.ports.bug, &action),
+            (Some(crate::planted::Bug::NeverClose), Action::CloseAdmission)
+                | (Some(crate::planted::Bug::NeverRevoke), Action::RevokeLeases)
+        ) {
+            return;
+        }
         match action {
             Action::Stage => self.stage(),
             Action::Prepare => self.preflight(),

@@ -88,7 +88,8 @@ async fn write(
     mut wanted: watch::Receiver<Wish>,
     told: watch::Sender<u64>,
 ) {
-    let mut stands = Wish::default();
+    // The handoff is unset while nobody knows: what a disk refused may stand all the same.
+    let (mut written, mut stands) = (0, Some(None));
     let mut open = true;
     let well = |done: Result<(), LedgerError>| {
         if let Err(e) = &done {
@@ -98,25 +99,23 @@ async fn write(
     };
     loop {
         let wish = wanted.borrow_and_update().clone();
-        if wish.number != stands.number {
+        if wish.number != written {
             let done = match &wish.kept {
                 Some(Kept::Record(record)) => ledger.record(record).await,
                 Some(Kept::Nothing(generation)) => ledger.forget(&key, *generation).await,
                 None => Ok(()),
             };
             if well(done) {
-                (stands.number, stands.kept) = (wish.number, wish.kept.clone());
+                written = wish.number;
             }
             told.send_replace(wish.number);
         }
-        if wish.handoff != stands.handoff {
+        if stands.as_ref() != Some(&wish.handoff) {
             let done = match &wish.handoff {
                 Some(handoff) => ledger.publish_handoff(handoff).await,
                 None => ledger.withdraw_handoff(&key).await,
             };
-            if well(done) {
-                stands.handoff.clone_from(&wish.handoff);
-            }
+            stands = well(done).then(|| wish.handoff.clone());
         }
         // What was wished for meanwhile comes first.
         if wanted.has_changed().unwrap_or(false) {
@@ -128,7 +127,7 @@ async fn write(
         tokio::select! {
             biased;
             changed = wanted.changed() => open = changed.is_ok(),
-            () = tokio::time::sleep(TRY_AGAIN), if wish != stands => {}
+            () = tokio::time::sleep(TRY_AGAIN), if stands.is_none() || wish.number != written => {}
         }
     }
 }

@@ -48,8 +48,22 @@ pub enum Act {
     Release(usize),
     /// Ask a pool for a lease over the wire.
     Ask(usize, Duration),
-    /// End the daemon in order and start it again.
+    /// End the daemon in order. Whoever needs one starts it again.
     Restart,
+    /// End it in order, and leave its engines.
+    Leave,
+    /// Kill it.
+    Kill,
+    /// Kill it at the n-th call of a port from now on.
+    Fuse(u32),
+    /// Start the machine anew.
+    Reboot,
+    /// Kill the daemon and delete its state directory.
+    Wipe,
+    /// Forge the records of a pool's engines.
+    Tamper(usize),
+    /// Say that nothing is left on a device.
+    Unfence(usize),
     /// A pool's engines behave worse in up to three ways; the seed says which.
     Sicken(usize, u64),
     /// They behave well again.
@@ -96,6 +110,10 @@ pub struct Schedule {
     pub devices: Vec<SimDevice>,
     /// Whether residency can be proved.
     pub provable: bool,
+    /// Whether the driver tells what others use.
+    pub tells_foreign: bool,
+    /// Whether engines have cgroups of their own.
+    pub cgroups: bool,
     /// Ports engines may have.
     pub ports: std::ops::RangeInclusive<u16>,
     /// Its pools.
@@ -186,9 +204,18 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
         38..=41 => Act::Release(rng.usize(1..=3)),
         42..=45 => Act::Ask(at, millis(rng, 100..=30_000)),
         46 => Act::Restart,
-        47..=60 => Act::Sicken(at, rng.u64(..)),
-        61..=68 => Act::Heal(at),
-        69..=76 => Act::Crash(at),
+        47 => Act::Leave,
+        48..=49 => Act::Kill,
+        50..=53 => Act::Fuse(rng.u32(1..=60)),
+        54 => match rng.u32(0..4) {
+            0 => Act::Reboot,
+            1 => Act::Wipe,
+            2 => Act::Tamper(at),
+            _ => Act::Unfence(at),
+        },
+        55..=64 => Act::Sicken(at, rng.u64(..)),
+        65..=70 => Act::Heal(at),
+        71..=76 => Act::Crash(at),
         77..=79 => Act::Health(at, rng.u8(0..=3)),
         80..=81 => Act::Present(at, rng.bool()),
         82..=84 => Act::Foreign(at, rng.u64(0..=20)),
@@ -230,7 +257,8 @@ impl Schedule {
         let width = ports.end() - ports.start() + 1;
         let steps = rng.usize(4..=28);
         let steps = (0..steps).map(|_| Step { act: act(rng, width), then: pause(rng) }).collect();
-        Self { seed, devices, provable: rng.bool(), ports, pools, steps }
+        let (provable, tells_foreign, cgroups) = (rng.bool(), rng.bool(), rng.bool());
+        Self { seed, devices, provable, tells_foreign, cgroups, ports, pools, steps }
     }
 }
 
@@ -247,7 +275,11 @@ pub fn health(n: u8) -> DeviceHealth {
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}: residency {}", self.seed, if self.provable { "provable" } else { "claimed" })?;
+        let Self { seed, provable, tells_foreign, cgroups, .. } = self;
+        writeln!(
+            f,
+            "seed {seed}: residency provable: {provable}, use by others told: {tells_foreign}, cgroups: {cgroups}"
+        )?;
         for d in &self.devices {
             let (total, kept) = (d.shown.vram_total / GIB, d.shown.vram_reserved / (1 << 20));
             writeln!(f, "  device {}: {total} GiB, {kept} MiB kept by the driver", d.shown.index)?;
