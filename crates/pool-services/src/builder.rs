@@ -181,7 +181,7 @@ impl Builder {
         let (bell, broken) = (Arc::new(Notify::new()), CancellationToken::new());
         let (mut pools, mut wards, memories) = (BTreeMap::new(), Vec::new(), TaskTracker::new());
         let Boot { mut found, closed } = boot::look(&ports, &self.pools, &bell).await;
-        let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
+        let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let last_call = CancellationToken::new();
         for spec in self.pools {
             let spec = Arc::new(spec);

@@ -21,6 +21,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 pub(crate) struct Found {
     pub(crate) record: EngineRecord,
     pub(crate) outcome: Result<Arc<dyn RunningEngine>, NotAdopted>,
+    /// Nothing is left of it: what it had may have been given to others already.
+    pub(crate) gone: bool,
 }
 
 impl Driver {
@@ -28,7 +30,7 @@ impl Driver {
     /// without it.
     /// `hold`: the pool is not to run.
     pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
-        let Found { record, outcome } = found;
+        let Found { record, outcome, gone: _ } = found;
         let changed = record.fingerprint != self.spec.fingerprint(self.key.replica.0);
         let (engine, refused) = match outcome {
             Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
@@ -72,6 +74,13 @@ impl Driver {
         self.publish();
     }
 
+    /// A person wants it to go on.
+    pub(super) fn call_off_drain(&mut self) {
+        if matches!(self.replica.state, State::Adopting { .. }) {
+            self.attempt.drain = None;
+        }
+    }
+
     fn stop_adopted(&mut self) {
         self.attempt.drain = None;
         let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
@@ -107,15 +116,16 @@ impl Driver {
             }
         };
         self.watch_exit(Arc::clone(&engine));
-        if self.attempt.drain.is_some() {
-            // It gets nothing new to do, so it need not prove that it could, and its deadline does not wait.
-            self.send(Report::Fact(Fact::Adopted(Some(recorded))));
-            return;
-        }
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
-        let patience = self.policy.health.timeout * self.policy.health.failures;
+        let again = self.policy.health.timeout;
+        let patience = again * self.policy.health.failures;
+        // The end of a drain does not wait for a proof.
+        let ends_in = match self.attempt.drain {
+            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < patience),
+            _ => None,
+        };
         self.run_work(async move {
-            let check = async {
+            let check = || async {
                 loop {
                     match prove(&ports, &engine, &endpoint, &devices, false).await {
                         // The driver may have to come up first, as this daemon had.
@@ -126,17 +136,27 @@ impl Driver {
                     }
                 }
             };
+            let asked = async {
+                let first = tokio::time::timeout(ends_in.unwrap_or(patience), check()).await;
+                // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
+                if first.is_ok() || ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await {
+                    return first;
+                }
+                // It was until just now, perhaps.
+                tokio::time::timeout(again, check()).await
+            };
             let checked = tokio::select! {
                 biased;
                 // Of its end the watch tells, and knows why.
                 _ = engine.exited() => std::future::pending().await,
-                checked = tokio::time::timeout(patience, check) => checked,
+                checked = asked => checked,
             };
             Report::Fact(match checked {
                 Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
                 Ok(Err(failure)) => Fact::Unproved(failure),
-                // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
-                Err(_) if may_be_busy(&*ports.probe, &endpoint).await => Fact::Adopted(Some(recorded)),
+                Err(_) if ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await => {
+                    Fact::Adopted(Some(recorded))
+                }
                 Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
             })
         });

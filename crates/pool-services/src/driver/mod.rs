@@ -320,6 +320,9 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                if matches!(command, Command::Start | Command::Resume) {
+                    self.call_off_drain();
+                }
                 self.wake_again = command == Command::Wake
                     && matches!(self.replica.state, State::Adopting { .. } | State::Draining { .. });
                 self.step(Event::Command(command));

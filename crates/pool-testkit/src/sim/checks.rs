@@ -180,7 +180,11 @@ impl Invariant for ReadyIsProved {
     fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
         let What::Granted(pool, pid) = &entry.what else { return Ok(()) };
         match scene.processes.get(pid) {
-            Some(p) if proved(p, scene.up) && p.signalled.is_none() && !known_dead(p, entry.at) => Ok(()),
+            Some(p)
+                if proved(p, scene.up) && p.signalled.is_none_or(|at| at < scene.up) && !known_dead(p, entry.at) =>
+            {
+                Ok(())
+            }
             other => Err(format!("a slot of {pool} was granted on {other:?}")),
         }
     }

@@ -26,6 +26,7 @@ impl Invariant for FencesHold {
             What::Kill(pid) => {
                 self.killed.entry(*pid).or_insert(entry.at);
             }
+            What::Down(_) => self.killed.retain(|_, at| scene.written(*at, entry.at)),
             What::Launching { key, devices, .. } => {
                 // Unproved for longer than the proof may take, and known to be so.
                 let fenced = |p: &&Process| {
@@ -125,7 +126,9 @@ impl Invariant for HandoffsAreTrue {
             let Some(p) = view.scene.processes.values().rev().find(of) else {
                 return Err(format!("{} has a handoff of an engine that never was: {handoff:?}", handoff.key));
             };
-            let over = p.signalled.or(p.ended.map(|at| at + p.launch.exit_lag));
+            // A signal of an earlier daemon that wrote nothing down is unknown to this one.
+            let up = view.scene.up;
+            let over = p.signalled.filter(|at| *at >= up).or(p.ended.map(|at| at + p.launch.exit_lag));
             if over.is_some_and(|at| view.now > at + WITHDRAWN && view.scene.written(at, view.now)) {
                 return Err(format!("{} has a handoff, and its process {} is over", handoff.key, p.launch.pid));
             }

@@ -68,7 +68,8 @@ impl Invariant for DrainsEnd {
     fn look(&mut self, view: &View<'_>) -> Result<(), String> {
         for (pool, (asked, due)) in &self.due {
             let left = |p: &&Process| {
-                let by = (*due).max(p.at + AFTER_DEADLINE);
+                let Some(known) = p.known else { return false };
+                let by = (*due).max(known + AFTER_DEADLINE);
                 // Who cannot be told from a stranger is not ended.
                 let reached = !p.disowned && (!p.forged || view.schedule.cgroups) && !p.launch.unkillable;
                 p.launch.key.pool == *pool && reached && view.now > by
@@ -165,7 +166,9 @@ impl Failures {
 /// A process that ended by itself, for no reason that another rule excuses.
 fn fell<'a>(what: &What, scene: &'a Scene) -> Option<&'a Process> {
     let What::Ended(pid) = what else { return None };
-    let fell = |p: &&Process| p.signalled.is_none() && p.told.is_none() && !p.disowned && !p.launch.foreign_listener;
+    let fell = |p: &&Process| {
+        p.signalled.is_none() && p.told.is_none() && !p.disowned && !p.forged && !p.launch.foreign_listener
+    };
     scene.processes.get(pid).filter(fell)
 }
 

@@ -232,6 +232,8 @@ impl EngineHost for World {
             self.born(record, engine.endpoint.addr, &script, durable)
         };
         self.call().await;
+        let pid = self.lock().engines[at].launch.pid;
+        self.record(What::Answered(pid));
         self.handle(at, true).ok_or_else(gone)
     }
     async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted> {

@@ -61,6 +61,8 @@ pub enum What {
     LaunchFailed(ReplicaKey, Generation),
     /// It brought a process.
     Launched(Launch),
+    /// The daemon that asked for it has it.
+    Answered(u32),
     /// A process said that it serves the right model.
     Identified(u32),
     /// A process finished one unit of work.
@@ -163,6 +165,8 @@ pub struct Process {
     pub at: Duration,
     /// When its launch was asked for.
     pub began: Duration,
+    /// When a daemon could first do something about it.
+    pub known: Option<Duration>,
     /// It said that it serves the right model.
     pub identified: bool,
     /// It finished a unit of work, and when first.
@@ -287,7 +291,11 @@ impl Scene {
                     lifting.iter().for_each(|pool| self.blame(Some(pool)));
                 }
             }
-            What::Started(_) => (self.down, self.up) = (None, at),
+            What::Started(_) => {
+                (self.down, self.up) = (None, at);
+                self.processes.values_mut().for_each(|p| p.known = p.known.or(Some(at)));
+            }
+            What::Answered(pid) => self.with(*pid, |p| p.known = Some(at)),
             What::Rebooted => {
                 for p in self.processes.values_mut() {
                     (p.ended, p.gone, p.requests) = (p.ended.or(Some(at)), p.gone.or(Some(at)), 0);
@@ -337,6 +345,7 @@ impl Scene {
             began,
             launch: launch.clone(),
             at,
+            known: None,
             identified: false,
             worked: None,
             worked_last: None,
@@ -385,6 +394,7 @@ impl fmt::Display for Entry {
             What::Launched(l) => {
                 write!(f, "process {} of {} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices)
             }
+            What::Answered(pid) => write!(f, "process {pid} is known"),
             What::Identified(pid) => write!(f, "process {pid} named its model"),
             What::Worked(pid) => write!(f, "process {pid} did one unit of work"),
             What::Term(pid) => write!(f, "TERM to process {pid}"),
