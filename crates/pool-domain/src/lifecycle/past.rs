@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Policy, Replica, State};
+use super::{Policy, Replica};
 use crate::{Backoff, BreakerState, CircuitBreaker, Generation, Tick};
 
 /// The failures of a replica and what they earned, as they are kept on disk.
@@ -58,16 +58,16 @@ impl Replica {
         }
     }
 
-    /// Whether it rests, and what it earned for its last failure is not over yet.
-    pub(super) fn rests_until(&self, now: Tick) -> Option<Tick> {
+    /// End of what it earned for its last failure, if that is not over yet. An open breaker waits by itself.
+    pub(super) fn waits_until(&self, now: Tick) -> Option<Tick> {
         let closed = matches!(self.breaker.state(), BreakerState::Closed { .. });
-        self.not_before.filter(|until| self.state == State::Idle && closed && *until > now)
+        self.not_before.filter(|until| closed && *until > now)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Command, Event, Fact, OnDeadline, Proof, Wait};
+    use super::super::{Command, Event, Fact, OnDeadline, Proof, State, Wait};
     use super::*;
     use crate::failure::Exit;
     use crate::{Draw, Failure};
@@ -135,6 +135,17 @@ mod tests {
         step(&mut r, 32_000, event);
         step(&mut r, 92_000, Event::Timer);
         assert_eq!((r.state.code(), r.breaker.code()), ("ready", "closed"));
+    }
+
+    #[test]
+    fn nor_does_it_start_sooner_when_its_engine_is_still_being_ended() {
+        let mut r = again(&failed(3), 1_000);
+        let generation = r.generation;
+        step(&mut r, 1_000, Event::Command(Command::Adopt { generation, ready_since: None }));
+        step(&mut r, 1_000, Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }));
+        step(&mut r, 1_000, Event::Command(Command::Wake));
+        step(&mut r, 1_500, Event::Engine(generation, Fact::Gone));
+        assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
     }
 
     #[test]

@@ -88,9 +88,19 @@ impl Replica {
 
     /// A start that nobody asked for by hand.
     fn wake(&mut self, cx: &Cx<'_>) -> Vec<Action> {
-        if let Some(until) = self.rests_until(cx.now) {
-            self.state = State::Waiting { since: cx.now, why: Wait::Backoff { until } };
-            return Vec::new();
+        if let Some(until) = self.waits_until(cx.now) {
+            let why = Wait::Backoff { until };
+            match &mut self.state {
+                State::Idle => {
+                    self.state = State::Waiting { since: cx.now, why };
+                    return Vec::new();
+                }
+                State::Stopping { then: then @ Then::Idle, .. } | State::Fenced { then: then @ Then::Idle, .. } => {
+                    *then = Then::Wait(why);
+                    return Vec::new();
+                }
+                _ => {}
+            }
         }
         match &self.state {
             State::Failed { .. } | State::Draining { .. } => Vec::new(),

@@ -320,11 +320,18 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
-                if matches!(command, Command::Start | Command::Resume) {
-                    self.call_off_drain();
+                match command {
+                    Command::Wake => {
+                        let ending = matches!(self.replica.state, State::Adopting { .. } | State::Draining { .. });
+                        self.wake_again = ending;
+                    }
+                    Command::Start | Command::Resume => {
+                        self.wake_again = false;
+                        self.call_off_drain();
+                    }
+                    Command::Drain { .. } => self.wake_again = false,
+                    _ => {}
                 }
-                self.wake_again = command == Command::Wake
-                    && matches!(self.replica.state, State::Adopting { .. } | State::Draining { .. });
                 self.step(Event::Command(command));
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {

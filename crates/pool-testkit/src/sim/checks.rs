@@ -181,7 +181,7 @@ impl Invariant for ReadyIsProved {
         let What::Granted(pool, pid) = &entry.what else { return Ok(()) };
         match scene.processes.get(pid) {
             Some(p)
-                if proved(p, scene.up) && p.signalled.is_none_or(|at| at < scene.up) && !known_dead(p, entry.at) =>
+                if proved(p, scene.up) && p.signalled.is_none_or(|at| at <= scene.up) && !known_dead(p, entry.at) =>
             {
                 Ok(())
             }

@@ -128,7 +128,7 @@ impl Invariant for HandoffsAreTrue {
             };
             // A signal of an earlier daemon that wrote nothing down is unknown to this one.
             let up = view.scene.up;
-            let over = p.signalled.filter(|at| *at >= up).or(p.ended.map(|at| at + p.launch.exit_lag));
+            let over = p.signalled.filter(|at| *at > up).or(p.ended.map(|at| at + p.launch.exit_lag));
             if over.is_some_and(|at| view.now > at + WITHDRAWN && view.scene.written(at, view.now)) {
                 return Err(format!("{} has a handoff, and its process {} is over", handoff.key, p.launch.pid));
             }

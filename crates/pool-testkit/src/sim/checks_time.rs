@@ -143,19 +143,21 @@ impl HeldStaysDown {
 struct Failures {
     count: u32,
     at: Duration,
+    /// When the last one could be seen.
+    seen: Duration,
     /// As it was before the last one, which may be unknown to a later daemon.
     before: Option<Box<Failures>>,
 }
 
 impl Failures {
-    fn and(self, at: Duration) -> Self {
+    fn and(self, p: &Process, at: Duration) -> Self {
         let before = Self { before: None, ..self.clone() };
-        Self { count: self.count + 1, at, before: Some(Box::new(before)) }
+        Self { count: self.count + 1, at, seen: at + p.launch.exit_lag, before: Some(Box::new(before)) }
     }
 
     /// What a later daemon knows at least. What ended while none ran it finds out when it starts.
     fn known(self, scene: &Scene, now: Duration) -> Self {
-        if self.count == 0 || scene.written(self.at, now) {
+        if self.count == 0 || scene.written(self.seen, now) {
             self
         } else {
             self.before.map_or_else(Self::default, |b| *b)
@@ -184,8 +186,14 @@ impl Invariant for BackoffHolds {
     }
     fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
         match &entry.what {
+            // What was not seen before the daemon was told to end is no failure.
+            What::Asking(pool, Verb::Shutdown) => {
+                for (_, f) in self.failures.iter_mut().filter(|(key, f)| key.pool == *pool && f.seen >= entry.at) {
+                    *f = std::mem::take(f).before.map_or_else(Failures::default, |b| *b);
+                }
+            }
             // A person may know better than a count.
-            What::Asking(pool, verb) if !matches!(verb, Verb::Demand | Verb::Shutdown) => {
+            What::Asking(pool, verb) if !matches!(verb, Verb::Demand) => {
                 self.failures.retain(|key, _| key.pool != *pool);
             }
             What::Tampered(pool) => self.failures.retain(|key, _| key.pool != *pool),
@@ -201,7 +209,7 @@ impl Invariant for BackoffHolds {
                     self.failures.remove(&p.launch.key);
                 } else {
                     let before = self.failures.remove(&p.launch.key).unwrap_or_default();
-                    self.failures.insert(p.launch.key.clone(), before.and(entry.at));
+                    self.failures.insert(p.launch.key.clone(), before.and(p, entry.at));
                 }
             }
             What::Launching { key, .. } => {
@@ -283,12 +291,12 @@ impl Invariant for BreakerHolds {
                 match worked {
                     None => {
                         let before = self.starts.remove(&key).unwrap_or_default();
-                        self.starts.insert(key, before.and(entry.at));
+                        self.starts.insert(key, before.and(p, entry.at));
                     }
                     Some(since) if early(since) => {
                         self.starts.remove(&key);
                         let before = self.crashes.remove(&key).unwrap_or_default();
-                        self.crashes.insert(key, before.and(entry.at));
+                        self.crashes.insert(key, before.and(p, entry.at));
                     }
                     Some(_) => {
                         self.starts.remove(&key);

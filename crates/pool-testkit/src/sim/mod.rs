@@ -66,6 +66,29 @@ pub enum Plant {
     HandoffStays,
 }
 
+impl Plant {
+    /// Every bug there is.
+    pub const ALL: [Self; 17] = [
+        Self::IgnoreGenerations,
+        Self::NeverClose,
+        Self::NeverRevoke,
+        Self::GoneTooEarly,
+        Self::AdoptsNothing,
+        Self::FenceForgotten,
+        Self::DeathsUnseen,
+        Self::PortsNeverFree,
+        Self::WorkSkipped,
+        Self::NeverIdle,
+        Self::BusyUnasked,
+        Self::MemoryTwice,
+        Self::GenerationsForgotten,
+        Self::PastForgotten,
+        Self::HoldForgotten,
+        Self::RecordsForgotten,
+        Self::HandoffStays,
+    ];
+}
+
 /// What was wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {

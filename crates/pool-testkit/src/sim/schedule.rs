@@ -229,6 +229,28 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
     }
 }
 
+/// One act. Some bad moments are too short to be met by chance.
+fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
+    let first = Step { act: act(rng, ports), then: pause(rng) };
+    match first.act {
+        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 6) => {
+            let kill = Step { act: Act::Kill, then: millis(rng, 0..=300) };
+            let pool = rng.usize(0..12);
+            vec![
+                Step { then: millis(rng, 50..=5_000), ..first },
+                kill,
+                Step { act: Act::Ask(pool, millis(rng, 100..=9_000)), then: pause(rng) },
+            ]
+        }
+        Act::Drain(at, ..) if one_in(rng, 3) => {
+            let take = |then| Step { act: Act::Take(at, 1), then };
+            let soon = millis(rng, 0..=300);
+            vec![take(Duration::ZERO), Step { then: soon, ..first }, take(pause(rng))]
+        }
+        _ => vec![first],
+    }
+}
+
 fn pause(rng: &mut Rng) -> Duration {
     match rng.u32(0..10) {
         0..=1 => Duration::ZERO,
@@ -256,7 +278,7 @@ impl Schedule {
         let ports = 42_000..=42_000 + rng.u16(7..=15);
         let width = ports.end() - ports.start() + 1;
         let steps = rng.usize(4..=28);
-        let steps = (0..steps).map(|_| Step { act: act(rng, width), then: pause(rng) }).collect();
+        let steps = (0..steps).flat_map(|_| acts(rng, width)).collect();
         let (provable, tells_foreign, cgroups) = (rng.bool(), rng.bool(), rng.bool());
         Self { seed, devices, provable, tells_foreign, cgroups, ports, pools, steps }
     }

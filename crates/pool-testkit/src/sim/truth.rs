@@ -193,6 +193,11 @@ pub struct Process {
     pub blameless: bool,
 }
 
+/// What a write takes on a disk that is well, with whatever leads to it.
+const SHORTLY: Duration = Duration::from_millis(200);
+/// Nothing is tried again later than this.
+const TRIED_AGAIN: Duration = Duration::from_secs(8);
+
 /// What exists, replayed from the record alone.
 #[derive(Debug, Clone)]
 pub struct Scene {
@@ -245,10 +250,12 @@ impl Scene {
         }
     }
 
-    /// Whether all that was asked before `when` is written down: nothing is tried again later than this.
+    /// Whether all that was known before `when` is written down: at once on a disk that is well; once it is well again,
+    /// after the longest pause between two tries.
     #[must_use]
     pub fn written(&self, when: Duration, now: Duration) -> bool {
-        self.disk_well.is_some_and(|well| now >= well.max(when) + Duration::from_secs(8))
+        let since = |well: Duration| if well < when { when + SHORTLY } else { well.max(when) + TRIED_AGAIN };
+        self.disk_well.is_some_and(|well| now > since(well))
     }
 
     /// Whether facts can be written at once.
