@@ -75,7 +75,6 @@ pub struct ProcessHost {
     memory: Option<Arc<MemoryParent>>,
     /// Whether engines could not join their cgroups, though these could be made.
     cgroups_closed: AtomicBool,
-    memory_closed: AtomicBool,
     nonces: AtomicU64,
 }
 
@@ -114,7 +113,6 @@ impl ProcessHost {
             cgroups,
             memory,
             cgroups_closed: AtomicBool::new(false),
-            memory_closed: AtomicBool::new(false),
             nonces: AtomicU64::new(0),
         }
     }
@@ -142,8 +140,7 @@ impl ProcessHost {
     }
 
     fn memory_cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<MemoryCgroup> {
-        let parent = self.memory.as_ref().filter(|_| !self.memory_closed.load(Ordering::Relaxed))?;
-        parent.engine(&format!("{key}-{generation}"))
+        self.memory.as_ref()?.engine(&format!("{key}-{generation}"))
     }
 
     fn close_cgroups(&self, error: &str) {
@@ -179,7 +176,8 @@ impl ProcessHost {
             start_record_copy: Some(self.locks.start_record(&record.key.to_string())),
             lock_on_stdin: true,
             shared_locks,
-            cgroup_procs: cgroup.iter().map(Cgroup::procs).chain(memory.iter().map(MemoryCgroup::procs)).collect(),
+            cgroup_procs: cgroup.iter().map(Cgroup::procs).collect(),
+            later_cgroup_procs: memory.iter().map(MemoryCgroup::procs).collect(),
             nofile: None,
             run_as: None,
             stop_when_parent_gone: !self.options.outlive,
@@ -223,9 +221,7 @@ impl ProcessHost {
         let _ended = pidfd_send_signal(&handle, Signal::USR1);
         clear_up(&mut shim, cgroup.as_ref()).await;
         Err(match report {
-            Some(Report::Failed { step, message, .. })
-                if step == "cgroup" && (cgroup.is_some() || memory.is_some()) =>
-            {
+            Some(Report::Failed { step, message, .. }) if step == "cgroup" && cgroup.is_some() => {
                 NotLaunched::Cgroup(message)
             }
             Some(Report::Failed { step, message, .. }) => refused(&step, &message).into(),
@@ -262,18 +258,11 @@ impl EngineHost for ProcessHost {
         let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
         let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let memory = self.memory_cgroup(&record.key, record.generation);
-        let with_memory = memory.is_some();
-        let third = again.try_clone().map_err(|error| cannot("lock the replica", &error))?;
-        let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory).await;
-        if let (Err(NotLaunched::Cgroup(error)), true) = (&started, with_memory) {
-            self.memory_closed.store(true, Ordering::Relaxed);
-            tracing::warn!(error, "engines get no memory cgroups");
-            started = self.start(record, program, engine, third, self.cgroup(record), None).await;
-        }
+        let memory = || self.memory_cgroup(&record.key, record.generation);
+        let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory()).await;
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
-            started = self.start(record, program, engine, again, None, None).await;
+            started = self.start(record, program, engine, again, None, memory()).await;
         }
         match started {
             Ok(engine) => Ok(Arc::new(engine)),

@@ -13,6 +13,7 @@
 //! calls [`run_if_asked`] first in `main`, before it starts a thread.
 
 mod born;
+mod cgroups;
 mod locks;
 mod log;
 mod reaper;

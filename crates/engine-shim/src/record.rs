@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::spawn::raw_pid;
+use crate::spec::LaunchSpec;
 
 /// Who was started: what a later daemon compares before it adopts.
 ///
@@ -41,6 +42,9 @@ pub struct StartRecord {
     /// The `cgroup.procs` files that the engine joined.
     #[serde(default)]
     pub cgroup_procs: Vec<PathBuf>,
+    /// Those that it is moved to after its start.
+    #[serde(default)]
+    pub later_cgroup_procs: Vec<PathBuf>,
 }
 
 /// How the main process ended.
@@ -81,10 +85,10 @@ pub fn boot_id() -> io::Result<String> {
 }
 
 impl StartRecord {
-    pub(crate) fn of(nonce: &str, cgroup_procs: &[PathBuf], pid: u32) -> io::Result<Self> {
+    pub(crate) fn of(spec: &LaunchSpec, pid: u32) -> io::Result<Self> {
         let shim_pid = raw_pid(rustix::process::getpid());
         Ok(Self {
-            nonce: nonce.to_owned(),
+            nonce: spec.nonce.clone(),
             pid,
             start_time: stat_field(pid, 22)?,
             shim_pid,
@@ -93,7 +97,8 @@ impl StartRecord {
             pid_namespace: pid_namespace(),
             executable: executable(pid),
             shim_executable: executable(shim_pid),
-            cgroup_procs: cgroup_procs.to_vec(),
+            cgroup_procs: spec.cgroup_procs.clone(),
+            later_cgroup_procs: spec.later_cgroup_procs.clone(),
         })
     }
 }

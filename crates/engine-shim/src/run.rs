@@ -10,6 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitStatus};
 
+use crate::cgroups;
 use crate::locks;
 use crate::log::EngineLog;
 use crate::reaper::{self, Reaped};
@@ -77,7 +78,7 @@ struct Ready {
 impl Shim {
     fn start(mut spec: LaunchSpec, reports: &mut Reports) -> Result<Self, Report> {
         become_parent().map_err(|errno| Report::failed("shim", &errno.into()))?;
-        let log = EngineLog::open(spec.log.clone(), spec.log_max_bytes, &spec.scrub)
+        let mut log = EngineLog::open(spec.log.clone(), spec.log_max_bytes, &spec.scrub)
             .map_err(|error| Report::failed("log", &error))?;
         let locks = locks::take(&spec).map_err(|error| Report::failed("lock", &error))?;
         // Before the engine: a signal that comes while it starts is acted on once it has.
@@ -87,7 +88,7 @@ impl Shim {
         spec.env = Vec::new();
         spec.scrub = Vec::new();
 
-        let recorded = StartRecord::of(&spec.nonce, &spec.cgroup_procs, raw_pid(pid)).and_then(|start| {
+        let recorded = StartRecord::of(&spec, raw_pid(pid)).and_then(|start| {
             record::write(&spec.start_record, &start)?;
             spec.start_record_copy.as_ref().map_or(Ok(()), |copy| record::write(copy, &start))?;
             Ok(start)
@@ -99,6 +100,11 @@ impl Shim {
             }
             Err(error) => Some(Report::failed("start_record", &error)),
         };
+        if failure.is_none() {
+            for (procs, error) in cgroups::join(&spec.later_cgroup_procs, pid) {
+                log.note(&format!("the engine could not be moved by {}: {error}", procs.display()));
+            }
+        }
         Ok(Self {
             spec,
             signals,

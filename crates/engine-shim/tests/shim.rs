@@ -56,6 +56,7 @@ impl Bench {
             lock_on_stdin: false,
             shared_locks: Vec::new(),
             cgroup_procs: Vec::new(),
+            later_cgroup_procs: Vec::new(),
             nofile: None,
             run_as: None,
             stop_when_parent_gone: false,
@@ -476,4 +477,27 @@ fn locks_hold_while_shim_or_engine_lives_and_the_end_is_on_record() {
     let exit: ExitRecord = record(&bench.path("exit.json"));
     assert_eq!((exit.nonce.as_str(), exit.code, exit.gone), ("nonce-1", Some(3), true));
     assert!(try_own() && try_shared());
+}
+
+#[test]
+fn a_cgroup_that_only_counts_holds_up_no_start() {
+    let bench = Bench::new();
+    bench.fifo("go");
+    // Takes whatever is written, as cgroup.procs does.
+    let procs = bench.path("procs");
+    fs::write(&procs, "").unwrap();
+    let spec = LaunchSpec {
+        later_cgroup_procs: vec!["/dev/full".into(), procs.clone()],
+        ..bench.script("read line < go; exit 3")
+    };
+    let mut shim = bench.command(&spec).stdout(Stdio::piped()).spawn().unwrap();
+    let mut reports = BufReader::new(shim.stdout.take().unwrap());
+    reports.read_line(&mut String::new()).unwrap();
+    let start: StartRecord = record(&bench.path("start.json"));
+    assert_eq!(start.later_cgroup_procs, spec.later_cgroup_procs);
+    fs::write(bench.path("go"), "now\n").unwrap();
+    assert_eq!(shim.wait().unwrap().code(), Some(0));
+    assert!(bench.text("log").contains("could not be moved by /dev/full"), "{}", bench.text("log"));
+    assert!(fs::read_to_string(procs).unwrap().starts_with(&start.pid.to_string()));
+    assert_eq!(record::<ExitRecord>(&bench.path("exit.json")).code, Some(3), "it ran on");
 }

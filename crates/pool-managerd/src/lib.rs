@@ -10,6 +10,7 @@ pub mod demo;
 pub mod exit;
 mod late;
 pub mod logging;
+mod notify;
 pub mod plan_command;
 pub mod serve;
 pub mod tables;

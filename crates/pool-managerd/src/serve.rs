@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, OnExit};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
-use crate::{compose, logging, tell};
+use crate::{compose, logging, notify, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -62,6 +62,9 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         tracing::warn!("the GPUs are SIMULATED: nothing computes on them");
     }
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
+    notify::ready(config.pools.len(), inventory.devices.len());
+    let watchdog = CancellationToken::new();
+    tokio::spawn(notify::watch(manager.clone(), watchdog.clone()));
     on_start(Started { manager: manager.clone(), addr });
 
     let (name, broken) = tokio::select! {
@@ -71,6 +74,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let deadline = config.node.shutdown_deadline;
     tracing::info!(signal = name, deadline_ms = deadline.as_millis() as u64, "stopping");
     app.state.flags.set_accepting(false);
+    watchdog.cancel();
+    notify::stopping(deadline + GOODBYE);
     let in_time = tokio::select! {
         in_time = end(&manager, config.node.on_exit, deadline) => in_time,
         // A signal that is repeated changes nothing.

@@ -10,11 +10,13 @@ use crate::control::ControlError;
 /// Devices that admit nothing new, and why, by UUID.
 pub(crate) type Conditions = BTreeMap<String, DeviceHealth>;
 
-/// What a person wants of the steward.
+/// What is wanted of the steward.
 #[derive(Debug)]
 pub(crate) enum StewardCommand {
     /// To believe that nothing of an engine is left on a device.
     Unfence { device: String, answer: oneshot::Sender<Result<(), ControlError>> },
+    /// To know that it still goes round.
+    Ping { answer: oneshot::Sender<()> },
 }
 
 /// Why a device is fenced, as the end of a sentence.

@@ -226,6 +226,12 @@ impl PoolManager {
         (devices, told.promised)
     }
 
+    /// Resolves when the steward has gone round once more: whether it still does. A watchdog asks this.
+    pub async fn answers(&self) -> bool {
+        let (answer, answered) = oneshot::channel();
+        self.inner.steward.send(StewardCommand::Ping { answer }).await.is_ok() && answered.await.is_ok()
+    }
+
     /// Resolves when a task that the manager cannot do without has met a bug. Nothing is started any more then.
     pub async fn broken(&self) {
         self.inner.broken.cancelled().await;

@@ -169,7 +169,13 @@ impl Steward {
     }
 
     async fn carry_out(&self, command: StewardCommand, book: &mut Book) {
-        let StewardCommand::Unfence { device, answer } = command;
+        let (device, answer) = match command {
+            StewardCommand::Unfence { device, answer } => (device, answer),
+            StewardCommand::Ping { answer } => {
+                let _ = answer.send(());
+                return;
+            }
+        };
         let named = pool_domain::mask::named(&device, &self.inventory.borrow().devices).map(|d| d.uuid.clone());
         // One that is gone from the bus can be named by its UUID still, while something is held there.
         let uuid = named.or_else(|| book.held.values().any(|r| r.on(&device).is_some()).then(|| device.clone()));

@@ -19,9 +19,9 @@ use crate::ports::{
 };
 use crate::spec::PoolSpec;
 
-/// Between two looks at a starting engine: a twentieth of the time it has taken so far, within these bounds. A look
+/// Between two looks at a starting engine: a fiftieth of the time it has taken so far, within these bounds. A look
 /// costs the engine a request while it loads, and readiness must be seen within 100 ms.
-const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(5)..=Duration::from_millis(50);
+const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Duration::from_millis(50);
 
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
@@ -212,7 +212,7 @@ impl Driver {
                         Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
                     }
                     let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
-                    tokio::time::sleep((began.elapsed() / 20).clamp(*LOOK.start(), longest)).await;
+                    tokio::time::sleep((began.elapsed() / 50).clamp(*LOOK.start(), longest)).await;
                 }
             };
             tokio::select! {
@@ -344,10 +344,7 @@ pub(super) async fn prove(
     external: bool,
 ) -> Result<(Proof, Option<u64>), Failure> {
     let addr = endpoint.addr;
-    // These only look; nobody is asked to work before it is known who listens.
-    let (listener, up, identity) =
-        tokio::join!(look(engine, move |e| e.listener(addr)), ports.probe.up(endpoint), ports.probe.identify(endpoint));
-    match listener.unwrap_or(Listener::None) {
+    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
         Listener::Own => {}
         Listener::Foreign => {
             let detail = format!("port {} belongs to another process", endpoint.addr.port());
@@ -357,13 +354,32 @@ pub(super) async fn prove(
             return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
         }
     }
-    if let Up::Wrong(what) = up {
-        return Err(Failure::new(FailureClass::WrongServer, what));
-    }
-    let identity = identity?;
-    let began = Instant::now();
-    ports.probe.work(endpoint).await?;
-    let first_unit_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let identity = async {
+        let (up, identity) = tokio::join!(ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        match up {
+            Up::Wrong(what) => Err(Failure::new(FailureClass::WrongServer, what)),
+            _ => identity,
+        }
+    };
+    let work = async {
+        let began = Instant::now();
+        ports.probe.work(endpoint).await.map(|()| u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX))
+    };
+    tokio::pin!(identity, work);
+    let mut worked = None;
+    let identity = tokio::select! {
+        biased;
+        identity = &mut identity => identity,
+        // A process of ours may be asked at once, somebody else's server only when it is known to be the right one.
+        done = &mut work, if !external => {
+            worked = Some(done);
+            identity.await
+        }
+    }?;
+    let first_unit_ms = match worked {
+        Some(done) => done,
+        None => work.await,
+    }?;
     let (residency, taken) = if external { ("served", None) } else { residency(ports, engine, devices).await? };
     Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, taken))
 }
