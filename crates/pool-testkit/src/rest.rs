@@ -161,6 +161,7 @@ struct Facts {
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     broken: bool,
+    lies: bool,
     takes: Duration,
 }
 
@@ -184,6 +185,11 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// Whether writes that fail are there all the same, as after an `fsync` that failed.
+    pub fn set_lying(&self, lies: bool) {
+        self.facts().lies = lies;
     }
 
     /// Changes what is on record, as somebody with an editor might.
@@ -221,6 +227,9 @@ impl FakeLedger {
     fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
         let mut facts = self.facts();
         if facts.broken {
+            if facts.lies {
+                f(&mut facts);
+            }
             return Err(LedgerError { what: "a fact", source: std::io::ErrorKind::StorageFull.into() });
         }
         f(&mut facts);

@@ -142,7 +142,11 @@ mod tests {
         let mut r = again(&failed(3), 1_000);
         let generation = r.generation;
         step(&mut r, 1_000, Event::Command(Command::Adopt { generation, ready_since: None }));
-        step(&mut r, 1_000, Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }));
+        step(
+            &mut r,
+            1_000,
+            Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }),
+        );
         step(&mut r, 1_000, Event::Command(Command::Wake));
         step(&mut r, 1_500, Event::Engine(generation, Fact::Gone));
         assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
