@@ -119,7 +119,7 @@ async fn a_handoff_that_was_written_though_the_disk_said_no_is_withdrawn() {
     let node = FakeNode::default();
     node.engines.script(|s| s.load = Duration::from_secs(10));
     let (m, _events) = node.manage(vec![spec("chat")]).await;
-    until(&m, &id(), |s| s.live()).await;
+    until(&m, &id(), PoolSnapshot::live).await;
     node.ledger.set_lying(true);
     node.ledger.set_broken(true);
     until(&m, &id(), PoolSnapshot::ready).await;
