@@ -212,6 +212,8 @@ pub struct Scene {
     told_to_end: BTreeMap<PoolId, Duration>,
     /// Pools whose hold was lifted, which is not written down yet for all that is known.
     lifting: BTreeSet<PoolId>,
+    /// Pools with a drain that may be given up, or was.
+    given_up: BTreeSet<PoolId>,
     /// Since when facts can be written at once; never unset but at times.
     disk_well: Option<Duration>,
     /// Since when the daemon is gone, if it is.
@@ -229,6 +231,7 @@ impl Default for Scene {
             cured: BTreeMap::new(),
             told_to_end: BTreeMap::new(),
             lifting: BTreeSet::new(),
+            given_up: BTreeSet::new(),
             disk_well: Some(Duration::ZERO),
             down: None,
             up: Duration::ZERO,
@@ -277,15 +280,19 @@ impl Scene {
             }
             What::Asking(pool, verb) | What::Asked(pool, verb, _) if verb.ends() => {
                 self.blame(Some(pool));
+                if matches!(verb, Verb::Abort(_)) {
+                    self.given_up.insert(pool.clone());
+                }
                 self.told_to_end.insert(pool.clone(), at);
                 for p in self.processes.values_mut().filter(|p| p.launch.key.pool == *pool) {
                     p.told = p.told.or(Some(at));
                 }
             }
             What::Asking(pool, verb) if verb.lifts_hold() => {
+                self.given_up.remove(pool);
                 self.lifting.insert(pool.clone());
             }
-            What::Asked(pool, verb, true) if verb.lifts_hold() && self.disk_well() => {
+            What::Asked(pool, verb, true) if verb.lifts_hold() && self.written(Duration::ZERO, at) => {
                 self.lifting.remove(pool);
             }
             What::DiskWell(true) => self.disk_well = self.disk_well.or(Some(at)),
@@ -297,6 +304,8 @@ impl Scene {
                 if !self.written(Duration::ZERO, at) {
                     lifting.iter().for_each(|pool| self.blame(Some(pool)));
                 }
+                // A drain that was given up leaves an engine that serves, and a hold, which the next daemon follows.
+                self.given_up.clone().iter().for_each(|pool| self.blame(Some(pool)));
             }
             What::Started(_) => {
                 (self.down, self.up) = (None, at);
