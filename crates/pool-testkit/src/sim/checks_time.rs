@@ -54,6 +54,8 @@ impl Invariant for DrainsEnd {
                 self.due.clear();
                 self.closed.clear();
             }
+            // Its engines are left as they are.
+            What::Leaving => self.due.clear(),
             // While no daemon ran, nobody could see to it.
             What::Started(_) => {
                 self.due.values_mut().for_each(|(_, due)| *due = (*due).max(entry.at + AFTER_DEADLINE));
@@ -286,7 +288,8 @@ impl Invariant for BreakerHolds {
                 let early = |since: Duration| {
                     let served = entry.at.saturating_sub(since);
                     let ready = served > Duration::from_secs(2) && since >= scene.up;
-                    ready && served + p.launch.exit_lag + Duration::from_secs(1) < spec.policy.breaker.close_after()
+                    let late = spec.policy.breaker.close_after().min(spec.policy.backoff.reset_after());
+                    ready && served + p.launch.exit_lag + Duration::from_secs(1) < late
                 };
                 match worked {
                     None => {

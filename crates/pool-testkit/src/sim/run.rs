@@ -88,7 +88,7 @@ impl Watch {
             }
         }
         let now = self.world.now();
-        if let Some((pools, node)) = seen_now {
+        if let Some((pools, node)) = seen_now.filter(|_| !scene.leaving) {
             let held = |c: &Client| {
                 let valid = c.guard.as_ref()?.valid();
                 Some(Held { key: c.key.clone(), pid: c.pid, valid })
@@ -316,6 +316,7 @@ impl Runner {
             }
             Act::Leave => {
                 let m = self.up().await;
+                world.record(What::Leaving);
                 if !m.leave(SHUTDOWN).await {
                     self.watch.wrong("shutdown_ends", "it could not leave its engines in time".into());
                 }

@@ -26,6 +26,8 @@ pub enum What {
     Asked(PoolId, Verb, bool),
     /// The manager was started; how often before.
     Started(u32),
+    /// It is told to leave its engines.
+    Leaving,
     /// It is gone, and how.
     Down(Down),
     /// The machine was started anew.
@@ -220,6 +222,8 @@ pub struct Scene {
     pub down: Option<Duration>,
     /// When it was started last.
     pub up: Duration,
+    /// It leaves its engines: what it shows is what it saw last.
+    pub leaving: bool,
 }
 
 impl Default for Scene {
@@ -235,6 +239,7 @@ impl Default for Scene {
             disk_well: Some(Duration::ZERO),
             down: None,
             up: Duration::ZERO,
+            leaving: false,
         }
     }
 }
@@ -297,6 +302,7 @@ impl Scene {
             }
             What::DiskWell(true) => self.disk_well = self.disk_well.or(Some(at)),
             What::DiskWell(false) => self.disk_well = None,
+            What::Leaving => self.leaving = true,
             What::Down(_) => {
                 self.down = Some(at);
                 let lifting = std::mem::take(&mut self.lifting);
@@ -308,7 +314,7 @@ impl Scene {
                 self.given_up.clone().iter().for_each(|pool| self.blame(Some(pool)));
             }
             What::Started(_) => {
-                (self.down, self.up) = (None, at);
+                (self.down, self.up, self.leaving) = (None, at, false);
                 self.processes.values_mut().for_each(|p| p.known = p.known.or(Some(at)));
             }
             What::Answered(pid) => self.with(*pid, |p| p.known = Some(at)),
@@ -393,6 +399,7 @@ impl fmt::Display for Entry {
             What::Asking(pool, verb) => write!(f, "asking {pool}: {verb:?}"),
             What::Asked(pool, verb, ok) => write!(f, "answered {pool}: {verb:?} {}", if *ok { "yes" } else { "no" }),
             What::Started(life) => write!(f, "manager {life} starts"),
+            What::Leaving => f.write_str("the manager is to leave its engines"),
             What::Down(how) => write!(f, "the manager is gone: {how:?}"),
             What::Rebooted => f.write_str("the machine was started anew"),
             What::Wiped => f.write_str("the state directory was deleted"),
