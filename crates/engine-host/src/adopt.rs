@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::cgroup::Cgroup;
 use crate::locks::Locks;
+use crate::memory_cgroup::MemoryCgroup;
 use crate::running::{Launched, ShimEngine};
 use crate::tree::Root;
 
@@ -92,7 +93,7 @@ pub(crate) async fn find(locks: &Locks, files: &Files, record: &EngineRecord) ->
         return Err(refused("its nonce differs from the recorded one", None, own, &start.nonce));
     }
     let exit = ExitFile { path: files.exit.clone(), nonce: record.nonce.clone() };
-    let shim = match shim(&start) {
+    let shim = match shim(&start).await {
         Seen::Same(shim) => Some(shim),
         Seen::Ended => None,
         Seen::Differs(what) => return Err(refused(what, None, own, &start.nonce)),
@@ -104,7 +105,7 @@ pub(crate) async fn find(locks: &Locks, files: &Files, record: &EngineRecord) ->
         main,
         kind: record.endpoint.kind.clone(),
         log: files.log.clone(),
-        memory: None,
+        memory: MemoryCgroup::own(&start.later_cgroup_procs, &start.nonce),
         cgroup: Cgroup::own(own, &start.nonce),
     };
     let Some(shim) = shim else {
@@ -175,19 +176,27 @@ fn pin(pid: u32, start_time: u64) -> Result<(OwnedFd, Process), Seen> {
     }
 }
 
-fn shim(start: &StartRecord) -> Seen {
+async fn shim(start: &StartRecord) -> Seen {
     let (pinned, process) = match pin(start.shim_pid, start.shim_start_time) {
         Ok(pinned) => pinned,
         Err(seen) => return seen,
     };
-    if engine_shim::executable(start.shim_pid) != start.shim_executable {
-        return Seen::Differs("its shim is another program");
-    }
+    let program = engine_shim::executable(start.shim_pid);
     let environment = process.environ().unwrap_or_default();
-    if environment.get(std::ffi::OsStr::new(NONCE_ENV)).is_none_or(|nonce| *nonce != *start.nonce) {
-        return Seen::Differs("its shim has another nonce");
+    let nonce = environment.get(std::ffi::OsStr::new(NONCE_ENV));
+    let differs = if program != start.shim_executable {
+        "its shim is another program"
+    } else if nonce.is_none_or(|nonce| *nonce != *start.nonce) {
+        "its shim has another nonce"
+    } else {
+        return Seen::Same(pinned);
+    };
+    // One that is on its way out has neither any more, and is there for a while yet.
+    let leaves = engine_shim::executable(start.shim_pid).is_none();
+    if leaves && timeout(SHORTLY, crate::running::ended(&pinned)).await.is_ok() {
+        return Seen::Ended;
     }
-    Seen::Same(pinned)
+    Seen::Differs(differs)
 }
 
 fn main(start: &StartRecord, record: &EngineRecord) -> Seen {
@@ -237,7 +246,7 @@ pub(crate) async fn end_holder(locks: &Locks, key: &str) -> bool {
         return false;
     }
     tracing::warn!(replica = key, "ending an engine of an earlier daemon that is on no record");
-    if let Seen::Same(shim) = shim(&start) {
+    if let Seen::Same(shim) = shim(&start).await {
         let signal = Signal::from_named_raw(engine_shim::KILL);
         let sent = signal.map_or(Ok(()), |signal| pidfd_send_signal(&shim, signal)).map_err(io::Error::from);
         if let Err(error) = sent {

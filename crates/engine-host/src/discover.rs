@@ -111,7 +111,7 @@ async fn ask(program: &Path, leading: &[String], flag: &str) -> Result<String, F
     let name = file_name(program);
     let mut command = Command::new(program);
     // No device: to say its version it needs none, and the devices may be somebody's.
-    command.args(leading).arg(flag).env_clear().envs(crate::kinds::base_env()).env("CUDA_VISIBLE_DEVICES", "");
+    command.args(leading).arg(flag).env_clear().envs(crate::kinds::base_env(None)?).env("CUDA_VISIBLE_DEVICES", "");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = spawn(&mut command)
         .await

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
@@ -11,10 +11,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use engine_shim::{LaunchSpec, Report};
+use engine_shim::{LaunchSpec, Report, SecretFile, User};
+use fault_points::{Point, reached};
 use pool_domain::failure::Exit;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
-use pool_services::ports::{EngineHost, EngineRecord, NotAdopted, PreparedEngine, RunningEngine};
+use pool_services::ports::{
+    Confinement, EngineHost, EngineRecord, EngineSecret, EngineUser, NotAdopted, PreparedEngine, RunningEngine,
+};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -23,6 +26,7 @@ use tokio::time::timeout;
 use crate::adopt::{self, Files, NONCE_ENV};
 use crate::cgroup::{Cgroup, Parent};
 use crate::external::ExternalEngine;
+use crate::isolation;
 use crate::locks::Locks;
 use crate::memory_cgroup::{MemoryCgroup, MemoryParent};
 use crate::running::{Launched, Reports, ShimEngine};
@@ -38,6 +42,9 @@ const KEPT_GENERATIONS: usize = 2;
 const LAUNCH_SPEC: &str = "launch.json";
 const ENGINE_LOG: &str = "engine.log";
 const SHIM_LOG: &str = "shim.log";
+const WORKDIR: &str = "work";
+/// Where POSIX shared memory lies (shm_overview(7)).
+const SHM_DIR: &str = "/dev/shm";
 
 /// How the shim is started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,9 +135,8 @@ impl ProcessHost {
     }
 
     fn cgroup(&self, record: &EngineRecord) -> Option<Cgroup> {
-        let EngineRecord { key, generation, nonce, .. } = record;
         let parent = self.cgroups.as_ref().filter(|_| !self.cgroups_closed.load(Ordering::Relaxed))?;
-        match parent.engine(&format!("{key}-{generation}-{nonce}")) {
+        match parent.engine(&cgroup_name(record)) {
             Ok(cgroup) => Some(cgroup),
             Err(error) => {
                 self.close_cgroups(&error.to_string());
@@ -139,8 +145,8 @@ impl ProcessHost {
         }
     }
 
-    fn memory_cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<MemoryCgroup> {
-        self.memory.as_ref()?.engine(&format!("{key}-{generation}"))
+    fn memory_cgroup(&self, record: &EngineRecord) -> Option<MemoryCgroup> {
+        self.memory.as_ref()?.engine(&cgroup_name(record))
     }
 
     fn close_cgroups(&self, error: &str) {
@@ -159,6 +165,16 @@ impl ProcessHost {
         memory: Option<MemoryCgroup>,
     ) -> Result<ShimEngine, NotLaunched> {
         let dir = &self.dir(&record.key, record.generation);
+        let confinement = &engine.confinement;
+        if let Some(bytes) = confinement.memory_max {
+            limit_memory(bytes, cgroup.as_ref(), memory.as_ref())
+                .map_err(|error| isolation::unlimited(bytes, &error))?;
+        }
+        // To join one that only counts can wait; one that limits cannot.
+        let limited = confinement.memory_max.is_some();
+        let memory_procs: Vec<PathBuf> = memory.iter().map(MemoryCgroup::procs).collect();
+        let workdir = make_workdir(dir, confinement.user.as_ref())
+            .map_err(|error| cannot("make the engine's working directory", &error))?;
         let Files { start, exit, log } = files(dir);
         let shared_locks = self.locks.of_devices(&record.devices.uuids);
         let shared_locks = shared_locks.map_err(|error| cannot("make the locks of the devices", &error))?;
@@ -167,23 +183,27 @@ impl ProcessHost {
             program: program.to_path_buf(),
             args: engine.args.clone(),
             env: engine.env.clone(),
-            workdir: dir.to_path_buf(),
+            workdir,
             log: log.clone(),
             log_max_bytes: self.options.log_max_bytes,
-            scrub: Vec::new(),
+            scrub: confinement.secrets.iter().map(|secret| secret.value.clone()).collect(),
             exit_record: exit,
             start_record: start,
             start_record_copy: Some(self.locks.start_record(&record.key.to_string())),
             lock_on_stdin: true,
             shared_locks,
             cgroup_procs: cgroup.iter().map(Cgroup::procs).collect(),
-            later_cgroup_procs: memory.iter().map(MemoryCgroup::procs).collect(),
-            nofile: None,
-            run_as: None,
+            limiting_cgroup_procs: if limited { memory_procs.clone() } else { Vec::new() },
+            later_cgroup_procs: if limited { Vec::new() } else { memory_procs },
+            nofile: isolation::nofile(confinement.nofile),
+            run_as: run_as(confinement),
+            secrets: confinement.secrets.iter().map(secret_file).collect(),
+            shm_dir: Some(SHM_DIR.into()),
             stop_when_parent_gone: !self.options.outlive,
         };
         let (spec_path, shim_log) = (dir.join(LAUNCH_SPEC), dir.join(SHIM_LOG));
         let stderr = write_launch(&spec_path, &spec, &shim_log).map_err(|error| cannot("write the launch", &error))?;
+        reached(Point::AfterSpecWritten);
 
         let mut command = Command::new(&self.options.shim.program);
         command.args(&self.options.shim.args).arg(&spec_path).env_clear().env(NONCE_ENV, &record.nonce);
@@ -191,6 +211,7 @@ impl ProcessHost {
         let spawned = command.spawn();
         // The lock is the shim's from here on.
         drop(command);
+        reached(Point::AfterSpawnShim);
         let mut shim = spawned.map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied => config(format!("the shim cannot be run: {error}")),
             _ => cannot("start the shim", &error),
@@ -211,6 +232,7 @@ impl ProcessHost {
             _ => None,
         };
         if let Some(Report::Started { pid: main, .. }) = report {
+            reached(Point::AfterStartedReport);
             // It has been read, and it may hold secrets.
             let _left = fs::remove_file(&spec_path);
             let kind = engine.endpoint.kind.clone();
@@ -238,6 +260,12 @@ impl ProcessHost {
     }
 }
 
+/// By its nonce a later daemon tells it from any other.
+fn cgroup_name(record: &EngineRecord) -> String {
+    let EngineRecord { key, generation, nonce, .. } = record;
+    format!("{key}-{generation}-{nonce}")
+}
+
 #[async_trait]
 impl EngineHost for ProcessHost {
     fn port_free(&self, addr: SocketAddr) -> bool {
@@ -255,10 +283,11 @@ impl EngineHost for ProcessHost {
             }
             _ => cannot("lock the replica", &error),
         })?;
+        reached(Point::AfterReplicaLock);
         let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
         let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let memory = || self.memory_cgroup(&record.key, record.generation);
+        let memory = || self.memory_cgroup(record);
         let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory()).await;
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
@@ -295,6 +324,13 @@ impl EngineHost for ProcessHost {
     }
 
     async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String> {
+        let nonces: Vec<&str> = known.iter().map(|record| record.nonce.as_str()).collect();
+        if let Some(parent) = &self.cgroups {
+            parent.sweep(&nonces);
+        }
+        if let Some(parent) = &self.memory {
+            parent.sweep(&nonces);
+        }
         let keys: Vec<String> = known.iter().map(|record| record.key.to_string()).collect();
         let mut left = false;
         for key in self.locks.replicas() {
@@ -314,6 +350,45 @@ impl EngineHost for ProcessHost {
 
 fn files(dir: &Path) -> Files {
     Files { start: dir.join("start.json"), exit: dir.join("exit.json"), log: dir.join(ENGINE_LOG) }
+}
+
+fn run_as(confinement: &Confinement) -> Option<User> {
+    let user = confinement.user.as_ref()?;
+    Some(User { uid: user.uid, gid: user.gid, groups: user.groups.clone() })
+}
+
+fn secret_file(secret: &EngineSecret) -> SecretFile {
+    SecretFile { name: secret.file.clone(), value: secret.value.clone() }
+}
+
+/// By version 2 where that counts memory, else by version 1.
+fn limit_memory(bytes: u64, cgroup: Option<&Cgroup>, memory: Option<&MemoryCgroup>) -> io::Result<()> {
+    match (cgroup.filter(|cgroup| cgroup.limits_memory()), memory) {
+        (Some(cgroup), _) => cgroup.limit_memory(bytes),
+        (None, Some(memory)) => memory.limit(bytes),
+        (None, None) => Err(ErrorKind::Unsupported.into()),
+    }
+}
+
+/// Where the engine works: the one place in its generation's directory that is its own.
+///
+/// The directory above is the daemon's alone. An engine of another user is put into its own and can neither look at what
+/// lies beside it nor come back by way of the path.
+fn make_workdir(dir: &Path, user: Option<&EngineUser>) -> io::Result<PathBuf> {
+    let workdir = dir.join(WORKDIR);
+    match fs::DirBuilder::new().mode(0o700).create(&workdir) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
+    let Some(user) = user else { return Ok(workdir) };
+    match std::os::unix::fs::chown(&workdir, Some(user.uid), Some(user.gid)) {
+        // To give something away takes CAP_CHOWN. Nobody else gets as far as this.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            fs::set_permissions(&workdir, fs::Permissions::from_mode(0o777))?;
+        }
+        done => done?,
+    }
+    Ok(workdir)
 }
 
 /// Waits for a shim that was told to end everything, and ends it if it does not.
@@ -339,7 +414,7 @@ async fn clear_up(shim: &mut Child, cgroup: Option<&Cgroup>) {
 fn refused(step: &str, message: &str) -> Failure {
     let detail = format!("the engine was not started ({step}): {}", tidy(message));
     let class = match step {
-        "exec" | "program" | "user" => FailureClass::Config,
+        "exec" | "program" | "user" | "nofile_limit" | "memory_limit" => FailureClass::Config,
         _ => FailureClass::Crash(Exit::Unknown),
     };
     Failure::new(class, detail)

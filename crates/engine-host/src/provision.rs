@@ -2,19 +2,24 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use engine_shim::Access;
+use pool_domain::isolation::RunAs;
 use pool_domain::plan::EngineMemory;
-use pool_domain::{EngineName, Failure};
+use pool_domain::{EngineName, Failure, ModelRef};
 use pool_services::PoolSpec;
-use pool_services::ports::{Endpoint, EngineProvisioner, NotAdmitted, PrepareRequest, PreparedEngine};
+use pool_services::ports::{Confinement, Endpoint, EngineProvisioner, NotAdmitted, PrepareRequest, PreparedEngine};
 
 use crate::decl::{EngineDecl, Kind, Mode, StubCommand};
 use crate::discover::{Discovery, Program};
+use crate::host::ShimCommand;
+use crate::isolation::{self, Unkept, Wanted, can_keep};
 use crate::kinds;
 use crate::text::{config, file_name};
+use crate::users::Account;
 
 /// The engine that is there without being declared.
 const STUB: &str = "stub";
@@ -25,6 +30,8 @@ pub struct Provisioner {
     engines: HashMap<EngineName, (Kind, Mode)>,
     stub: StubCommand,
     sim_dir: Option<PathBuf>,
+    /// Finds out what other users may reach; without it no engine runs as one.
+    shim: Option<ShimCommand>,
     discovery: Discovery,
 }
 
@@ -34,7 +41,61 @@ impl Provisioner {
     #[must_use]
     pub fn new(decls: Vec<EngineDecl>, stub: StubCommand, sim_dir: Option<PathBuf>) -> Self {
         let engines = decls.into_iter().map(|decl| (decl.name, (decl.kind, decl.mode))).collect();
-        Self { engines, stub, sim_dir, discovery: Discovery::default() }
+        Self { engines, stub, sim_dir, shim: None, discovery: Discovery::default() }
+    }
+
+    /// The same, and it finds out by this shim what other users may reach, so that engines can run as them.
+    #[must_use]
+    pub fn proving_by(self, shim: ShimCommand) -> Self {
+        Self { shim: Some(shim), ..self }
+    }
+
+    /// Whether the engines of a spec can be kept from what it says, and can reach what they need all the same: proved by a
+    /// process of their user.
+    ///
+    /// # Errors
+    /// The first thing that stands in the way.
+    pub async fn prove(&self, spec: &PoolSpec) -> Result<(), Unkept> {
+        match self.engine(spec) {
+            // Somebody else's, or nobody's.
+            Ok((_, Some(Mode::External { .. }))) | Err(_) => return Ok(()),
+            Ok(_) => {}
+        }
+        can_keep(&spec.isolation)?;
+        let Some(run_as) = &spec.isolation.run_as else { return Ok(()) };
+        let (account, shim) = self.account(run_as)?;
+        let mut wanted: Vec<Wanted<'_>> = Vec::new();
+        if let Ok((kind, mode)) = self.engine(spec) {
+            if kind == Kind::Stub && kinds::has_flag(&spec.args, "--vram") {
+                return Err(isolation::no_claims(run_as));
+            }
+            // One that is not there, or cannot be run at all, is told of by the preflight.
+            if let Ok(program) = self.program(spec, kind, mode).await {
+                wanted.push((program.path.clone(), Access::Execute, "the engine"));
+            }
+        }
+        if let ModelRef::File(path) = &spec.model
+            && Path::new(path).exists()
+        {
+            wanted.push((path.into(), Access::Read, "the model"));
+        }
+        isolation::prove_access(shim, &account, &wanted).await
+    }
+
+    fn account(&self, run_as: &RunAs) -> Result<(Account, &ShimCommand), Unkept> {
+        let account = isolation::account(run_as)?;
+        let shim = self.shim.as_ref().ok_or_else(|| isolation::no_shim(run_as))?;
+        Ok((account, shim))
+    }
+
+    /// The user of an engine, with a home that it can work in.
+    async fn resident(&self, run_as: &RunAs) -> Result<Account, Failure> {
+        let (mut account, shim) = self.account(run_as).map_err(|unkept| unkept.failure())?;
+        if let Some(home) = account.home.take() {
+            let proof = isolation::prove_access(shim, &account, &[(home.clone(), Access::Work, "its home")]).await;
+            account.home = proof.is_ok().then_some(home);
+        }
+        Ok(account)
     }
 
     fn engine(&self, spec: &PoolSpec) -> Result<(Kind, Option<&Mode>), Failure> {
@@ -79,7 +140,13 @@ impl EngineProvisioner for Provisioner {
     async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure> {
         match self.engine(spec)? {
             (_, Some(Mode::External { .. })) => Ok(()),
-            (kind, mode) => self.program(spec, kind, mode).await.map(drop),
+            (kind, mode) => {
+                self.program(spec, kind, mode).await?;
+                self.prove(spec).await.map_err(|unkept| {
+                    tracing::warn!(pool_id = %spec.id, hint = unkept.hint, "{unkept}");
+                    unkept.failure()
+                })
+            }
         }
     }
 
@@ -122,12 +189,17 @@ impl EngineProvisioner for Provisioner {
                 entry: None,
                 args: Vec::new(),
                 env: Vec::new(),
+                confinement: Confinement::default(),
                 // What is a file here need not have the same path where it runs.
                 endpoint: endpoint(*addr, None),
                 engine_version: "unknown".to_owned(),
             });
         }
         let program = self.program(spec, kind, mode).await?;
+        let account = match &spec.isolation.run_as {
+            Some(run_as) => Some(self.resident(run_as).await?),
+            None => None,
+        };
         let args = match kind {
             Kind::LlamaCpp => kinds::llama_cpp::args(request, &program)?,
             Kind::Stub => kinds::stub::args(request, &self.stub.args)?,
@@ -135,7 +207,8 @@ impl EngineProvisioner for Provisioner {
         Ok(PreparedEngine {
             entry: Some(program.path.clone()),
             args,
-            env: kinds::engine_env(&request.devices, self.sim_dir.as_deref())?,
+            env: kinds::engine_env(&request.devices, self.sim_dir.as_deref(), account.as_ref())?,
+            confinement: isolation::confinement(&spec.isolation, account.as_ref()),
             endpoint: endpoint(request.listen, request.model.local_path.clone()),
             engine_version: program.version.clone(),
         })

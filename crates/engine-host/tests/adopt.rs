@@ -84,6 +84,7 @@ impl Machine {
             args: all,
             env: Vec::new(),
             endpoint: record.endpoint.clone(),
+            confinement: Default::default(),
             engine_version: "1".into(),
         };
         let running = in_time(host.launch(record, &engine)).await.unwrap();
@@ -149,6 +150,7 @@ async fn adopted_as_launched(cgroup: bool) {
         args: Vec::new(),
         env: Vec::new(),
         endpoint: second.endpoint.clone(),
+        confinement: Default::default(),
         engine_version: "1".into(),
     };
     let refused = in_time(host.launch(&second, &engine)).await.unwrap_err();

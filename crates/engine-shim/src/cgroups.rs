@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::process::Pid;
 
+use crate::reaper;
 use crate::spawn::raw_pid;
 
 /// Moves the process, with what it has started so far, by each of these `cgroup.procs` files. Tells which moves failed;
@@ -22,17 +23,8 @@ fn join_one(procs: &Path, main: Pid) -> io::Result<()> {
     while let Some(pid) = left.pop() {
         match file.write_all(pid.to_string().as_bytes()) {
             Err(error) if error.raw_os_error() != Some(Errno::SRCH.raw_os_error()) => return Err(error),
-            _ => left.extend(children(pid)),
+            _ => left.extend(reaper::children_of(pid)),
         }
     }
     Ok(())
-}
-
-/// Of all its threads. Empty where the kernel does not tell (`CONFIG_PROC_CHILDREN`).
-fn children(pid: u32) -> Vec<u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    lists
-        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
-        .collect()
 }

@@ -12,6 +12,7 @@
 //! The binary takes the spec's path, alone or after the word `engine-shim`. A program that wants to be its own shim
 //! calls [`run_if_asked`] first in `main`, before it starts a thread.
 
+mod access;
 mod born;
 mod cgroups;
 mod locks;
@@ -20,20 +21,25 @@ mod reaper;
 mod record;
 mod report;
 mod run;
+mod secrets;
+mod shm;
 mod signals;
 mod slim;
 mod spawn;
 mod spec;
+mod user;
 
 use std::ffi::OsStr;
 use std::path::Path;
 use std::process::ExitCode;
 
+pub use access::{ACCESS, Access, AccessAnswer, AccessQuestion};
 pub use record::{ExitRecord, StartRecord, boot_id, executable, pid_namespace};
 pub use report::Report;
 pub use run::run;
 pub use signals::{KILL, TERMINATE};
-pub use spec::LaunchSpec;
+pub use spec::{LaunchSpec, SecretFile};
+pub use user::User;
 
 /// The first argument that turns a program into a shim.
 pub const SUBCOMMAND: &str = "engine-shim";

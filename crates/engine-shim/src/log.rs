@@ -1,4 +1,4 @@
-//! The engine's log: bounded, rotated and free of the secrets the shim was told of.
+//! The engine's log: bounded, rotated, free of the secrets the shim was told of and of what a terminal would obey.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -63,13 +63,18 @@ impl EngineLog {
         self.write(format!("[engine-shim] {text}\n").as_bytes());
     }
 
-    /// Scrubs and writes the first `len` unfinished bytes. Unless they are `complete`, it keeps back the end, where
-    /// a secret may have begun.
+    /// Scrubs, escapes and writes the first `len` unfinished bytes. Unless they are `complete`, it keeps back the end,
+    /// where a secret or a character may have begun.
     fn flush(&mut self, len: usize, complete: bool) {
         let mut clean = Vec::with_capacity(len);
-        let taken = self.scrubber.scrub(&self.unfinished[..len], complete, &mut clean);
+        let mut taken = self.scrubber.scrub(&self.unfinished[..len], complete, &mut clean);
+        if !complete {
+            let begun = begun_character(&clean);
+            clean.truncate(clean.len() - begun);
+            taken -= begun;
+        }
         self.unfinished.drain(..taken);
-        self.write(&clean);
+        self.write(&escaped(&clean));
     }
 
     fn write(&mut self, mut bytes: &[u8]) {
@@ -118,6 +123,42 @@ impl EngineLog {
         self.file = Some(file);
         Ok(())
     }
+}
+
+/// How many bytes at the end may be the beginning of a character.
+fn begun_character(bytes: &[u8]) -> usize {
+    match bytes.utf8_chunks().last().map(|chunk| chunk.invalid()) {
+        Some(end) if !end.is_empty() && std::str::from_utf8(end).is_err_and(|e| e.error_len().is_none()) => end.len(),
+        _ => 0,
+    }
+}
+
+/// Text that only says something: what would move a cursor, colour a terminal or end a line early is spelled out, and so
+/// are bytes that are no text. Lines keep their ends, also those of Windows, and their tabs.
+fn escaped(bytes: &[u8]) -> Vec<u8> {
+    let plain = |byte: &u8| matches!(byte, b' '..=b'~' | b'\n' | b'\t');
+    if bytes.iter().all(plain) {
+        return bytes.to_vec();
+    }
+    let mut out = String::with_capacity(bytes.len() + 16);
+    for chunk in bytes.utf8_chunks() {
+        let mut characters = chunk.valid().chars().peekable();
+        while let Some(character) = characters.next() {
+            match character {
+                '\n' | '\t' => out.push(character),
+                '\r' if characters.peek() == Some(&'\n') => {}
+                control if control.is_control() || is_bidi(control) => out.extend(control.escape_default()),
+                other => out.push(other),
+            }
+        }
+        chunk.invalid().iter().for_each(|byte| out.push_str(&format!("\\x{byte:02x}")));
+    }
+    out.into_bytes()
+}
+
+/// Makes text look as if it stood elsewhere in its line.
+fn is_bidi(character: char) -> bool {
+    matches!(character, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Replaces secret values. A secret of several lines is replaced line by line, so none spans a newline.
@@ -193,6 +234,25 @@ mod tests {
     fn the_longer_of_two_secrets_wins_and_lines_of_one_are_replaced_apart() {
         assert_eq!(log_of(&["abc", "abcdef", ""], &[b"abcdef abcd\n"]), "[redacted] [redacted]d\n");
         assert_eq!(log_of(&["{\nprivate\n}"], &[b"{ private }\n"]), "{ [redacted] }\n");
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_spelled_out() {
+        assert_eq!(log_of(&[], &[b"\x1b[31mred\x07\r\n\ttab 50%\r60%\n"]), "\\u{1b}[31mred\\u{7}\n\ttab 50%\\r60%\n");
+        assert_eq!(log_of(&[], &["ö \u{9b}2J \u{202e}x\n".as_bytes()]), "ö \\u{9b}2J \\u{202e}x\n");
+        assert_eq!(log_of(&[], &[b"\xff\xfe\n\xc3\n"]), "\\xff\\xfe\n\\xc3\n");
+    }
+
+    #[test]
+    fn a_character_across_the_longest_line_stays_whole() {
+        let before = "x".repeat(LONGEST_LINE - 1);
+        let first = [before.as_bytes(), &"ö".as_bytes()[..1]].concat();
+        assert_eq!(log_of(&[], &[&first, &"ö\n".as_bytes()[1..]]), format!("{before}ö\n"));
+        // With a secret, more is kept back.
+        assert_eq!(
+            log_of(&["hunter2"], &["ö".repeat(LONGEST_LINE).as_bytes(), b"\n"]),
+            "ö".repeat(LONGEST_LINE) + "\n"
+        );
     }
 
     #[test]

@@ -51,6 +51,26 @@ fn children() -> Vec<Pid> {
     }
 }
 
+/// Every process below the shim, from parent to child. May miss one that comes or goes meanwhile.
+pub(crate) fn descendants() -> Vec<u32> {
+    let mut found: Vec<u32> = children().into_iter().map(raw_pid).collect();
+    let mut next = 0;
+    while let Some(&parent) = found.get(next) {
+        found.extend(children_of(parent));
+        next += 1;
+    }
+    found
+}
+
+/// The children of all threads of a process. Empty where the kernel does not tell (`CONFIG_PROC_CHILDREN`).
+pub(crate) fn children_of(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
 fn scan_for_children(shim: Pid) -> Vec<Pid> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| parse_pid(entry.file_name().to_str()?));

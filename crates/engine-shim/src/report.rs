@@ -28,8 +28,8 @@ pub enum Report {
     Gone,
     /// The engine was not started, or was killed at once; nothing is left. The shim exits 1.
     Failed {
-        /// What failed: `spec`, `program`, `workdir`, `log`, `signals`, `shim`, `lock`, `cgroup`, `core_limit`,
-        /// `nofile_limit`, `user`, `parent_death`, `no_new_privs`, `exec` or `start_record`.
+        /// What failed: `spec`, `program`, `workdir`, `log`, `signals`, `shim`, `lock`, `cgroup`, `memory_limit`, `core_limit`,
+        /// `nofile_limit`, `user`, `secret`, `parent_death`, `no_new_privs`, `exec` or `start_record`.
         step: String,
         /// Why, for a person.
         message: String,

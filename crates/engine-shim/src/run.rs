@@ -4,18 +4,22 @@ use std::io::{self, PipeReader, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitStatus};
 
+use crate::access;
 use crate::cgroups;
 use crate::locks;
 use crate::log::EngineLog;
 use crate::reaper::{self, Reaped};
 use crate::record::{self, ExitRecord, StartRecord};
 use crate::report::{Report, Reports};
+use crate::secrets;
+use crate::shm::SharedMemory;
 use crate::signals::Signals;
 use crate::slim;
 use crate::spawn::{Engine, raw_pid, spawn};
@@ -34,6 +38,9 @@ const LAST_OUTPUT: usize = 4 * 1024 * 1024;
 /// engine was started, whatever became of it, and 1 if it was not.
 #[must_use]
 pub fn run(spec_path: &Path) -> ExitCode {
+    if spec_path == Path::new(access::ACCESS) {
+        return access::answer();
+    }
     let mut reports = Reports::on_stdout();
     let started = LaunchSpec::read(spec_path)
         .map_err(|error| Report::failed("spec", &error))
@@ -63,6 +70,7 @@ struct Shim {
     failure: Option<Report>,
     /// How the main process ended.
     exit: Option<ExitRecord>,
+    shared_memory: Option<SharedMemory>,
     _locks: Vec<OwnedFd>,
 }
 
@@ -73,6 +81,7 @@ struct Ready {
     kill: bool,
     output: bool,
     parent_gone: bool,
+    new_file: bool,
 }
 
 impl Shim {
@@ -83,10 +92,14 @@ impl Shim {
         let locks = locks::take(&spec).map_err(|error| Report::failed("lock", &error))?;
         // Before the engine: a signal that comes while it starts is acted on once it has.
         let signals = Signals::install().map_err(|error| Report::failed("signals", &error))?;
+        let uid = spec.run_as.as_ref().map_or_else(|| rustix::process::geteuid().as_raw(), |user| user.uid);
+        // Where there is none, none is left.
+        let shared_memory = spec.shm_dir.as_deref().and_then(|dir| SharedMemory::watch(dir, uid).ok());
         let Engine { pid, output } = spawn(&spec)?;
-        // Neither is needed again, and both may hold secrets.
+        // None is needed again, and all may hold secrets.
         spec.env = Vec::new();
         spec.scrub = Vec::new();
+        spec.secrets.iter_mut().for_each(|secret| secret.value = String::new());
 
         let recorded = StartRecord::of(&spec, raw_pid(pid)).and_then(|start| {
             record::write(&spec.start_record, &start)?;
@@ -116,6 +129,7 @@ impl Shim {
             kill_at: None,
             failure,
             exit: None,
+            shared_memory,
             _locks: locks,
         })
     }
@@ -128,6 +142,15 @@ impl Shim {
                 self.kill_everything();
             }
             let ready = self.wait(reports);
+            if ready.new_file {
+                self.signals.new_file_wakes.clear();
+            }
+            // Before the output is read: what came before it has been looked at when it stands in the log.
+            if self.signals.new_file.swap(false, Ordering::Relaxed)
+                && let Some(shared_memory) = &mut self.shared_memory
+            {
+                shared_memory.look();
+            }
             if ready.output {
                 self.pump(self.buffer.len());
             }
@@ -158,6 +181,11 @@ impl Shim {
             }
         }
         self.pump(LAST_OUTPUT);
+        secrets::remove(&self.spec);
+        match self.shared_memory.as_mut().map_or(0, SharedMemory::sweep) {
+            0 => {}
+            count => self.log.note(&format!("removed {count} file(s) of shared memory that the engine left")),
+        }
         if let Some(exit) = &mut self.exit {
             // For a daemon that comes later: nobody else can tell it that nothing is left.
             exit.gone = true;
@@ -177,6 +205,7 @@ impl Shim {
             PollFd::from_borrowed_fd(self.signals.child.fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.signals.terminate.fd(), PollFlags::IN),
             PollFd::from_borrowed_fd(self.signals.kill.fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.signals.new_file_wakes.fd(), PollFlags::IN),
         ];
         let output = watch(&mut fds, self.output.as_ref().map(AsFd::as_fd), PollFlags::IN);
         // Without a wish for anything: poll tells of an error (no reader) unasked.
@@ -190,6 +219,7 @@ impl Shim {
             kill: ready(2),
             output: output.is_some_and(ready),
             parent_gone: parent.is_some_and(ready),
+            new_file: ready(3),
         }
     }
 

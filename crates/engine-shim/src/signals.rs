@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGIO, SIGPIPE, SIGTERM, SIGUSR1};
 
 /// Sent to the shim (SIGTERM): asks the engine's process group to stop (SIGTERM, then SIGCONT). Once the main
 /// process has ended, asks every child the shim has adopted.
@@ -39,6 +39,10 @@ pub(crate) struct Signals {
     pub(crate) child: SignalPipe,
     pub(crate) terminate: SignalPipe,
     pub(crate) kill: SignalPipe,
+    /// Wakes who waits for a new file in a watched directory.
+    pub(crate) new_file_wakes: SignalPipe,
+    /// Whether there is one, already before who waits is woken.
+    pub(crate) new_file: Arc<AtomicBool>,
 }
 
 impl Signals {
@@ -48,6 +52,14 @@ impl Signals {
         for signal in [SIGHUP, SIGINT, SIGPIPE] {
             signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
         }
-        Ok(Self { child: SignalPipe::of(SIGCHLD)?, terminate: SignalPipe::of(TERMINATE)?, kill: SignalPipe::of(KILL)? })
+        let new_file = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(SIGIO, Arc::clone(&new_file))?;
+        Ok(Self {
+            new_file_wakes: SignalPipe::of(SIGIO)?,
+            new_file,
+            child: SignalPipe::of(SIGCHLD)?,
+            terminate: SignalPipe::of(TERMINATE)?,
+            kill: SignalPipe::of(KILL)?,
+        })
     }
 }

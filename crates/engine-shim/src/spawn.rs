@@ -4,16 +4,19 @@
 use std::fs::File;
 use std::io::{self, ErrorKind, PipeReader, Read};
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
-use rustix::process::{Gid, Pid, Resource, Rlimit, Signal, Uid};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 
 use crate::born::{self, Birth};
 use crate::report::Report;
+use crate::secrets::{self, SecretText};
 use crate::spec::LaunchSpec;
+use crate::user::{self, Change};
 
 /// An engine that has been started.
 pub(crate) struct Engine {
@@ -31,18 +34,21 @@ pub(crate) fn spawn(spec: &LaunchSpec) -> Result<Engine, Report> {
     if let Err(error) = std::fs::metadata(spec.workdir.join(".")) {
         return Err(Report::failed("workdir", &error));
     }
-    let mut cgroups = Vec::with_capacity(spec.cgroup_procs.len());
-    for path in &spec.cgroup_procs {
-        cgroups.push(File::options().write(true).open(path).map_err(|error| Report::failed("cgroup", &error))?);
-    }
+    let open = |paths: &[PathBuf], step| {
+        let files = paths.iter().map(|path| File::options().write(true).open(path));
+        files.collect::<io::Result<Vec<_>>>().map_err(|error| Report::failed(step, &error))
+    };
+    let cgroups = open(&spec.cgroup_procs, "cgroup")?;
+    let limits = open(&spec.limiting_cgroup_procs, "memory_limit")?;
     let at_pipe = |error| Report::failed("shim", &error);
     let (output, engine_output) = io::pipe().map_err(at_pipe)?;
     rustix::io::ioctl_fionbio(&output, true).map_err(|errno| at_pipe(errno.into()))?;
     let (mut failed_step, step_report) = io::pipe().map_err(at_pipe)?;
 
     let shim = rustix::process::getpid();
-    let own_ids = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    let child = Child { shim, cgroups, nofile: spec.nofile, run_as: spec.run_as.filter(|ids| *ids != own_ids) };
+    let secrets = secrets::files(spec).map_err(|error| Report::failed("secret", &error))?;
+    let user = spec.run_as.as_ref().map(Change::to);
+    let child = Child { shim, cgroups, limits, nofile: spec.nofile, user, secrets };
 
     let mut command = Command::new(&spec.program);
     command
@@ -97,16 +103,18 @@ pub(crate) fn raw_pid(pid: Pid) -> u32 {
 #[repr(u8)]
 enum Step {
     Cgroup,
+    MemoryLimit,
     CoreLimit,
     NofileLimit,
     User,
+    Secret,
     ParentDeath,
     NoNewPrivs,
 }
 
 impl Step {
     fn name(step: u8) -> &'static str {
-        ["cgroup", "core_limit", "nofile_limit", "user", "parent_death", "no_new_privs"]
+        ["cgroup", "memory_limit", "core_limit", "nofile_limit", "user", "secret", "parent_death", "no_new_privs"]
             .get(usize::from(step))
             .unwrap_or(&"exec")
     }
@@ -116,8 +124,10 @@ impl Step {
 struct Child {
     shim: Pid,
     cgroups: Vec<File>,
+    limits: Vec<File>,
     nofile: Option<u64>,
-    run_as: Option<(u32, u32)>,
+    user: Option<Change>,
+    secrets: Vec<SecretText>,
 }
 
 impl Child {
@@ -126,14 +136,21 @@ impl Child {
         for procs in self.cgroups.iter().skip(usize::from(born_in_first)) {
             rustix::io::write(procs, b"0").map_err(|errno| (Step::Cgroup, errno))?;
         }
+        for procs in &self.limits {
+            rustix::io::write(procs, b"0").map_err(|errno| (Step::MemoryLimit, errno))?;
+        }
         let limit = |bound| Rlimit { current: Some(bound), maximum: Some(bound) };
         rustix::process::setrlimit(Resource::Core, limit(0)).map_err(|errno| (Step::CoreLimit, errno))?;
         if let Some(nofile) = self.nofile {
             rustix::process::setrlimit(Resource::Nofile, limit(nofile)).map_err(|errno| (Step::NofileLimit, errno))?;
         }
-        if let Some((uid, gid)) = self.run_as {
-            change_user(Uid::from_raw(uid), Gid::from_raw(gid)).map_err(|errno| (Step::User, errno))?;
+        match &self.user {
+            Some(change) => change.make(),
+            None => user::keep_nothing_over_exec(),
         }
+        .map_err(|errno| (Step::User, errno))?;
+        // By the engine's user, whose they are then.
+        self.secrets.iter().try_for_each(SecretText::write).map_err(|errno| (Step::Secret, errno))?;
         self.die_with_shim().map_err(|errno| (Step::ParentDeath, errno))?;
         rustix::thread::set_no_new_privs(true).map_err(|errno| (Step::NoNewPrivs, errno))
     }
@@ -143,11 +160,4 @@ impl Child {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         if rustix::process::getppid() == Some(self.shim) { Ok(()) } else { Err(Errno::SRCH) }
     }
-}
-
-/// Per thread, but a forked child has only the one.
-fn change_user(uid: Uid, gid: Gid) -> Result<(), Errno> {
-    rustix::thread::set_thread_groups(&[])?;
-    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid)
 }

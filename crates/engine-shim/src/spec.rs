@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::user::User;
+
 /// Everything the shim needs to start one engine. Written as JSON by the daemon (mode 0600: it may hold secrets);
 /// the shim's argv carries only its path.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,16 +51,41 @@ pub struct LaunchSpec {
     /// kernel 10 to 20 ms. One that fails is noted in the log.
     #[serde(default)]
     pub later_cgroup_procs: Vec<PathBuf>,
+    /// Those it joins before exec because they limit it. They prove nothing about who it is.
+    #[serde(default)]
+    pub limiting_cgroup_procs: Vec<PathBuf>,
     /// `RLIMIT_NOFILE`, soft and hard; `None` leaves it as it is.
     #[serde(default)]
     pub nofile: Option<u64>,
-    /// The uid and gid the engine runs as; supplementary groups are dropped. `None`, or the ids the shim has
-    /// already, changes nothing.
+    /// Who the engine runs as, without any capability. `None` changes nothing.
     #[serde(default)]
-    pub run_as: Option<(u32, u32)>,
+    pub run_as: Option<User>,
+    /// Files in `workdir` that only the engine's user may read, while it runs.
+    #[serde(default)]
+    pub secrets: Vec<SecretFile>,
+    /// Where shared memory lies as files; what the engine leaves there is removed when it is gone.
+    #[serde(default)]
+    pub shm_dir: Option<PathBuf>,
     /// Whether everything is stopped when nobody reads the reports any more.
     #[serde(default)]
     pub stop_when_parent_gone: bool,
+}
+
+/// A secret that an engine reads from a file: in its argv or its environment others could see it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SecretFile {
+    /// The file's name in the working directory.
+    pub name: String,
+    /// What it holds.
+    pub value: String,
+}
+
+/// Leaves out the value.
+impl fmt::Debug for SecretFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SecretFile").field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 impl LaunchSpec {

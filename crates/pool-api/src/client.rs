@@ -12,15 +12,16 @@ use hyper_util::rt::TokioExecutor;
 use pool_domain::PoolId;
 use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::{
-    ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolSnapshot,
+    ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolSnapshot,
+    ReloadRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use crate::dto::{
-    DrainBody, EmptyBody, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody, PlacementView, PlanBody,
-    PlanView, PoolView, Problem,
+    self, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody,
+    PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, SpecView,
 };
 
 /// Largest answer that is read.
@@ -69,11 +70,15 @@ impl HttpControl {
         method: Method,
         path: &str,
         body: Option<Vec<u8>>,
+        if_match: Option<u64>,
         wait: Duration,
     ) -> Result<(StatusCode, Bytes), ControlError> {
         let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        if let Some(revision) = if_match {
+            request = request.header(header::IF_MATCH, format!("\"{revision}\""));
         }
         let request = request
             .body(Full::from(body.unwrap_or_default()))
@@ -99,7 +104,19 @@ impl HttpControl {
         wait: Duration,
         subject: &str,
     ) -> Result<Bytes, ControlError> {
-        let (status, bytes) = self.send(method, path, body, wait).await?;
+        self.exchange_if(None, method, path, body, wait, subject).await
+    }
+
+    async fn exchange_if(
+        &self,
+        if_match: Option<u64>,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+        wait: Duration,
+        subject: &str,
+    ) -> Result<Bytes, ControlError> {
+        let (status, bytes) = self.send(method, path, body, if_match, wait).await?;
         if status.is_success() {
             return Ok(bytes);
         }
@@ -134,6 +151,41 @@ impl HttpControl {
     async fn verb(&self, id: &PoolId, verb: &str, body: &impl Serialize) -> Result<Operation, ControlError> {
         let bytes = self.post(&format!("/v1/pools/{id}/{verb}"), body, id.as_str()).await?;
         self.convert(self.read::<OperationView>(&bytes)?)
+    }
+
+    async fn change(
+        &self,
+        id: &PoolId,
+        if_match: Option<u64>,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<Operation, ControlError> {
+        let bytes = self.exchange_if(if_match, method, path, body, Duration::ZERO, id.as_str()).await?;
+        self.convert(self.read::<OperationView>(&bytes)?)
+    }
+
+    /// Gives a pool another form by a body as it goes over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn reload_by(
+        &self,
+        id: &PoolId,
+        body: &ReloadBody,
+        if_match: Option<u64>,
+    ) -> Result<Operation, ControlError> {
+        let body = serde_json::to_vec(body).map_err(|e| ControlError::Unreachable(e.to_string()))?;
+        self.change(id, if_match, Method::POST, &format!("/v1/pools/{id}/reload"), Some(body)).await
+    }
+
+    /// Has the daemon read its config file again.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or the file cannot be.
+    pub async fn reload_config(&self) -> Result<ConfigReloadView, ControlError> {
+        let bytes = self.post("/v1/config/reload", &EmptyBody {}, "config").await?;
+        self.read(&bytes)
     }
 
     /// The node as it came over the wire.
@@ -216,6 +268,43 @@ impl PoolControl for HttpControl {
 
     async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
         self.verb(id, "stop", &EmptyBody {}).await
+    }
+
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let id = &declared.spec.id;
+        let body = Some(declared.document.into_bytes());
+        self.change(id, if_match, Method::PUT, &format!("/v1/pools/{id}"), body).await
+    }
+
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        self.change(id, if_match, Method::DELETE, &format!("/v1/pools/{id}"), None).await
+    }
+
+    async fn reload(&self, id: &PoolId, request: ReloadRequest) -> Result<Operation, ControlError> {
+        let (mut changes, mut if_match) = (Keys::new(), request.if_match);
+        if let Some((_, document)) = &request.declared {
+            let unread = |_| self.unreachable("declares pools in a way that this version does not understand");
+            let (revision, current) = self.document(id).await?;
+            changes = dto::patch(&dto::keys(&current).map_err(unread)?, &dto::keys(document).map_err(unread)?);
+            if_match = if_match.or(Some(revision));
+        }
+        let body = ReloadBody {
+            deadline_ms: request.deadline.map(millis),
+            on_deadline: request.on_deadline.map(Into::into),
+            strategy: request.strategy.map(Into::into),
+            keys: changes,
+            ..ReloadBody::default()
+        };
+        self.reload_by(id, &body, if_match).await
+    }
+
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.verb(id, "rollback", &EmptyBody {}).await
+    }
+
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
+        let view: SpecView = self.get(&format!("/v1/pools/{id}/spec"), Duration::ZERO, id.as_str()).await?;
+        Ok((view.revision, view.pool.to_string()))
     }
 
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {

@@ -26,6 +26,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::Restarting,
         EventKind::BreakerOpened { pause: took },
         EventKind::DrainEnded { outcome: "drained", took },
+        EventKind::Reloaded,
         EventKind::LeaseGranted,
         EventKind::LeaseRefused { reason: "saturated" },
     ] {

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use pool_api::spec::{Defaults, PoolSpec};
+use pool_domain::isolation::{Isolation, RunAs, UserName};
 use pool_domain::lifecycle::{OnDeadline, Policy};
 use pool_domain::{DeviceMask, ModelRef};
 use pool_services::{Activation, Workload};
@@ -149,6 +150,8 @@ fn what_cannot_be_names_its_field() {
         (r#"aliases = ["a", "a"]"#, "aliases"),
         (r#"aliases = [""]"#, "aliases"),
         (r#"args = ["a\u0000"]"#, "args"),
+        (r#"args = ["--alias\n--host"]"#, "args"),
+        (r#"args = ["\u001b[2J"]"#, "args"),
         (r#"devices = ["0", "1"]"#, "devices"),
         (r#"tensor_split = "on""#, "tensor_split"),
         ("tensor_split = [3, -1]", "tensor_split"),
@@ -163,18 +166,34 @@ fn what_cannot_be_names_its_field() {
         ("[pool.health]\nfailures = 1", "health.failures"),
         ("[pool.health]\ninterval = \"0s\"", "health.interval"),
         ("[pool.health]\nstartup_max = \"1s\"", "health.startup_max"),
-        ("[pool.health]\ncanary = \"1s\"", "health.canary"),
-        ("[pool.health]\nbusy_stall = \"1s\"", "health.busy_stall"),
+        ("[pool.health]\nbusy_stall = \"0s\"", "health.busy_stall"),
         ("[pool.reload]\nstrategy = \"rolling\"", "reload.strategy"),
         ("[pool.reload]\nprobation = \"1s\"", "reload.probation"),
         ("[pool.isolation]\nnofile = 5", "isolation.nofile"),
-        ("[pool.isolation]\nmemory_max = \"1 GiB\"", "isolation.memory_max"),
+        ("[pool.isolation]\nnofile = 2000000", "isolation.nofile"),
+        ("[pool.isolation]\nmemory_max = \"1 MiB\"", "isolation.memory_max"),
+        ("[pool.isolation]\nrun_as = \"a:b\"", "isolation.run_as"),
+        ("[pool.isolation]\nrun_as = \"\"", "isolation.run_as"),
     ] {
         let error = check(body).unwrap_err();
         assert!(error.starts_with(&format!("{field}: ")), "{body}: {error}");
     }
     let stub: PoolSpec = serde_json::from_str(r#"{"id":"a","model":"stub:a"}"#).unwrap();
     assert_eq!(stub.check(&DEFAULTS).unwrap_err().field, "model");
+}
+
+#[test]
+fn what_an_engine_is_kept_from() {
+    let isolation = |keys: &str| check(&format!("[pool.isolation]\n{keys}")).unwrap().isolation;
+    assert_eq!(isolation(""), Isolation::default());
+    let all = isolation("run_as = \"llm\"\nmemory_max = \"64 MiB\"\nnofile = 4096");
+    assert_eq!((all.memory_max, all.nofile), (Some(64 << 20), Some(4096)));
+    assert_eq!(all.run_as, Some(RunAs::User(UserName::Name("llm".into()))));
+    assert_eq!(isolation("run_as = \"1000:7\"").run_as, Some(RunAs::Ids { uid: 1000, gid: 7 }));
+    // Another user is another engine; what says nothing changes nothing.
+    let fingerprint = |keys: &str| check(&format!("[pool.isolation]\n{keys}")).unwrap().fingerprint(0);
+    assert_ne!(fingerprint("run_as = \"llm\""), fingerprint("run_as = \"llm2\""));
+    assert_eq!(fingerprint(""), check("").unwrap().fingerprint(0));
 }
 
 #[test]

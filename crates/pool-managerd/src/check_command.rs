@@ -58,7 +58,10 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
                 Err(other) => problems.push(config.pool_error(i, "model", other.to_string())),
             }
         }
-        if let Err(failure) = provisioner.preflight(pool).await {
+        // As the user of its engines; the preflight says the same with fewer words.
+        if let Err(unkept) = provisioner.prove(pool).await {
+            problems.push(compose::unkept_error(&config, i, &unkept));
+        } else if let Err(failure) = provisioner.preflight(pool).await {
             problems.push(config.pool_error(i, "engine", failure.detail));
         }
         let what = match (external, pool.activation) {
@@ -66,8 +69,13 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
             (None, Activation::Preload) => "starts with the daemon".to_owned(),
             (None, Activation::OnDemand) => "starts when somebody asks".to_owned(),
         };
+        let blind = if pool.policy.health.canary {
+            ""
+        } else {
+            "; health.canary is off, so an idle engine that hangs is found only by the next request"
+        };
         print(&format!(
-            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}{needs}\n",
+            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}{needs}{blind}\n",
             pool.id,
             pool.workload.code(),
             pool.model,

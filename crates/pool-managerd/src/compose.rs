@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine_host::{EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, Provisioner, ShimCommand, StubCommand};
+use engine_host::{
+    EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, Provisioner, ShimCommand, StubCommand, Unkept,
+};
 use gpu_nvml::{NvmlError, NvmlGpus};
 use gpu_sim::SimulatedGpus;
 use model_store::LocalModels;
@@ -15,7 +17,7 @@ use pool_services::{BuildError, Event, PoolManager};
 use state_dir::{StateDir, StateDirError};
 use tokio::sync::mpsc;
 
-use crate::config::{Config, Engine, EngineKind, EngineMode, Gpu, OnExit};
+use crate::config::{Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, OnExit};
 use crate::exit::{BUG, CONFIG, Exit, IN_USE, NO_GPU};
 
 /// Most bytes of one engine's log, and again of the part before.
@@ -114,6 +116,27 @@ fn own_program() -> Result<PathBuf, Exit> {
     std::env::current_exe().map_err(|e| Exit::new(BUG, format!("this program cannot be found: {e}")))
 }
 
+fn shim() -> Result<ShimCommand, Exit> {
+    Ok(ShimCommand { program: own_program()?, args: vec![engine_shim::SUBCOMMAND.to_owned()] })
+}
+
+/// Checks that engines can be kept from what the pools say they are to be kept from.
+///
+/// # Errors
+/// Exit 78 at the first that cannot.
+pub fn check_isolation(config: &Config) -> Result<(), Exit> {
+    for (i, pool) in config.pools.iter().enumerate() {
+        engine_host::can_keep(&pool.isolation).map_err(|unkept| Exit::from(unkept_error(config, i, &unkept)))?;
+    }
+    Ok(())
+}
+
+/// The same as an error about a key of the pool.
+pub(crate) fn unkept_error(config: &Config, index: usize, unkept: &Unkept) -> ConfigError {
+    let key = format!("isolation.{}", unkept.key);
+    config.pool_error(index, &key, unkept.message.clone()).hinting(unkept.hint.clone())
+}
+
 /// The engine plans.
 ///
 /// # Errors
@@ -124,7 +147,7 @@ pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
         decls.push(declaration(name, engine)?);
     }
     let stub = StubCommand { program: own_program()?, args: vec![stub_engine::SUBCOMMAND.to_owned()] };
-    Ok(Provisioner::new(decls, stub, sim_dir(config)))
+    Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?))
 }
 
 fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {
@@ -157,10 +180,9 @@ pub async fn start(
     state: StateDir,
     gpus: Arc<dyn GpuProbe>,
 ) -> Result<(PoolManager, mpsc::Receiver<Event>), Exit> {
-    let shim = ShimCommand { program: own_program()?, args: vec![engine_shim::SUBCOMMAND.to_owned()] };
     let host = HostOptions {
         runtime_dir: state.runtime_dir(),
-        shim,
+        shim: shim()?,
         log_max_bytes: LOG_MAX_BYTES,
         cgroup: true,
         lock_dir: state.lock_dir(),

@@ -7,7 +7,8 @@ use async_trait::async_trait;
 use pool_domain::PoolId;
 use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::{
-    ControlError, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager, PoolSnapshot,
+    ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager,
+    PoolSnapshot, ReloadRequest,
 };
 
 /// A manager that may come later. Until then nothing is there to be asked.
@@ -51,6 +52,21 @@ impl PoolControl for LateControl {
     }
     async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
         self.get()?.stop(id).await
+    }
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        self.get()?.declare(declared, if_match).await
+    }
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        self.get()?.remove(id, if_match).await
+    }
+    async fn reload(&self, id: &PoolId, request: ReloadRequest) -> Result<Operation, ControlError> {
+        self.get()?.reload(id, request).await
+    }
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.get()?.rollback(id).await
+    }
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
+        self.get()?.document(id).await
     }
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.get()?.reset_breaker(id).await

@@ -53,6 +53,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     };
     let inventory = gpus.inventory().borrow().clone();
     compose::check_masks(&config, &inventory)?;
+    compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
     let told = tokio::spawn(tell::run(events, config.pools.clone(), Arc::clone(&app.state.metrics), config.node.log));
     app.late.set(manager.clone());

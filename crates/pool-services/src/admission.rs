@@ -50,6 +50,8 @@ impl Word {
 pub struct Admission {
     word: AtomicU64,
     idle: Notify,
+    /// Told of the first lease that is granted; whoever does not wait then is not told later.
+    granted: Notify,
 }
 
 /// The right to use one slot; given back on drop.
@@ -101,7 +103,13 @@ impl Admission {
     /// When closed, or when every slot is taken.
     pub fn acquire(self: &Arc<Self>) -> Result<SlotGuard, Refused> {
         match self.update(|w| (w.open && w.in_use < w.limit).then(|| Word { in_use: w.in_use + 1, ..w })) {
-            Ok(w) => Ok(SlotGuard { admission: Arc::clone(self), generation: w.generation }),
+            Ok(w) => {
+                // Whoever waits for a lease waits while there is none.
+                if w.in_use == 0 {
+                    self.granted.notify_waiters();
+                }
+                Ok(SlotGuard { admission: Arc::clone(self), generation: w.generation })
+            }
             Err(w) if w.open => Err(Refused::Saturated),
             Err(_) => Err(Refused::Closed),
         }
@@ -111,6 +119,20 @@ impl Admission {
     #[must_use]
     pub fn in_use(&self) -> u16 {
         Word::unpack(self.word.load(Ordering::Acquire)).in_use
+    }
+
+    /// Resolves once a lease is held.
+    pub async fn taken(&self) {
+        loop {
+            let told = self.granted.notified();
+            tokio::pin!(told);
+            // From here on none is missed.
+            told.as_mut().enable();
+            if self.in_use() > 0 {
+                return;
+            }
+            told.await;
+        }
     }
 
     /// Slots not taken, 0 while closed.

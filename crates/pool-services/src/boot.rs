@@ -7,12 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::ReplicaKey;
+use fault_points::{Point, reached};
+use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
-use crate::driver::{Found, Ports};
-use crate::ports::{EngineRecord, NotAdopted, RunningEngine};
+use crate::clock::Clock;
+use crate::declared::Restored;
+use crate::driver::{Found, Ports, busy};
+use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
@@ -22,10 +25,14 @@ pub(crate) type Closed = BTreeSet<String>;
 const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks at a device that something unknown may be on.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
+/// Between two questions of one engine that leaves.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What was found.
 pub(crate) struct Boot {
     pub(crate) found: BTreeMap<ReplicaKey, Found>,
+    /// Which replica has each place of each pool.
+    pub(crate) places: BTreeMap<PoolId, Vec<ReplicaId>>,
     pub(crate) closed: watch::Receiver<Closed>,
 }
 
@@ -36,11 +43,17 @@ struct Stray {
 }
 
 /// Looks at every record, and at what no record names.
-pub(crate) async fn look(ports: &Ports, pools: &[PoolSpec], bell: &Arc<Notify>) -> Boot {
+pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: &Arc<Notify>) -> Boot {
     let (mut found, mut strays, mut known) = (BTreeMap::new(), Vec::new(), Vec::new());
-    for record in ports.ledger.recorded().await {
+    let recorded = ports.ledger.recorded().await;
+    let of =
+        |p: &PoolSpec| (p.id.clone(), places(p, &recorded.iter().filter(|r| r.key.pool == p.id).collect::<Vec<_>>()));
+    let places: BTreeMap<_, _> = pools.iter().map(|p| of(&p.declared.spec)).collect();
+    for record in recorded {
         let key = record.key.clone();
+        reached(Point::BeforeAdopt);
         let outcome = ports.host.adopt(&record).await;
+        reached(Point::AfterAdopt);
         if let Err(NotAdopted { why, rest: None }) = &outcome {
             tracing::info!(pool_id = %key.pool, replica_id = %key.replica, %why, "nothing is left of an earlier engine");
             if let Err(error) = ports.ledger.forget(&key, record.generation).await {
@@ -49,7 +62,7 @@ pub(crate) async fn look(ports: &Ports, pools: &[PoolSpec], bell: &Arc<Notify>) 
             continue;
         }
         known.push(record.clone());
-        let wanted = pools.iter().any(|p| p.id == key.pool && key.replica.0 < p.replicas);
+        let wanted = places.get(&key.pool).is_some_and(|ids| ids.contains(&key.replica));
         // A generation that was followed by another is never taken up again.
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
             // At once, or not now.
@@ -72,9 +85,46 @@ pub(crate) async fn look(ports: &Ports, pools: &[PoolSpec], bell: &Arc<Notify>) 
     closed.extend(unknown.iter().cloned());
     let (tx, closed) = watch::channel(closed);
     if !strays.is_empty() || !unknown.is_empty() {
-        tokio::spawn(reopen(tx, strays, unknown, ports.clone(), Arc::clone(bell)));
+        tokio::spawn(reopen(tx, strays, unknown, ports.clone(), clock, Arc::clone(bell)));
     }
-    Boot { found, closed }
+    Boot { found, places, closed }
+}
+
+/// Who has each place of a pool: first whoever was made for it, then the replica that bears its number. So a reload that
+/// was committed goes on with the new replicas, whatever their numbers, and one that was not goes back to the old.
+fn places(spec: &PoolSpec, records: &[&EngineRecord]) -> Vec<ReplicaId> {
+    let mut taken: BTreeMap<u16, ReplicaId> = BTreeMap::new();
+    let fits = |record: &EngineRecord, place: u16| record.fingerprint == spec.fingerprint(place);
+    // One that serves before one that only began to, and each in its own place if it can be.
+    let rank = |record: &EngineRecord, place: u16| {
+        (!matches!(record.phase, Phase::Ready { .. }), record.key.replica.0 != place, record.key.replica)
+    };
+    for place in 0..spec.replicas {
+        let free = |r: &&&EngineRecord| !taken.values().any(|id| *id == r.key.replica) && r.phase != Phase::Stopping;
+        let best = records.iter().filter(free).filter(|r| fits(r, place)).min_by_key(|r| rank(r, place));
+        if let Some(record) = best {
+            taken.insert(place, record.key.replica);
+        }
+    }
+    for place in 0..spec.replicas {
+        if !taken.contains_key(&place) {
+            let unused = |id: &ReplicaId| !taken.values().any(|taken| taken == id);
+            let strange = |id: &ReplicaId| records.iter().any(|r| r.key.replica == *id);
+            let own = Some(ReplicaId(place)).filter(unused);
+            let other = || (0..u16::MAX).map(ReplicaId).find(|id| unused(id) && !strange(id));
+            if let Some(id) = own.or_else(other) {
+                taken.insert(place, id);
+            }
+        }
+    }
+    taken.into_values().collect()
+}
+
+/// Resolves when an engine says that it works on nothing; at once if it does not say.
+async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
+    while busy(probe, endpoint).await > 0 {
+        tokio::time::sleep(ASK_AGAIN).await;
+    }
 }
 
 /// Ends the strays and opens each device again once nothing is left there.
@@ -83,13 +133,20 @@ async fn reopen(
     strays: Vec<Stray>,
     mut unknown: Vec<String>,
     ports: Ports,
+    clock: Clock,
     bell: Arc<Notify>,
 ) {
     let mut left: BTreeMap<ReplicaKey, Vec<String>> = BTreeMap::new();
     let mut ends = JoinSet::new();
     for Stray { record, engine } in strays {
         left.insert(record.key.clone(), record.devices.uuids.clone());
+        let (probe, now) = (Arc::clone(&ports.probe), clock.now());
         ends.spawn(async move {
+            if let Phase::Draining { deadline, .. } = record.phase {
+                // It was leaving; those that it serves have the time they were given.
+                let idle = idle(&*probe, &record.endpoint);
+                let _late = tokio::time::timeout(deadline.since(now), idle).await;
+            }
             engine.terminate();
             if tokio::time::timeout(GRACE, engine.gone()).await.is_err() {
                 engine.kill();

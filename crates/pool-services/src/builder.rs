@@ -1,37 +1,33 @@
 //! Puts a manager together: drivers, conductors and the steward over the ports.
 
-use std::collections::BTreeMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use pool_domain::lifecycle::Replica;
-use pool_domain::{PoolId, ReplicaId, ReplicaKey};
+use pool_domain::PoolId;
+use pool_domain::suspicion::Suspicions;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::Admission;
 use crate::boot::{self, Boot};
+use crate::catalog::Catalog;
 use crate::clock::Clock;
 use crate::conditions::Conditions;
-use crate::conductor::{Conductor, PoolFacts};
-use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
+use crate::declared::Restored;
+use crate::driver::Ports;
 use crate::events::{Event, EventSink};
-use crate::hold::Hold;
 use crate::lease_desk;
+use crate::manager::{Inner, PoolManager};
+use crate::node::{Node, QUEUE};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
-use crate::snapshot::PoolSnapshot;
 use crate::spec::PoolSpec;
-use crate::steward::{Steward, Ward, told_of};
+use crate::steward::{Ledgered, Steward, told_of};
+use crate::view::View;
 
-use crate::manager::{Inner, PoolHandle, PoolManager};
-
-/// Commands that may wait for a task; more are refused.
-const QUEUE: usize = 32;
 /// Leases the desk may be asked for at once.
 const DESK_QUEUE: usize = 1024;
 
@@ -58,7 +54,7 @@ pub struct Builder {
     ledger: Option<Arc<dyn StateLedger>>,
     listen: IpAddr,
     ports: RangeInclusive<u16>,
-    pools: Vec<PoolSpec>,
+    pools: Vec<Restored>,
     seed: u64,
     boot_ms: u64,
     #[cfg(feature = "planted-bugs")]
@@ -124,9 +120,15 @@ impl Builder {
         self
     }
 
-    /// The pools.
+    /// The pools, where nobody declares any over an API.
     #[must_use]
-    pub fn pools(mut self, pools: Vec<PoolSpec>) -> Self {
+    pub fn pools(self, pools: Vec<PoolSpec>) -> Self {
+        self.declared(pools.into_iter().map(Into::into).collect())
+    }
+
+    /// The pools, with their history.
+    #[must_use]
+    pub fn declared(mut self, pools: Vec<Restored>) -> Self {
         self.pools = pools;
         self
     }
@@ -172,42 +174,47 @@ impl Builder {
             bug: self.bug,
         };
         for (i, p) in self.pools.iter().enumerate() {
-            if self.pools[..i].iter().any(|q| q.id == p.id) {
-                return Err(BuildError::DuplicatePool(p.id.clone()));
+            let id = &p.declared.spec.id;
+            if self.pools[..i].iter().any(|q| q.declared.spec.id == *id) {
+                return Err(BuildError::DuplicatePool(id.clone()));
             }
         }
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
-        let (bell, broken) = (Arc::new(Notify::new()), CancellationToken::new());
-        let (mut pools, mut wards, memories) = (BTreeMap::new(), Vec::new(), TaskTracker::new());
-        let Boot { mut found, closed } = boot::look(&ports, &self.pools, &bell).await;
-        let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
-        let last_call = CancellationToken::new();
-        for spec in self.pools {
-            let spec = Arc::new(spec);
-            let node = NodeParts {
-                ports: &ports,
-                clock,
-                seed: self.seed,
-                events: &events,
-                bell: &bell,
-                memories: &memories,
-                broken: &broken,
-                last_call: &last_call,
-            };
-            let handle = spawn_pool(&spec, node, &mut found, &mut wards).await;
-            pools.insert(spec.id.clone(), handle);
-        }
-        let (told, ledgered) = watch::channel(told_of(&records));
+        let (told, ledgered) = watch::channel(Ledgered::default());
         let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let view = View { inventory: ports.gpu.inventory(), ledgered, conditions };
+        let node = Node {
+            ports: ports.clone(),
+            view: view.clone(),
+            clock,
+            seed: self.seed,
+            events: events.clone(),
+            bell: Arc::new(Notify::new()),
+            memories: TaskTracker::new(),
+            broken: CancellationToken::new(),
+            last_call: CancellationToken::new(),
+        };
+        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
+        let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
+        let mut pools = BTreeMap::new();
+        for pool in self.pools {
+            let id = pool.declared.spec.id.clone();
+            let places = places.get(&id).cloned().unwrap_or_default();
+            pools.insert(id, node.pool(pool, &places, &mut found).await);
+        }
+        let (table_tx, table) = watch::channel(Arc::new(pools));
+        told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
+        let suspicions = ports.ledger.suspicions().await;
         let steward = Steward {
-            wards,
+            table: table.clone(),
+            wards: Vec::new(),
             inventory: ports.gpu.inventory(),
             host: Arc::clone(&ports.host),
             listen: self.listen,
             ports: self.ports,
-            bell,
+            bell: Arc::clone(&node.bell),
             told,
             commands,
             conditions: conditions_tx,
@@ -215,129 +222,56 @@ impl Builder {
             events: events.clone(),
             found: records,
             closed,
+            remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),
+            suspicions,
         };
-        watched(&broken, "steward", steward.run());
+        node.watched("steward", steward.run());
+        let (catalog, orders) = mpsc::channel(QUEUE);
+        let (departed_tx, departed) = watch::channel(VecDeque::new());
+        let catalog_task = Catalog {
+            node: node.clone(),
+            table: table_tx,
+            orders,
+            departed: departed_tx,
+            leaving: BTreeSet::new(),
+            births: 0,
+        };
+        node.watched("catalog", catalog_task.run());
         let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
         tokio::spawn(lease_desk::run(desk_rx));
-        let inventory = ports.gpu.inventory();
         let inner = Inner {
-            pools,
-            inventory,
-            ledgered,
-            conditions,
+            table,
+            catalog,
+            departed,
+            view,
             steward: steward_commands,
             desk,
             clock,
             events,
             seed: self.seed,
-            broken,
+            broken: node.broken,
             leases: AtomicU64::new(0),
-            memories,
+            memories: node.memories,
             ports,
-            last_call,
+            last_call: node.last_call,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
 }
 
-/// What every pool of a node shares.
-#[derive(Clone, Copy)]
-struct NodeParts<'a> {
-    ports: &'a Ports,
-    clock: Clock,
-    seed: u64,
-    events: &'a EventSink,
-    /// Rung for the steward.
-    bell: &'a Arc<Notify>,
-    memories: &'a TaskTracker,
-    /// Cancelled by a bug.
-    broken: &'a CancellationToken,
-    last_call: &'a CancellationToken,
-}
-
-/// Runs a task whose panic must not pass unnoticed.
-fn watched(broken: &CancellationToken, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-    let broken = broken.clone();
+/// Keeps what is held against devices, which is `so_far` until the steward says more. An orderly end does not wait for it:
+/// ending engines holds nothing against a device, and what failures did was written when they happened.
+fn keep_suspicions(so_far: Suspicions, ledger: Arc<dyn StateLedger>) -> watch::Sender<Suspicions> {
+    let (tx, told) = watch::channel(so_far);
     tokio::spawn(async move {
-        if tokio::spawn(task).await.is_err_and(|e| e.is_panic()) {
-            tracing::error!(task = name, "a task met a bug: nothing is started any more");
-            broken.cancel();
-        }
+        let write = |newest: Suspicions| {
+            let ledger = Arc::clone(&ledger);
+            async move { ledger.note_suspicions(&newest).await }
+        };
+        crate::remember::keep(told, write, |error| {
+            tracing::error!(%error, "what is held against devices will not survive a restart of the daemon");
+        })
+        .await;
     });
-}
-
-async fn spawn_pool(
-    spec: &Arc<PoolSpec>,
-    node: NodeParts<'_>,
-    found: &mut BTreeMap<ReplicaKey, Found>,
-    wards: &mut Vec<Ward>,
-) -> PoolHandle {
-    let NodeParts { ports, clock, seed, events, memories, last_call, .. } = node;
-    let bell = Arc::new(Notify::new());
-    let hold = ports.ledger.held(&spec.id).await;
-    let (mut drivers, mut replicas, mut admissions) = (Vec::new(), Vec::new(), Vec::new());
-    for n in 0..spec.replicas {
-        let key = ReplicaKey { pool: spec.id.clone(), replica: ReplicaId(n) };
-        let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
-        let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
-        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, memories);
-        let (tx, commands) = mpsc::channel(QUEUE);
-        let (published, seen) = watch::channel(at_rest(&key, &replica));
-        let admission = Arc::new(Admission::default());
-        let mut hasher = DefaultHasher::new();
-        (seed, &key).hash(&mut hasher);
-        let mut driver = Driver::new(DriverParts {
-            key: key.clone(),
-            spec: Arc::clone(spec),
-            ports: ports.clone(),
-            clock,
-            seed: hasher.finish(),
-            admission: Arc::clone(&admission),
-            commands,
-            published,
-            bells: [Arc::clone(&bell), Arc::clone(node.bell)],
-            events: events.clone(),
-            replica,
-            memory,
-            last_call: last_call.clone(),
-        });
-        if let Some(found) = found.remove(&key) {
-            driver.take_over(found, hold);
-        }
-        watched(node.broken, "driver", driver.run());
-        wards.push(Ward { key: key.clone(), published: seen.clone(), commands: tx.downgrade() });
-        drivers.push(tx);
-        replicas.push(seen);
-        admissions.push((key, admission));
-    }
-    let snapshot = PoolSnapshot {
-        pool_id: spec.id.clone(),
-        snapshot: 1,
-        revision: 1,
-        engine: spec.engine.to_string(),
-        model: spec.model.to_string(),
-        model_id: spec.model.model_id(),
-        aliases: spec.aliases.clone(),
-        hold,
-        replicas: replicas.iter().map(|r| r.borrow().snapshot.clone()).collect(),
-    };
-    let (facts, facts_rx) =
-        watch::channel(PoolFacts { snapshot, operations: std::collections::VecDeque::new(), next_starts: Vec::new() });
-    let (commands, commands_rx) = mpsc::channel(QUEUE);
-    let conductor = Conductor {
-        spec: Arc::clone(spec),
-        clock,
-        drivers,
-        replicas,
-        bell,
-        commands: commands_rx,
-        facts,
-        run_id: format!("{:08x}", seed & 0xffff_ffff),
-        hold: Hold::found(spec.id.clone(), Arc::clone(&ports.ledger), hold),
-        verbs: 0,
-        ending: false,
-        left: false,
-    };
-    watched(node.broken, "conductor", conductor.run());
-    PoolHandle { spec: Arc::clone(spec), commands, facts: facts_rx, admissions }
+    tx
 }

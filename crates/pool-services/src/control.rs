@@ -5,9 +5,11 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use pool_domain::lifecycle::OnDeadline;
+use pool_domain::rollout::Strategy;
 use pool_domain::{DeviceMask, Generation, PoolId, ReplicaId, ReplicaKey};
 use thiserror::Error;
 
+use crate::declared::Declared;
 use crate::planning::{Placed, PlanReport};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::PoolSpec;
@@ -28,6 +30,9 @@ pub enum ControlError {
     /// No such device.
     #[error("there is no device `{0}`")]
     DeviceNotFound(String),
+    /// It is declared in the config file, and is changed there.
+    #[error("the pool `{0}` is declared in the config file")]
+    PoolInFile(String),
     /// It contradicts what is going on.
     #[error("{0}")]
     Conflict(String),
@@ -68,6 +73,21 @@ pub struct DrainOptions {
     pub on_deadline: Option<OnDeadline>,
 }
 
+/// Another form of a pool, and how to get there. Unset means what the pool has, or what its spec says.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct ReloadRequest {
+    /// What it is to be, with its document.
+    pub declared: Option<(PoolSpec, String)>,
+    /// The revision that this was made from; another one is a conflict.
+    pub if_match: Option<u64>,
+    /// How engines are replaced.
+    pub strategy: Option<Strategy>,
+    /// Time for the whole of it.
+    pub deadline: Option<Duration>,
+    /// What happens then.
+    pub on_deadline: Option<OnDeadline>,
+}
+
 /// How an operation stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum OperationState {
@@ -84,7 +104,7 @@ pub enum OperationState {
 pub struct Operation {
     /// Its name.
     pub id: String,
-    /// `preload`, `drain`, `resume`, `stop`.
+    /// `preload`, `drain`, `resume`, `stop`, `declare`, `remove`, `reload`, `rollback`.
     pub verb: String,
     /// The pool.
     pub pool_id: PoolId,
@@ -156,6 +176,16 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     async fn resume(&self, id: &PoolId) -> Result<Operation, ControlError>;
     /// A drain with deadline 0 and force.
     async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError>;
+    /// Make a pool, or give one that was declared over the API another form. `if_match` is the revision it has to have.
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError>;
+    /// Drain a pool of the API and forget it. It is there until nothing of it is left.
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError>;
+    /// Give a pool another form: the new one serves in the end, or the old one as it was.
+    async fn reload(&self, id: &PoolId, request: ReloadRequest) -> Result<Operation, ControlError>;
+    /// Go back to what the pool was before its last reload.
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError>;
+    /// The revision of a pool's spec, and the pool in its wire form.
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError>;
     /// Forget failures and close the breaker.
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError>;
     /// Believe a person that nothing of an engine is left on this device, named as in a mask: whatever is fenced there

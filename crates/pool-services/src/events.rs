@@ -99,6 +99,17 @@ pub enum EventKind {
         /// Its UUID.
         device: String,
     },
+    /// A reload began.
+    ReloadStarted,
+    /// The new serves.
+    Reloaded,
+    /// The old serves as before.
+    ReloadUndone {
+        /// Why not the new.
+        why: String,
+    },
+    /// The new failed, and so did the way back.
+    ReloadBroken,
     /// A lease was granted.
     LeaseGranted,
     /// A lease was refused.
@@ -166,6 +177,10 @@ impl Event {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
             EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
+            EventKind::ReloadStarted => format!("Reloading the {pool} pool"),
+            EventKind::Reloaded => format!("The {pool} pool was reloaded"),
+            EventKind::ReloadUndone { .. } => format!("The reload of the {pool} pool failed: it is as it was"),
+            EventKind::ReloadBroken => format!("The reload of the {pool} pool failed, and so did the way back"),
             EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
             EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
         };
@@ -194,6 +209,10 @@ impl Event {
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
+            EventKind::ReloadStarted => "reload_started",
+            EventKind::Reloaded => "reloaded",
+            EventKind::ReloadUndone { .. } => "reload_undone",
+            EventKind::ReloadBroken => "reload_broken",
             EventKind::LeaseGranted => "lease_granted",
             EventKind::LeaseRefused { .. } => "lease_refused",
         }

@@ -1,53 +1,49 @@
 //! The facade: the verbs over drivers, conductors and the steward.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{DeviceSnapshot, Generation, PoolId, ReplicaKey};
+use pool_domain::{Generation, PoolId, ReplicaKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::{Admission, Refused, SlotGuard};
+use crate::admission::{Refused, SlotGuard};
+use crate::catalog::{Declaring, Order, Owner};
+use crate::change::{self, Change};
 use crate::clock::Clock;
-use crate::conditions::{self, Conditions, StewardCommand};
+use crate::conditions::StewardCommand;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::{
     ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
+    ReloadRequest,
 };
+use crate::declared::{Declared, Source};
 use crate::driver::Ports;
 use crate::events::{EventKind, EventSink};
 use crate::lease_desk::DeskCommand;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
-use crate::ports::Inventory;
+use crate::roster::{PoolHandle, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::{Activation, PoolSpec};
-use crate::steward::Ledgered;
+use crate::view::View;
 
 use crate::builder::Builder;
 
 /// What a killed engine gets to be gone before the daemon is.
 const LAST_CALL: Duration = Duration::from_secs(2);
 
-/// What the manager has of a pool.
-#[derive(Debug)]
-pub(crate) struct PoolHandle {
-    pub(crate) spec: Arc<PoolSpec>,
-    pub(crate) commands: mpsc::Sender<ConductorCommand>,
-    pub(crate) facts: watch::Receiver<PoolFacts>,
-    pub(crate) admissions: Vec<(ReplicaKey, Arc<Admission>)>,
-}
-
 /// What clones of a manager share.
 #[derive(Debug)]
 pub(crate) struct Inner {
-    pub(crate) pools: BTreeMap<PoolId, PoolHandle>,
-    pub(crate) inventory: watch::Receiver<Inventory>,
-    pub(crate) ledgered: watch::Receiver<Ledgered>,
-    pub(crate) conditions: watch::Receiver<Conditions>,
+    pub(crate) table: watch::Receiver<Table>,
+    pub(crate) catalog: mpsc::Sender<Order>,
+    /// How pools that are no more went.
+    pub(crate) departed: watch::Receiver<VecDeque<Operation>>,
+    pub(crate) view: View,
     pub(crate) steward: mpsc::Sender<StewardCommand>,
     pub(crate) desk: mpsc::Sender<DeskCommand>,
     pub(crate) clock: Clock,
@@ -76,26 +72,17 @@ impl PoolManager {
         Builder::new()
     }
 
-    /// The devices as they stand now.
-    fn inventory(&self) -> Inventory {
-        let mut inventory = self.inner.inventory.borrow().clone();
-        let conditions = self.inner.conditions.borrow();
-        inventory.devices.iter_mut().for_each(|d| conditions::overlay(d, &conditions));
-        inventory
+    /// The pools as they are now.
+    fn table(&self) -> Table {
+        Arc::clone(&self.inner.table.borrow())
     }
 
-    fn handle(&self, id: &PoolId) -> Result<&PoolHandle, ControlError> {
-        self.inner.pools.get(id).ok_or_else(|| ControlError::PoolNotFound(id.to_string()))
+    fn handle(&self, id: &PoolId) -> Result<PoolHandle, ControlError> {
+        self.inner.table.borrow().get(id).cloned().ok_or_else(|| ControlError::PoolNotFound(id.to_string()))
     }
 
     async fn wish(&self, id: &PoolId, wish: Wish) -> Result<Operation, ControlError> {
-        let handle = self.handle(id)?;
-        let (answer, answered) = oneshot::channel();
-        handle
-            .commands
-            .try_send(ConductorCommand { wish, answer })
-            .map_err(|_| ControlError::Unreachable("the pool is too busy or stopping".into()))?;
-        answered.await.map_err(|_| ControlError::Unreachable("the daemon is stopping".into()))?
+        change::ask(&self.handle(id)?, wish).await
     }
 
     /// Takes a slot in this process; it is given back when the guard is dropped.
@@ -104,30 +91,27 @@ impl PoolManager {
     /// When no replica is Ready or every slot is taken.
     pub fn allocate_lease(&self, id: &PoolId) -> Result<(ReplicaKey, SlotGuard), ControlError> {
         let handle = self.handle(id)?;
-        let mut by_room: Vec<_> = handle.admissions.iter().collect();
-        by_room.sort_by_key(|(key, a)| (std::cmp::Reverse(a.free()), key.replica));
+        let roster = handle.roster();
+        let mut by_room: Vec<_> = roster.serving().collect();
+        by_room.sort_by_key(|seat| (std::cmp::Reverse(seat.admission.free()), seat.key.replica));
         let mut saturated = false;
-        for (key, admission) in by_room {
-            match admission.acquire() {
+        for seat in by_room {
+            match seat.admission.acquire() {
                 Ok(guard) => {
-                    let generation = self.generation_of(handle, key);
-                    self.inner.events.send(key, generation, EventKind::LeaseGranted);
-                    return Ok((key.clone(), guard));
+                    let generation = seat.published.borrow().snapshot.generation;
+                    self.inner.events.send(&seat.key, generation, EventKind::LeaseGranted);
+                    return Ok((seat.key.clone(), guard));
                 }
                 Err(Refused::Saturated) => saturated = true,
                 Err(Refused::Closed) => {}
             }
         }
-        let (error, reason) = refusal(&self.picture(handle), saturated);
-        if let Some((key, _)) = handle.admissions.first() {
-            self.inner.events.send(key, self.generation_of(handle, key), EventKind::LeaseRefused { reason });
+        let (error, reason) = refusal(&self.picture(&handle), saturated);
+        if let Some(seat) = roster.serving().next() {
+            let generation = seat.published.borrow().snapshot.generation;
+            self.inner.events.send(&seat.key, generation, EventKind::LeaseRefused { reason });
         }
         Err(error)
-    }
-
-    fn generation_of(&self, handle: &PoolHandle, key: &ReplicaKey) -> Generation {
-        let facts = handle.facts.borrow();
-        facts.snapshot.replicas.iter().find(|r| r.id == key.replica).map_or(Generation(0), |r| r.generation)
     }
 
     fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
@@ -140,8 +124,10 @@ impl PoolManager {
             r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
         }
         // Leases move faster than snapshots are published.
-        for (r, (_, a)) in snapshot.replicas.iter_mut().zip(&handle.admissions) {
-            r.active_leases = u32::from(a.in_use());
+        for seat in &handle.roster().seats {
+            if let Some(r) = snapshot.replicas.iter_mut().find(|r| r.id == seat.key.replica) {
+                r.active_leases = u32::from(seat.admission.in_use());
+            }
         }
         snapshot
     }
@@ -157,7 +143,7 @@ impl PoolManager {
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
-        in_time && !self.inner.pools.values().any(fenced)
+        in_time && !self.table().values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.
@@ -166,14 +152,14 @@ impl PoolManager {
     }
 
     async fn end(&self, wish: Wish, deadline: Duration) -> bool {
-        for (id, handle) in &self.inner.pools {
+        for (id, handle) in &*self.table() {
             let (answer, _) = oneshot::channel();
-            if handle.commands.send(ConductorCommand { wish, answer }).await.is_err() {
+            if handle.commands.send(ConductorCommand { wish: wish.clone(), answer }).await.is_err() {
                 tracing::debug!(pool_id = %id, "already stopped");
             }
         }
         let all_rest = async {
-            for handle in self.inner.pools.values() {
+            for handle in self.table().values() {
                 let mut facts = handle.facts.clone();
                 // The conductor ends, and with it the channel, once its drivers rest.
                 while facts.changed().await.is_ok() {}
@@ -184,11 +170,15 @@ impl PoolManager {
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }
 
-    fn find_operation(&self, id: &str) -> Result<(watch::Receiver<PoolFacts>, Operation), ControlError> {
-        for handle in self.inner.pools.values() {
-            let found = handle.facts.borrow().operations.iter().find(|o| o.id == id).cloned();
-            if let Some(o) = found {
-                return Ok((handle.facts.clone(), o));
+    /// An operation, and what tells how it goes on if its pool is there.
+    fn find_operation(&self, id: &str) -> Result<(Option<watch::Receiver<PoolFacts>>, Operation), ControlError> {
+        let among = |operations: &VecDeque<Operation>| operations.iter().find(|o| o.id == id).cloned();
+        if let Some(o) = among(&self.inner.departed.borrow()) {
+            return Ok((None, o));
+        }
+        for handle in self.table().values() {
+            if let Some(o) = among(&handle.facts.borrow().operations) {
+                return Ok((Some(handle.facts.clone()), o));
             }
         }
         Err(ControlError::OperationNotFound(id.to_owned()))
@@ -200,30 +190,61 @@ impl PoolManager {
             && matches!(operation.verb.as_str(), "drain" | "stop")
             && let Ok(handle) = self.handle(&operation.pool_id)
         {
-            let leases: u32 = handle.admissions.iter().map(|(_, a)| u32::from(a.in_use())).sum();
+            let leases: u32 = handle.roster().seats.iter().map(|s| u32::from(s.admission.in_use())).sum();
             operation.progress = format!("{}, {leases} leases left", operation.progress);
         }
         operation
     }
 
-    /// The devices as they are, with who else uses them; and what is promised on them, but for one pool.
-    fn devices_without(&self, pool: Option<&PoolId>) -> (Vec<DeviceSnapshot>, BTreeMap<String, u64>) {
-        let (inventory, mut told) = (self.inventory(), self.inner.ledgered.borrow().clone());
-        let mut devices = inventory.devices;
-        for device in &mut devices {
-            device.vram_foreign = device.vram_foreign.max(told.foreign.get(&device.uuid).copied().unwrap_or(0));
+    /// Whether a pool could be: its name is its own, its engine takes its arguments, its model is there, its masks can
+    /// be, and it would fit if nobody else was there.
+    ///
+    /// # Errors
+    /// With the code of what cannot be.
+    pub async fn vet(&self, spec: &PoolSpec, source: &Source) -> Result<(), ControlError> {
+        let provisioner = &*self.inner.ports.provisioner;
+        change::clash(&self.table(), |_| false, spec, source, provisioner)?;
+        if provisioner.external(spec).is_some() {
+            return planning::admitted(spec, provisioner);
         }
-        for (_, held) in told.held.iter().filter(|(key, _)| Some(&key.pool) == pool) {
-            for (uuid, bytes) in held {
-                if let Some(promised) = told.promised.get_mut(uuid) {
-                    *promised = promised.saturating_sub(*bytes);
-                }
-                if let Some(device) = devices.iter_mut().find(|d| d.uuid == *uuid) {
-                    device.vram_used = device.vram_used.saturating_sub(*bytes);
-                }
-            }
+        let report = self.plan(PlanRequest::Spec(Box::new(spec.clone()))).await?;
+        if report.fits || report.waiting_helps {
+            return Ok(());
         }
-        (devices, told.promised)
+        let remedies = report.remedies.iter().map(|r| format!("; {r}")).collect::<String>();
+        Err(ControlError::Refused { code: "DOES_NOT_FIT".into(), detail: report.reason + &remedies })
+    }
+
+    /// Drains a pool of the file and forgets it, because the file has it no more.
+    ///
+    /// # Errors
+    /// When there is no such pool, or the daemon is stopping.
+    pub async fn retire(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        let owner = Owner::File;
+        self.order(|answer| Order::Remove { id: id.clone(), if_match: None, owner, answer }).await?
+    }
+
+    /// Who declared each pool.
+    #[must_use]
+    pub fn sources(&self) -> BTreeMap<PoolId, Source> {
+        self.table().iter().map(|(id, handle)| (id.clone(), handle.roster().standing.source.clone())).collect()
+    }
+
+    async fn change(&self, handle: &PoolHandle, reload: Change) -> Result<Operation, ControlError> {
+        let provisioner = &*self.inner.ports.provisioner;
+        let new = reload.request.declared.as_ref().map(|(spec, _)| spec);
+        if new.into_iter().chain([&*handle.spec()]).any(|spec| provisioner.external(spec).is_some()) {
+            let why = "somebody else runs the engine of this pool: what it serves is changed there";
+            return Err(ControlError::Conflict(why.into()));
+        }
+        change::begin(handle, reload).await
+    }
+
+    async fn order<T>(&self, order: impl FnOnce(oneshot::Sender<T>) -> Order) -> Result<T, ControlError> {
+        let (answer, answered) = oneshot::channel();
+        let stopping = || ControlError::Unreachable("the daemon is stopping".into());
+        self.inner.catalog.send(order(answer)).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())
     }
 
     /// Resolves when the steward has gone round once more: whether it still does. A watchdog asks this.
@@ -262,8 +283,8 @@ fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static 
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
-        let inventory = self.inventory();
-        let told = self.inner.ledgered.borrow().clone();
+        let inventory = self.inner.view.inventory();
+        let told = self.inner.view.ledgered.borrow().clone();
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
             driver: inventory.driver,
@@ -282,11 +303,11 @@ impl PoolControl for PoolManager {
     }
 
     async fn pools(&self) -> Result<Vec<PoolSnapshot>, ControlError> {
-        Ok(self.inner.pools.values().map(|h| self.picture(h)).collect())
+        Ok(self.table().values().map(|h| self.picture(h)).collect())
     }
 
     async fn pool(&self, id: &PoolId) -> Result<PoolSnapshot, ControlError> {
-        Ok(self.picture(self.handle(id)?))
+        Ok(self.picture(&self.handle(id)?))
     }
 
     async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
@@ -294,7 +315,7 @@ impl PoolControl for PoolManager {
         let mut facts = handle.facts.clone();
         // Late or not, the newest picture is the answer.
         let _ = tokio::time::timeout(wait, facts.wait_for(|f| f.snapshot.snapshot > after)).await;
-        Ok(self.picture(handle))
+        Ok(self.picture(&handle))
     }
 
     async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
@@ -313,6 +334,56 @@ impl PoolControl for PoolManager {
         self.wish(id, Wish::Stop).await
     }
 
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let (spec, document, source) = (declared.spec.clone(), declared.document.clone(), declared.source.clone());
+        // A pool of the file may come before its model does, as when the daemon starts.
+        if source == Source::Api {
+            self.vet(&spec, &source).await?;
+        }
+        let ordered = self.order(|answer| Order::Declare { declared: Box::new(declared), if_match, answer }).await?;
+        match ordered? {
+            Declaring::New(operation) => Ok(operation),
+            Declaring::Exists(handle) => {
+                let request = ReloadRequest { declared: Some((spec, document)), if_match, ..ReloadRequest::default() };
+                self.change(&handle, Change { request, source: Some(source) }).await
+            }
+        }
+    }
+
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let owner = Owner::Api;
+        self.order(|answer| Order::Remove { id: id.clone(), if_match, owner, answer }).await?
+    }
+
+    async fn reload(&self, id: &PoolId, request: ReloadRequest) -> Result<Operation, ControlError> {
+        let handle = self.handle(id)?;
+        if let Some((spec, _)) = &request.declared {
+            if spec.id != *id {
+                return Err(ControlError::Conflict(format!(
+                    "a pool keeps its name: `{id}` cannot become `{}`",
+                    spec.id
+                )));
+            }
+            self.vet(spec, &handle.roster().standing.source.clone()).await?;
+        }
+        self.change(&handle, Change { request, source: None }).await
+    }
+
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        let handle = self.handle(id)?;
+        if handle.roster().standing.previous.is_none() {
+            return Err(ControlError::Conflict(format!(
+                "the pool `{id}` was not reloaded: there is nothing to go back to"
+            )));
+        }
+        change::back(&handle).await
+    }
+
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
+        let standing = Arc::clone(&self.handle(id)?.roster().standing);
+        Ok((standing.revision, standing.document.clone()))
+    }
+
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.wish(id, Wish::ResetBreaker).await.map(|_| ())
     }
@@ -327,8 +398,7 @@ impl PoolControl for PoolManager {
 
     async fn operations(&self) -> Result<Vec<Operation>, ControlError> {
         let mut all: Vec<Operation> = self
-            .inner
-            .pools
+            .table()
             .values()
             .flat_map(|h| h.facts.borrow().operations.iter().cloned().collect::<Vec<_>>())
             .map(|o| self.with_leases(o))
@@ -342,10 +412,17 @@ impl PoolControl for PoolManager {
     }
 
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
-        let (mut facts, _) = self.find_operation(id)?;
+        let (Some(mut facts), _) = self.find_operation(id)? else { return self.operation(id).await };
         let done =
             |f: &PoolFacts| f.operations.iter().find(|o| o.id == id).is_none_or(|o| o.state != OperationState::Running);
-        let _ = tokio::time::timeout(wait, facts.wait_for(done)).await;
+        let mut departed = self.inner.departed.clone();
+        let over = async {
+            if facts.wait_for(done).await.is_err() {
+                // The pool is going: what became of it is told there.
+                let _ = departed.wait_for(|all| all.iter().any(|o| o.id == id)).await;
+            }
+        };
+        let _ = tokio::time::timeout(wait, over).await;
         self.operation(id).await
     }
 
@@ -355,7 +432,7 @@ impl PoolControl for PoolManager {
             Err(e) => {
                 let handle = self.handle(id)?;
                 let rests = handle.facts.borrow().snapshot.replicas.iter().all(|r| r.state == "idle");
-                if handle.spec.activation == Activation::OnDemand && matches!(e, ControlError::Unready(_)) && rests {
+                if handle.spec().activation == Activation::OnDemand && matches!(e, ControlError::Unready(_)) && rests {
                     self.wish(id, Wish::Demand).await?;
                     return Err(ControlError::Unready("it is starting because it was asked for".into()));
                 }
@@ -382,11 +459,11 @@ impl PoolControl for PoolManager {
 
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
         let spec = match what {
-            PlanRequest::Pool(id) => (*self.handle(&id)?.spec).clone(),
+            PlanRequest::Pool(id) => (*self.handle(&id)?.spec()).clone(),
             PlanRequest::Spec(spec) => *spec,
         };
         // What the pool holds already is there for it.
-        let (devices, promised) = self.devices_without(Some(&spec.id));
+        let (devices, promised) = self.inner.view.devices_without(Some(&spec.id));
         let ports = &self.inner.ports;
         let from = Surroundings {
             models: &*ports.models,
@@ -402,8 +479,9 @@ impl PoolControl for PoolManager {
         if let Some(pool) = &request.pool {
             self.handle(pool)?;
         }
-        let (devices, promised) = self.devices_without(None);
-        let pools = self.inner.pools.values().map(|h| (&*h.spec, self.picture(h)));
+        let (devices, promised) = self.inner.view.devices_without(None);
+        let pools: Vec<_> = self.table().values().map(|h| (h.spec(), self.picture(h))).collect();
+        let pools = pools.iter().map(|(spec, picture)| (&**spec, picture.clone()));
         planning::placements(pools, &devices, &promised, request)
     }
 

@@ -87,16 +87,20 @@ pub(crate) async fn demand(
     Ok(demand)
 }
 
+/// Whether there is such an engine, and whether it may be given the spec's arguments.
+pub(crate) fn admitted(spec: &PoolSpec, provisioner: &dyn EngineProvisioner) -> Result<(), ControlError> {
+    provisioner.admits(spec).map_err(|e| match e {
+        NotAdmitted::Engine(why) => refused("ENGINE_UNKNOWN", why),
+        NotAdmitted::Argument(why) => refused("ARG_DENIED", why),
+    })
+}
+
 /// Plans one engine of the spec on the mask of its first replica.
 ///
 /// # Errors
 /// When the model, the mask or the split cannot be; that it does not fit is an answer.
 pub async fn report(spec: &PoolSpec, from: Surroundings<'_>) -> Result<PlanReport, ControlError> {
-    match from.provisioner.admits(spec) {
-        Ok(()) => {}
-        Err(NotAdmitted::Engine(why)) => return Err(refused("ENGINE_UNKNOWN", why)),
-        Err(NotAdmitted::Argument(why)) => return Err(refused("ARG_DENIED", why)),
-    }
+    admitted(spec, from.provisioner)?;
     let invalid = |failure: pool_domain::Failure| refused("MODEL_REF_INVALID", failure.detail);
     let model = from.models.ensure_present(&spec.model).await.map_err(invalid)?;
     let demand = demand(from.models, from.provisioner, from.ledger, spec, &model).await.map_err(invalid)?;

@@ -9,13 +9,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
+use pool_domain::liveness::Work;
 use pool_domain::plan::EngineMemory;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
 };
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::snapshot::LastError;
 use crate::spec::{PoolSpec, Workload};
 
 /// The devices of the node at one moment.
@@ -131,10 +134,53 @@ pub struct PreparedEngine {
     pub args: Vec<String>,
     /// Its whole environment.
     pub env: Vec<(String, String)>,
+    /// What it is kept from, and what only it is told.
+    pub confinement: Confinement,
     /// Where it will be reached.
     pub endpoint: Endpoint,
     /// Version that was discovered.
     pub engine_version: String,
+}
+
+/// Who an engine runs as, by the numbers of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineUser {
+    /// The user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// Its further groups.
+    pub groups: Vec<u32>,
+}
+
+/// A secret for an engine. It reaches the engine as a file that only the engine's user may read, and is taken out of its
+/// log.
+#[derive(Clone, PartialEq, Eq)]
+pub struct EngineSecret {
+    /// Name of the file in the engine's working directory.
+    pub file: String,
+    /// What it holds.
+    pub value: String,
+}
+
+/// Leaves out the value.
+impl fmt::Debug for EngineSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineSecret").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+/// What an engine is kept from, and what only it is told.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Confinement {
+    /// Who it runs as, without any capability; unset = as the daemon does.
+    pub user: Option<EngineUser>,
+    /// Most bytes of the host's memory.
+    pub memory_max: Option<u64>,
+    /// Most open files; unset = what is usual.
+    pub nofile: Option<u64>,
+    /// What it is told.
+    pub secrets: Vec<EngineSecret>,
 }
 
 /// Why a spec cannot be for any engine here.
@@ -290,6 +336,8 @@ pub enum Up {
     Loading(Option<f32>),
     /// It says that it serves.
     Serving,
+    /// It says that it has too much to do, or cannot now.
+    Overloaded(String),
     /// Something answers that is not the engine.
     Wrong(String),
     /// No usable answer.
@@ -307,6 +355,15 @@ pub struct Identity {
     pub version: Option<String>,
 }
 
+/// What an engine made of a unit of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Worked {
+    /// It is done.
+    Done,
+    /// It has no room for it now.
+    Declined,
+}
+
 /// Asks engines over their own protocol.
 #[async_trait]
 pub trait EngineProbe: fmt::Debug + Send + Sync {
@@ -314,10 +371,10 @@ pub trait EngineProbe: fmt::Debug + Send + Sync {
     async fn up(&self, endpoint: &Endpoint) -> Up;
     /// What it is; a failure of class `wrong_server` if it serves something else.
     async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure>;
-    /// Has it do one unit of its workload.
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure>;
-    /// Requests it is working on, where it tells.
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16>;
+    /// Has it do one unit of its workload. Whoever drops the question takes it back.
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure>;
+    /// What it is working on and how far it came, where it tells. `Silent` is for the caller to say, who has the time.
+    async fn signals(&self, endpoint: &Endpoint) -> Work;
 }
 
 /// What a Ready replica tells consumers.
@@ -354,6 +411,21 @@ pub struct LedgerError {
     pub source: std::io::Error,
 }
 
+/// A pool whose spec is not what the config file says, written down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredPool {
+    /// Its name.
+    pub pool: PoolId,
+    /// Revision of its spec.
+    pub revision: u64,
+    /// The pool in its wire form. Opaque here.
+    pub document: String,
+    /// Set: it stands in for a pool of the file as long as that one's table has this digest. Unset: a pool of the API.
+    pub file_digest: Option<String>,
+    /// The document before the last reload.
+    pub previous: Option<String>,
+}
+
 /// Facts that outlive the daemon.
 #[async_trait]
 pub trait StateLedger: fmt::Debug + Send + Sync {
@@ -364,7 +436,19 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     /// What is held against a replica, in ticks of this boot, of which it is `now`.
     async fn past(&self, key: &ReplicaKey, now: Tick) -> Past;
     /// Remembers that at `now`, in place of what was remembered before.
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError>;
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError>;
+    /// The last failure of a replica, as it was told to people.
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError>;
+    /// What is held against devices, in ticks of this boot; after a reboot nothing is.
+    async fn suspicions(&self) -> Suspicions;
+    /// Remembers that, in place of what was remembered before.
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError>;
     /// Whether demand must not wake the pool.
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.
@@ -383,6 +467,14 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction>;
     /// Remembers what it took.
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError>;
+    /// Every pool that was stored, by name.
+    async fn stored_pools(&self) -> Vec<StoredPool>;
+    /// Writes a pool down in place of what was stored of it: all of it or nothing, also when the power fails.
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError>;
+    /// Takes that back; one that is not stored is taken back already.
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
+    /// Forgets hold, past and what engines took of a pool that is no more. Its generations stay: none is used twice.
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
 }
 
 /// How long one question to an engine may take.

@@ -79,6 +79,8 @@ pub struct PoolSnapshot {
     pub snapshot: u64,
     /// Revision of the spec.
     pub revision: u64,
+    /// Who declared it: `file` or `api`.
+    pub source: &'static str,
     /// Engine name.
     pub engine: String,
     /// Model reference.

@@ -1,7 +1,7 @@
 //! The steward of the node: the only writer of what pools share, reservations and ports. Replicas publish what they
 //! want; it answers each with a grant, a whole mask or nothing, or with a denial that says why.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -18,9 +18,10 @@ use crate::boot::Closed;
 use crate::clock::Clock;
 use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
-use crate::driver::{Accused, Denied, DriverCommand, Grant, Published, Want};
+use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::ports::{EngineHost, EngineRecord, Inventory, Phase};
+use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -38,21 +39,6 @@ struct Reservation {
 impl Reservation {
     fn on(&self, uuid: &str) -> Option<u64> {
         self.devices.uuids.iter().position(|u| u == uuid).and_then(|at| self.bytes.get(at).copied())
-    }
-}
-
-/// One replica as the steward sees it.
-pub(crate) struct Ward {
-    pub(crate) key: ReplicaKey,
-    pub(crate) published: watch::Receiver<Published>,
-    pub(crate) commands: mpsc::WeakSender<DriverCommand>,
-}
-
-impl Ward {
-    async fn tell(&self, command: DriverCommand) {
-        if let Some(commands) = self.commands.upgrade() {
-            let _ = commands.send(command).await;
-        }
     }
 }
 
@@ -86,7 +72,9 @@ pub(crate) struct Ledgered {
 }
 
 pub(crate) struct Steward {
-    pub(crate) wards: Vec<Ward>,
+    pub(crate) table: watch::Receiver<Table>,
+    /// Every replica of the table; made anew before each round.
+    pub(crate) wards: Vec<Seat>,
     pub(crate) inventory: watch::Receiver<Inventory>,
     pub(crate) host: Arc<dyn EngineHost>,
     pub(crate) listen: IpAddr,
@@ -101,6 +89,10 @@ pub(crate) struct Steward {
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
+    /// What was held against devices before this daemon.
+    pub(crate) suspicions: Suspicions,
+    /// Where it is kept.
+    pub(crate) remembered: watch::Sender<Suspicions>,
 }
 
 impl Steward {
@@ -110,10 +102,12 @@ impl Steward {
         let held = reservations(&self.found);
         let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
         let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
-        let mut book = Book { homes: held.clone(), held, ending, ..Book::default() };
+        let suspicions = std::mem::take(&mut self.suspicions);
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
+        self.wards = self.every_replica();
         while commanded || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 biased;
@@ -129,6 +123,7 @@ impl Steward {
                 }
             };
             let inventory = self.inventory.borrow_and_update().clone();
+            self.wards = self.every_replica();
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
@@ -140,6 +135,11 @@ impl Steward {
                 }
                 let key = self.wards[i].key.clone();
                 let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
+                // One after the other: what a starting engine takes is not seen before it is there. Who has to wait for its
+                // turn is answered later.
+                if answer.as_ref().is_ok_and(|grant| self.starts_on_one_of(&key, &grant.devices, &book)) {
+                    continue;
+                }
                 let command = match answer {
                     Ok(grant) => {
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
@@ -158,6 +158,11 @@ impl Steward {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
                 held: by_device(&book.held),
+            });
+            self.remembered.send_if_modified(|s| {
+                let changed = *s != book.suspicions;
+                s.clone_from(&book.suspicions);
+                changed
             });
             let conditions = self.conditions(&book);
             self.conditions.send_if_modified(|c| {
@@ -198,8 +203,13 @@ impl Steward {
         let _ = answer.send(result);
     }
 
+    fn every_replica(&self) -> Vec<Seat> {
+        let table = Arc::clone(&self.table.borrow());
+        table.values().flat_map(|pool| pool.roster().seats.clone()).collect()
+    }
+
     /// Replicas of which something may be left, with what they hold.
-    fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Ward, &'a Reservation)> {
+    fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Seat, &'a Reservation)> {
         self.wards
             .iter()
             .filter(|ward| {
@@ -264,6 +274,10 @@ impl Steward {
 
     /// Takes back what nobody holds any more.
     fn free(&self, book: &mut Book) {
+        // A replica leaves its roster only when nothing of it is left.
+        let here: BTreeSet<&ReplicaKey> = self.wards.iter().map(|w| &w.key).collect();
+        book.held.retain(|key, _| here.contains(key));
+        book.homes.retain(|key, _| here.contains(key));
         for ward in &self.wards {
             let published = ward.published.borrow();
             if let Some(r) = book.held.get(&ward.key) {
@@ -323,7 +337,7 @@ impl Steward {
         book: &Book,
         promised: &Promised,
     ) -> Vec<DeviceSnapshot> {
-        let mut fenced: BTreeMap<&str, &Ward> = BTreeMap::new();
+        let mut fenced: BTreeMap<&str, &Seat> = BTreeMap::new();
         for (ward, held) in self.fenced(book).filter(|(ward, _)| ward.key != *key) {
             fenced.extend(held.devices.uuids.iter().map(|uuid| (uuid.as_str(), ward)));
         }
@@ -413,6 +427,29 @@ impl Steward {
         }
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
+    }
+}
+
+impl Steward {
+    /// Whether somebody else was granted one of these devices and is not Ready there yet.
+    fn starts_on_one_of(&self, key: &ReplicaKey, devices: &ResolvedMask, book: &Book) -> bool {
+        let starting = |ward: &&Seat| {
+            let held = book.held.get(&ward.key).filter(|_| ward.key != *key);
+            let shares = held.is_some_and(|held| devices.uuids.iter().any(|uuid| held.on(uuid).is_some()));
+            // Granted and not published yet counts as well.
+            let published = ward.published.borrow();
+            let done = matches!(
+                published.state,
+                State::Ready { .. }
+                    | State::Suspect { .. }
+                    | State::Draining { .. }
+                    | State::Stopping { .. }
+                    | State::Fenced { .. }
+                    | State::Adopting { .. }
+            );
+            shares && !done
+        };
+        self.wards.iter().any(|ward| starting(&ward))
     }
 }
 

@@ -160,6 +160,26 @@ async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_preload_while_an_engine_is_looked_at_calls_off_the_drain_that_was_to_go_on() {
+    let node = FakeNode::default();
+    let on_demand = || PoolSpec { activation: Activation::OnDemand, ..spec("chat") };
+    let (m, _events) = node.manage(vec![on_demand()]).await;
+    m.preload(&id()).await.unwrap();
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert!(m.leave(LONG).await);
+    node.ledger.set_hold(&id(), true).await.unwrap();
+    // Too busy to prove anything, so that it is looked at for a while.
+    node.engines.script(|s| (s.decodes, s.busy) = (false, Some(4)));
+    let (m, _events) = node.manage(vec![on_demand()]).await;
+    until(&m, &id(), |p| state(p) == "adopting").await;
+    m.preload(&id()).await.unwrap();
+    until(&m, &id(), PoolSnapshot::ready).await;
+    tokio::time::sleep(LONG).await;
+    let after = m.pool(&id()).await.unwrap();
+    assert!(after.ready() && !after.hold && node.engines.launches().len() == 1, "{after:#?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_engine_that_no_longer_does_its_work_is_ended_but_a_busy_one_is_kept() {
     let node = FakeNode::default();
     ready_and_left(&node, spec("chat")).await;

@@ -202,17 +202,6 @@ async fn a_drain_ends_in_time_though_the_next_daemon_gets_no_answer() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_drain_that_nobody_holds_any_more_is_followed_by_a_start() {
-    let node = FakeNode::default();
-    draining_and_left(&node, Duration::from_secs(5)).await;
-    node.ledger.set_hold(&id(), false).await.unwrap();
-    let (m, _events) = node.manage(vec![spec("chat")]).await;
-    m.reset_breaker(&id()).await.unwrap();
-    let ready = until(&m, &id(), |s| s.ready() && s.replicas[0].generation.0 == 2).await;
-    assert!(!ready.hold);
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_resume_during_the_adoption_calls_the_drain_off() {
     let node = FakeNode::default();
     draining_and_left(&node, Duration::from_secs(60)).await;

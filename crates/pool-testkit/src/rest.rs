@@ -8,12 +8,16 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{
-    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, Tick,
+    DeviceHealth, DeviceMask, DeviceSnapshot, Failure, FailureClass, Generation, ModelProfile, ModelRef, PoolId,
+    ReplicaKey, Tick,
 };
 use pool_services::ports::{
     EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
+    StoredPool,
 };
+use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -56,6 +60,8 @@ pub fn spec(id: &str) -> PoolSpec {
         devices: vec![DeviceMask::Auto],
         replicas: 1,
         activation: Activation::Preload,
+        idle_ttl: None,
+        pin: false,
         context: None,
         slots: 4,
         kv_type: Default::default(),
@@ -63,8 +69,10 @@ pub fn spec(id: &str) -> PoolSpec {
         vram: Some(1 << 30),
         aliases: Vec::new(),
         policy: Policy::default(),
+        isolation: Default::default(),
         drain_deadline: Duration::from_secs(30),
         on_deadline: OnDeadline::Force,
+        reload: Default::default(),
     }
 }
 
@@ -110,9 +118,15 @@ pub struct FakeModels {
     failure: Mutex<Option<Failure>>,
     profile: Mutex<Option<ModelProfile>>,
     takes: Mutex<Duration>,
+    missing: Mutex<BTreeSet<String>>,
 }
 
 impl FakeModels {
+    /// The model of this id is not to be had from now on.
+    pub fn missing(&self, id: &str) {
+        self.missing.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+    }
+
     /// What every model's header says from now on.
     pub fn set_profile(&self, profile: ModelProfile) {
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some(profile);
@@ -134,6 +148,9 @@ impl ModelStore for FakeModels {
     async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
         let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
         slowly(takes).await;
+        if self.missing.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id()) {
+            return Err(Failure::new(FailureClass::Artifact, "there is no such model"));
+        }
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone() {
             Some(f) => Err(f),
             None => Ok(ResolvedModel { id: model.model_id(), local_path: None, bytes: 0 }),
@@ -155,13 +172,17 @@ async fn slowly(takes: Duration) {
 struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
     pasts: BTreeMap<ReplicaKey, Past>,
+    last_errors: BTreeMap<ReplicaKey, LastError>,
+    suspicions: Suspicions,
     past_writes: u64,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
     lies: bool,
+    refuses_pools: bool,
     takes: Duration,
 }
 
@@ -190,6 +211,17 @@ impl FakeLedger {
     /// Whether writes that fail are there all the same, as after an `fsync` that failed.
     pub fn set_lying(&self, lies: bool) {
         self.facts().lies = lies;
+    }
+
+    /// Whether later writes of what pools are to be fail.
+    pub fn refuse_pools(&self, refuse: bool) {
+        self.facts().refuses_pools = refuse;
+    }
+
+    /// What is written down of what a pool is to be.
+    #[must_use]
+    pub fn stored(&self, pool: &PoolId) -> Option<StoredPool> {
+        self.facts().stored.get(pool).cloned()
     }
 
     /// Changes what is on record, as somebody with an editor might.
@@ -251,10 +283,27 @@ impl StateLedger for FakeLedger {
     async fn past(&self, key: &ReplicaKey, _: Tick) -> Past {
         self.facts().pasts.get(key).copied().unwrap_or_default()
     }
-    async fn note_past(&self, key: &ReplicaKey, past: Past, _: Tick) -> Result<(), LedgerError> {
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
+        self.facts().last_errors.get(key).cloned()
+    }
+    async fn suspicions(&self) -> Suspicions {
+        self.facts().suspicions.clone()
+    }
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| f.suspicions.clone_from(suspicions))
+    }
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        _: Tick,
+    ) -> Result<(), LedgerError> {
         self.slowly().await;
         self.write(|f| {
             f.pasts.insert(key.clone(), past);
+            f.last_errors.extend(last_error.map(|e| (key.clone(), e.clone())));
             f.past_writes += 1;
         })
     }
@@ -302,5 +351,31 @@ impl StateLedger for FakeLedger {
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
         self.facts().learnt.insert((pool.clone(), key.clone()), correction);
         Ok(())
+    }
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.facts().stored.values().cloned().collect()
+    }
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        self.slowly().await;
+        if self.facts().refuses_pools {
+            return Err(LedgerError { what: "the pool", source: std::io::ErrorKind::StorageFull.into() });
+        }
+        self.write(|f| {
+            f.stored.insert(pool.pool.clone(), pool.clone());
+        })
+    }
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.stored.remove(pool);
+        })
+    }
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| {
+            f.held.remove(pool);
+            f.pasts.retain(|key, _| key.pool != *pool);
+            f.learnt.retain(|(of, _), _| of != pool);
+        })
     }
 }

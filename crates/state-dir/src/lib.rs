@@ -3,13 +3,16 @@
 //!
 //! ```text
 //! lock                       held for life, never unlinked
-//! ledger/<pool>.json         hold, generations and what is held against replicas, and <pool>.json.copy with the same content
+//! ledger/<pool>.json         hold, generations, what is held against replicas and their last failure
 //! engines/<pool>-<replica>.json   what a later daemon needs to find the engine and go on with it
+//! pools/<pool>.json          a pool that was declared over the API, or that stands in for one of the file; and a .copy
+//! devices.json               what is held against devices
 //! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
 //! run/                       whatever engines need while they run
 //! ```
 //!
-//! Every file is replaced whole: written beside, fsynced, renamed, and the directory fsynced.
+//! Every file is replaced whole: written beside, fsynced, renamed, and the directory fsynced. The first three kinds have a
+//! checksum and a copy of the same content, `….json.copy`, written after them, which stands in for one that was torn.
 
 #![forbid(unsafe_code)]
 
@@ -18,18 +21,23 @@ mod files;
 mod lock_dir;
 mod past;
 mod record;
+mod stored;
+mod suspicions;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
+use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
+use pool_services::snapshot::LastError;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tracing::error;
@@ -77,6 +85,7 @@ struct Paths {
     ledger: PathBuf,
     handoff: PathBuf,
     engines: PathBuf,
+    pools: PathBuf,
 }
 
 impl StateDir {
@@ -87,16 +96,25 @@ impl StateDir {
     /// When another daemon holds the lock, or the file system refuses.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, StateDirError> {
         let root = path.into();
-        let paths =
-            Paths { ledger: root.join("ledger"), handoff: root.join("handoff"), engines: root.join("engines"), root };
+        let paths = Paths {
+            ledger: root.join("ledger"),
+            handoff: root.join("handoff"),
+            engines: root.join("engines"),
+            pools: root.join("pools"),
+            root,
+        };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
-        for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.root.join("run")] {
+        reached(Point::AfterLock);
+        for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.pools, &paths.root.join("run")] {
             create_dir(dir)?;
+            close_to_others(dir)?;
         }
         clear(&paths.handoff, |_| true)?;
         clear(&paths.ledger, files::is_leftover)?;
         clear(&paths.engines, files::is_leftover)?;
+        clear(&paths.pools, files::is_leftover)?;
+        clear(&paths.root, files::is_leftover)?;
         let lock_dir = lock_dir::create(&paths.root).map_err(|source| StateDirError::Io {
             what: "make a directory for the locks of",
             path: paths.root.clone(),
@@ -176,10 +194,36 @@ impl StateLedger for StateDir {
         self.read(&key.pool).await.past(key.replica, &self.boot_id, now)
     }
 
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError> {
-        let (replica, boot_id) = (key.replica, self.boot_id.clone());
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
+        self.read(&key.pool).await.last_error(key.replica)
+    }
+
+    async fn suspicions(&self) -> Suspicions {
+        let boot_id = self.boot_id.clone();
+        self.work(move |paths| suspicions::load(&paths.root, &boot_id)).await.unwrap_or_else(|error| {
+            error!(%error, "what is held against devices cannot be read; it is forgotten");
+            Suspicions::default()
+        })
+    }
+
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+        let (suspicions, boot_id) = (suspicions.clone(), self.boot_id.clone());
+        self.work(move |paths| suspicions::store(&paths.root, &suspicions, boot_id))
+            .await
+            .map_err(|source| LedgerError { what: "what is held against devices", source })
+    }
+
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError> {
+        let (replica, boot_id, last_error) = (key.replica, self.boot_id.clone(), last_error.cloned());
         self.update("what is held against an engine", &key.pool, move |r| {
             r.note_past(replica, past, boot_id, now);
+            r.note_last_error(replica, last_error.as_ref());
             Ok(())
         })
         .await
@@ -245,6 +289,37 @@ impl StateLedger for StateDir {
         })
         .await
     }
+
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.work(|paths| stored::load_all(&paths.pools)).await.unwrap_or_else(|error| {
+            error!(%error, "the stored pools cannot be read");
+            Vec::new()
+        })
+    }
+
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| stored::store(&paths.pools, &pool))
+            .await
+            .map_err(|source| LedgerError { what: "a pool", source })
+    }
+
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| stored::remove(&paths.pools, &pool))
+            .await
+            .map_err(|source| LedgerError { what: "the end of a pool", source })
+    }
+
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        let pool = pool.clone();
+        self.work(move |paths| {
+            let mut record = record::load_for_update(&paths.ledger, &pool)?;
+            if record.forget() { record::store(&paths.ledger, &pool, &record) } else { Ok(()) }
+        })
+        .await
+        .map_err(|source| LedgerError { what: "that a pool is no more", source })
+    }
 }
 
 /// Where the kernel does not say, every run counts as a boot of its own.
@@ -257,8 +332,18 @@ fn handoff_name(key: &ReplicaKey) -> String {
     format!("{key}.json")
 }
 
+/// What is below the state directory is nobody else's, whoever made it.
+fn close_to_others(path: &Path) -> Result<(), StateDirError> {
+    let failed = |source| StateDirError::Io { what: "close to others", path: path.to_owned(), source };
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o077 == 0 {
+        return Ok(());
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(failed)
+}
+
 fn create_dir(path: &Path) -> Result<(), StateDirError> {
-    // One that exists keeps its mode: it may be shared on purpose.
+    // One that exists keeps its mode: it may be a directory that others use too.
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(|source| StateDirError::Io {
         what: "create",
         path: path.to_owned(),

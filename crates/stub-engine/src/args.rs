@@ -82,6 +82,19 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) log_flood: bool,
 
+    /// Serve only whoever sends the key in this file, except for /health and /models
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Take this much memory of the host (such as "1 GiB") before listening
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) host_memory: Option<ByteSize>,
+    /// Make a file of this name in /dev/shm, hold it open and never remove it
+    #[arg(long, value_name = "NAME", value_parser = shm_name)]
+    pub(crate) shm_file: Option<String>,
+    /// Write the bytes of this hexadecimal number to stderr before anything else
+    #[arg(long, value_name = "HEX", value_parser = hex)]
+    pub(crate) log_bytes: Option<Bytes>,
+
     /// What a child process does
     #[arg(long, hide = true)]
     pub(crate) sleep_forever: bool,
@@ -91,6 +104,25 @@ pub(crate) struct Args {
     /// Die by this signal at once
     #[arg(long, hide = true)]
     pub(crate) raise: Option<DeathSignal>,
+}
+
+/// Bytes of an argument.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bytes(pub(crate) Vec<u8>);
+
+fn hex(text: &str) -> Result<Bytes, String> {
+    if !text.is_ascii() || !text.len().is_multiple_of(2) {
+        return Err("not an even number of hexadecimal digits".to_owned());
+    }
+    let digits = (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16));
+    digits.collect::<Result<_, _>>().map(Bytes).map_err(|error| error.to_string())
+}
+
+fn shm_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.starts_with('.') || text.contains('/') {
+        return Err("not the name of a file".to_owned());
+    }
+    Ok(text.to_owned())
 }
 
 impl Args {
@@ -143,6 +175,9 @@ mod tests {
             &["--exit-code", "256"],
             &["--fail-start-times", "1"],
             &["--no-such-flag"],
+            &["--log-bytes", "1"],
+            &["--log-bytes", "xx"],
+            &["--shm-file", "../x"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

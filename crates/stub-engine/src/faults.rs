@@ -1,6 +1,6 @@
 //! The faults that belong to a start rather than to a request.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::process::Child;
@@ -57,6 +57,33 @@ pub(crate) fn claim_vram(args: &Args) -> io::Result<Option<Claim>> {
     let claim = Claim::hold(Path::new(&dir), &devices)?;
     log::info(format_args!("claimed {size} on {visible}"));
     Ok(Some(claim))
+}
+
+/// Makes the file in shared memory that was asked for, which stays when the engine ends.
+pub(crate) fn leave_shared_memory(args: &Args) -> io::Result<Option<File>> {
+    let Some(name) = &args.shm_file else { return Ok(None) };
+    let file = File::create(Path::new("/dev/shm").join(name))?;
+    file.set_len(4096)?;
+    log::info(format_args!("made shared memory {name}"));
+    Ok(Some(file))
+}
+
+/// Writes to the log what no engine should.
+pub(crate) fn say_bytes(args: &Args) -> io::Result<()> {
+    use std::io::Write;
+    args.log_bytes.as_ref().map_or(Ok(()), |bytes| io::stderr().write_all(&[&bytes.0, b"\n".as_slice()].concat()))
+}
+
+/// Takes memory of the host, every page of it.
+pub(crate) fn take_memory(size: u64) -> Vec<u8> {
+    log::info(format_args!("taking {size} bytes of memory"));
+    // A page that holds zeros only may be nobody's.
+    vec![1; usize::try_from(size).unwrap_or(usize::MAX)]
+}
+
+/// The key that requests must bear.
+pub(crate) fn api_key(args: &Args) -> io::Result<Option<String>> {
+    args.api_key_file.as_ref().map(|path| Ok(fs::read_to_string(path)?.trim_end().to_owned())).transpose()
 }
 
 fn devices(visible: &str, bytes: u64) -> Vec<(&str, u64)> {

@@ -23,7 +23,8 @@ pub(crate) const BUILD_INFO: &str = concat!("stub-engine ", env!("CARGO_PKG_VERS
 
 type Shared = State<Arc<Engine>>;
 
-pub(crate) fn router(engine: Arc<Engine>) -> Router {
+pub(crate) fn router(engine: Arc<Engine>, api_key: Option<String>) -> Router {
+    let key: Option<Arc<str>> = api_key.map(Arc::from);
     Router::new()
         .route("/health", get(health))
         .route("/v1/health", get(health))
@@ -38,8 +39,22 @@ pub(crate) fn router(engine: Arc<Engine>) -> Router {
         .route("/v1/embeddings", post(embeddings))
         .route("/v1/rerank", post(rerank))
         .fallback(not_found)
+        .layer(middleware::from_fn_with_state(key, refuse_without_key))
         .layer(middleware::from_fn_with_state(Arc::clone(&engine), refuse_while_loading))
         .with_state(engine)
+}
+
+/// As llama-server does; some paths are for everybody.
+async fn refuse_without_key(State(key): State<Option<Arc<str>>>, request: Request, next: Next) -> Response {
+    let public = ["/health", "/v1/health", "/models", "/v1/models"].contains(&request.uri().path());
+    let bears = |key: &str| {
+        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        given.and_then(|value| value.strip_prefix("Bearer ")) == Some(key)
+    };
+    if public || key.as_deref().is_none_or(bears) {
+        return next.run(request).await;
+    }
+    error(StatusCode::UNAUTHORIZED, "authentication_error", "Invalid API Key")
 }
 
 /// Until the model is loaded every path gives the same answer.
@@ -72,8 +87,16 @@ async fn props(State(engine): Shared) -> Json<Value> {
 
 async fn slots(State(engine): Shared) -> Json<Value> {
     let context = engine.slot_context();
-    let slots = engine.busy_slots().enumerate();
-    Json(slots.map(|(id, busy)| json!({ "id": id, "n_ctx": context, "is_processing": busy })).collect())
+    let slots = engine.progress().enumerate().map(|(id, at)| {
+        let mut slot = json!({ "id": id, "n_ctx": context, "is_processing": at.is_some() });
+        if let Some(at) = at {
+            slot["id_task"] = json!(at.task);
+            slot["n_prompt_tokens_processed"] = json!(at.prompt);
+            slot["next_token"] = json!([{ "n_decoded": at.decoded }]);
+        }
+        slot
+    });
+    Json(slots.collect())
 }
 
 async fn metrics(State(engine): Shared) -> impl IntoResponse {
@@ -81,7 +104,7 @@ async fn metrics(State(engine): Shared) -> impl IntoResponse {
     let predicted = counters.predicted_tokens.load(Relaxed);
     let seconds = counters.predicted_micros.load(Relaxed) as f64 / 1e6;
     let speed = if seconds > 0.0 { predicted as f64 / seconds } else { 0.0 };
-    let busy = engine.busy_slots().filter(|busy| *busy).count();
+    let busy = engine.progress().flatten().count();
     let metrics = [
         (
             "prompt_tokens_total",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::Args;
 use crate::death::Death;
@@ -26,6 +26,7 @@ pub(crate) fn serve(args: Args) -> ExitCode {
 }
 
 fn try_serve(args: Args) -> io::Result<Death> {
+    faults::say_bytes(&args)?;
     if faults::start_fails(&args)? {
         return Ok(faults::crash(&args));
     }
@@ -40,9 +41,12 @@ async fn live(args: Args) -> io::Result<Death> {
     // Before the line that says it listens: whoever has read it may send a signal.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let _memory = args.host_memory.map(|size| faults::take_memory(size.as_u64()));
     let listener = TcpListener::bind((args.host, args.port)).await?;
     let _claim = faults::claim_vram(&args)?;
     let _family = faults::spawn_family(&args)?;
+    let _shared_memory = faults::leave_shared_memory(&args)?;
+    let api_key = faults::api_key(&args)?;
     log::info(format_args!("listening on http://{}", listener.local_addr()?));
 
     let load = Duration::from_millis(args.load_ms);
@@ -51,15 +55,22 @@ async fn live(args: Args) -> io::Result<Death> {
     let args = engine.args.clone();
     tokio::select! {
         biased;
-        _ = terminate.recv(), if !args.ignore_sigterm => Ok(Death::Exit(0)),
+        () = asked_to_stop(&mut terminate, args.ignore_sigterm) => Ok(Death::Exit(0)),
         _ = interrupt.recv() => Ok(Death::Exit(0)),
         Some(death) = deaths.recv() => Ok(death),
         // Before the crash, so that it is never seen to crash unready.
         () = announce(load, args.log_flood) => Ok(Death::Exit(0)),
         () = after(crash_after) => Ok(faults::crash(&args)),
-        result = axum::serve(listener, handlers::router(Arc::clone(&engine))).into_future() => {
+        result = axum::serve(listener, handlers::router(Arc::clone(&engine), api_key)).into_future() => {
             result.map(|()| Death::Exit(1))
         }
+    }
+}
+
+/// Who is deaf says how often that was of use.
+async fn asked_to_stop(terminate: &mut Signal, deaf: bool) {
+    while terminate.recv().await.is_some() && deaf {
+        log::info(format_args!("SIGTERM is ignored"));
     }
 }
 

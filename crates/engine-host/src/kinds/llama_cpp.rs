@@ -25,6 +25,13 @@ pub(crate) const OWNED: &[&str] = &[
     "--hf-repo",
     "-hf",
     "-hfr",
+    "--hf-file",
+    "-hff",
+    "--docker-repo",
+    "-dr",
+    // A secret in an argument is everybody's.
+    "--hf-token",
+    "-hft",
     "--models-dir",
     // Keys of a pool: `context`, `slots`, `kv_type`, `tensor_split`.
     "--ctx-size",

@@ -8,7 +8,7 @@ use pool_services::ports::PrepareRequest;
 use crate::kinds::{has_flag, utf8};
 
 /// Flags that decide what is served where; they are the daemon's.
-pub(crate) const OWNED: &[&str] = &["--host", "--port", "--model", "--alias", "--api-key"];
+pub(crate) const OWNED: &[&str] = &["--host", "--port", "--model", "--alias", "--api-key", "--api-key-file"];
 
 pub(crate) fn args(request: &PrepareRequest, leading: &[String]) -> Result<Vec<String>, Failure> {
     let spec = &request.spec;

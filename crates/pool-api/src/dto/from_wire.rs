@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use pool_domain::failure::Exit;
 use pool_domain::lifecycle::State;
 use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
 use pool_services::control::Lease;
@@ -49,26 +48,10 @@ fn word(text: &str, known: &[&[&'static str]]) -> &'static str {
 const REASONS: &[&str] = &["backoff", "breaker", "devices", "vram", "hold", "fenced", "draining", "stopping"];
 const BREAKERS: &[&str] = &["closed", "open", "half_open"];
 const PROOFS: &[&str] = &["vram", "simulated", "served"];
+const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
-    use FailureClass as C;
-    Ok(match text {
-        "crash" => C::Crash(Exit::Unknown),
-        "host_oom" => C::HostOom,
-        "vram_oom" => C::VramOom,
-        "hang" => C::Hang,
-        "start_timeout" => C::StartTimeout,
-        "health" => C::Health,
-        "driver_error" => C::DriverError,
-        "gpu_lost" => C::GpuLost,
-        "cpu_fallback" => C::CpuFallback,
-        "mask_breach" => C::MaskBreach,
-        "wrong_server" => C::WrongServer,
-        "port_conflict" => C::PortConflict,
-        "artifact" => C::Artifact,
-        "config" => C::Config,
-        _ => return Err(wrong("last_error.class", text)),
-    })
+    FailureClass::from_code(text).ok_or_else(|| wrong("last_error.class", text))
 }
 
 impl TryFrom<LastErrorView> for LastError {
@@ -118,6 +101,7 @@ impl TryFrom<PoolView> for PoolSnapshot {
             pool_id: pool_id(&p.pool_id)?,
             snapshot: p.snapshot,
             revision: p.revision,
+            source: word(&p.source, &[SOURCES]),
             engine: p.engine,
             model: p.model,
             model_id: p.model_id,

@@ -1,5 +1,6 @@
 //! What the API answers and what it takes. Times are RFC 3339, lengths `_ms`, sizes bytes.
 
+mod declare;
 mod from_wire;
 mod plan;
 mod problem;
@@ -9,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::OnDeadlineText;
 
+pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
 pub use from_wire::DtoError;
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
@@ -108,7 +110,7 @@ dtos! {
         snapshot: u64,
         /// Revision of the spec.
         revision: u64,
-        /// Where the spec comes from: `file`.
+        /// Where the spec comes from: `file` or `api`.
         source: String,
         /// Engine name.
         engine: String,
@@ -264,7 +266,7 @@ dtos! {
     OperationView {
         /// Its name.
         operation_id: String,
-        /// `preload`, `drain`, `resume` or `stop`.
+        /// `preload`, `drain`, `resume`, `stop`, `declare`, `remove`, `reload` or `rollback`.
         verb: String,
         /// The pool.
         pool_id: String,

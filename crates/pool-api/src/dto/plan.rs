@@ -104,7 +104,9 @@ pub fn spec_problem(e: &SpecError) -> Problem {
         "engine" => Code::EngineUnknown,
         _ => Code::InvalidParams,
     };
-    Problem::new(code, e.to_string())
+    let mut problem = Problem::new(code, e.to_string());
+    problem.hint = code.hint().map(str::to_owned);
+    problem
 }
 
 impl PlanBody {

@@ -84,6 +84,10 @@ codes! {
     MethodNotAllowed = "METHOD_NOT_ALLOWED", METHOD_NOT_ALLOWED, false;
     /// It contradicts what is going on.
     Conflict = "CONFLICT", CONFLICT, false;
+    /// The config file is where the pool is changed.
+    PoolInFile = "POOL_IN_FILE", CONFLICT, false;
+    /// It would not fit if nobody else was there.
+    DoesNotFit = "DOES_NOT_FIT", UNPROCESSABLE_ENTITY, false;
     /// The device mask cannot be.
     MaskInvalid = "MASK_INVALID", UNPROCESSABLE_ENTITY, false;
     /// The split cannot be.
@@ -155,6 +159,7 @@ impl Problem {
             "OPERATION_NOT_FOUND" => ControlError::OperationNotFound(subject.to_owned()),
             "LEASE_NOT_FOUND" => ControlError::LeaseNotFound(subject.to_owned()),
             "DEVICE_NOT_FOUND" => ControlError::DeviceNotFound(subject.to_owned()),
+            "POOL_IN_FILE" => ControlError::PoolInFile(subject.to_owned()),
             "CONFLICT" => ControlError::Conflict(self.detail),
             "POOL_SATURATED" => ControlError::Saturated,
             "POOL_UNREADY" => ControlError::Unready(
@@ -184,6 +189,9 @@ impl From<ControlError> for Problem {
             ControlError::DeviceNotFound(_) => {
                 Self::new(Code::DeviceNotFound, text).with_hint("GET /v1/node lists the devices")
             }
+            ControlError::PoolInFile(_) => Self::new(Code::PoolInFile, text).with_hint(
+                "change the file and POST /v1/config/reload, or POST …/reload, which holds until the file changes",
+            ),
             ControlError::Conflict(_) => Self::new(Code::Conflict, text),
             ControlError::Saturated => Self::new(Code::PoolSaturated, text),
             ControlError::Unready(_) => {
@@ -201,11 +209,28 @@ impl From<ControlError> for Problem {
             ControlError::Refused { code, detail } => {
                 let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
+                p.hint = known.and_then(Code::hint).map(str::to_owned);
                 p.code = code;
                 if known.is_none() { p.with_status(StatusCode::BAD_GATEWAY) } else { p }
             }
             other => Self::new(Code::Internal, other.to_string()),
         }
+    }
+}
+
+impl Code {
+    /// What to do about it, where that is the same every time.
+    #[must_use]
+    pub fn hint(self) -> Option<&'static str> {
+        Some(match self {
+            Self::MaskInvalid => "GET /v1/node lists the devices",
+            Self::SplitInvalid => "write \"off\", \"auto\", or one ratio for each device of the mask",
+            Self::ModelRefInvalid => "name a file below a root of [models], or stub:NAME for a stub engine",
+            Self::ArgDenied => "leave the argument out: the daemon gives it itself, or it is not for a pool to give",
+            Self::EngineUnknown => "engines are declared in the config file; `stub` is there without being declared",
+            Self::DoesNotFit => "POST /v1/plan shows what each device would hold, and what would fit instead",
+            _ => return None,
+        })
     }
 }
 

@@ -76,7 +76,7 @@ impl From<&PoolSnapshot> for PoolView {
             pool_id: p.pool_id.to_string(),
             snapshot: p.snapshot,
             revision: p.revision,
-            source: "file".into(),
+            source: p.source.into(),
             engine: p.engine.clone(),
             engine_version: lead.as_ref().map(|l| l.engine_version.clone()).unwrap_or_default(),
             model_id: p.model_id.clone(),

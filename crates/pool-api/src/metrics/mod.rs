@@ -42,6 +42,7 @@ pub struct Metrics {
     exits: Counters,
     breaker_opens: Counters,
     drains: Counters,
+    reloads: Counters,
     granted: Counters,
     refused: Counters,
     start_duration: Histograms,
@@ -68,6 +69,7 @@ impl Default for Metrics {
         let exits = counters(names::EXITS);
         let breaker_opens = counters(names::BREAKER_OPENS);
         let drains = counters(names::DRAINS);
+        let reloads = counters(names::RELOADS);
         let granted = counters(names::LEASES_GRANTED);
         let refused = counters(names::LEASES_REFUSED);
         let start_duration = Histograms::new_with_constructor(Buckets);
@@ -83,6 +85,7 @@ impl Default for Metrics {
             exits,
             breaker_opens,
             drains,
+            reloads,
             granted,
             refused,
             start_duration,
@@ -128,6 +131,9 @@ impl Metrics {
                 count(&self.drains, &labels);
                 self.drain_duration.get_or_create(&labels).observe(took.as_secs_f64());
             }
+            EventKind::Reloaded => count(&self.reloads, &of(key, &[("outcome", "reloaded")])),
+            EventKind::ReloadUndone { .. } => count(&self.reloads, &of(key, &[("outcome", "undone")])),
+            EventKind::ReloadBroken => count(&self.reloads, &of(key, &[("outcome", "broken")])),
             EventKind::LeaseGranted => count(&self.granted, &of(key, &[])),
             EventKind::LeaseRefused { reason } => count(&self.refused, &of(key, &[("reason", reason)])),
             EventKind::Suspected { .. }
@@ -139,6 +145,7 @@ impl Metrics {
             | EventKind::Fenced
             | EventKind::Unfenced
             | EventKind::StartDelayed { .. }
+            | EventKind::ReloadStarted
             | EventKind::DeviceSuspected { .. }
             | EventKind::DeviceReadmitted { .. } => {}
         }

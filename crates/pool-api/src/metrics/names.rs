@@ -40,6 +40,8 @@ metrics! {
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
     LEASES_GRANTED = "leases_granted_total", "counter", REPLICA, "Leases granted";
+    RELOADS = "reloads_total", "counter", &["pool_id", "replica_id", "outcome"],
+        "Reloads that ended: in the new spec, in the old one as it was, or in neither";
     LEASES_REFUSED = "leases_refused_total", "counter", &["pool_id", "replica_id", "reason"],
         "Leases refused, by reason";
     START_DURATION = "engine_start_duration_seconds", "histogram", REPLICA,

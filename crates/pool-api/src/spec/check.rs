@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use pool_domain::estimate::KvType;
+use pool_domain::isolation::{Isolation, RunAsError};
 use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
 use pool_domain::plan::Split;
 use pool_domain::split::{MAX_DEVICES, SplitRatios};
 use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceMask, EngineName, ModelRef};
-use pool_services::{Activation, Workload};
+use pool_services::{Activation, ReloadPolicy, Workload};
 use thiserror::Error;
 
 use super::{
-    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, MaskText,
-    OnDeadlineText, PoolSpec, SplitText, StrategyText, VramText, WorkloadText,
+    ActivationText, BackoffTable, BreakerTable, DevicesText, DrainTable, DurationText, HealthTable, IsolationTable,
+    MaskText, PoolSpec, ReloadTable, SizeText, SplitText, VramText, WorkloadText,
 };
 
 /// What a pool gets from its surroundings when it does not say.
@@ -36,10 +37,6 @@ fn wrong<T>(field: &'static str, message: impl Into<String>) -> Result<T, SpecEr
     Err(SpecError { field, message: message.into() })
 }
 
-fn unsupported(field: &'static str, given: bool) -> Result<(), SpecError> {
-    if given { wrong(field, "is not supported yet: leave it out") } else { Ok(()) }
-}
-
 fn time(text: Option<DurationText>, default: Duration) -> Duration {
     text.map_or(default, DurationText::into_value)
 }
@@ -52,6 +49,7 @@ fn some_time(field: &'static str, text: Option<DurationText>, default: Duration)
 /// What the admission word can count.
 const MAX_SLOTS: u16 = 32_767;
 const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(24 * 3600);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
 
 impl PoolSpec {
@@ -60,7 +58,6 @@ impl PoolSpec {
     /// # Errors
     /// When values contradict each other, can never take effect, or ask for what this version does not do.
     pub fn check(self, defaults: &Defaults) -> Result<pool_services::PoolSpec, SpecError> {
-        self.refuse_unsupported()?;
         let engine = match self.engine {
             Some(e) => e.into_value(),
             None => default_engine()?,
@@ -69,8 +66,8 @@ impl PoolSpec {
         if matches!(model, ModelRef::Stub(_)) && engine.as_str() == "llama.cpp" {
             return wrong("model", "only a stub engine serves a stub: model: write engine = \"stub\"");
         }
-        if let Some(arg) = self.args.iter().find(|a| a.contains('\0')) {
-            return wrong("args", format!("{arg:?} holds a NUL byte"));
+        if let Some(arg) = self.args.iter().find(|arg| arg.chars().any(char::is_control)) {
+            return wrong("args", format!("{arg:?} holds a control character"));
         }
         let replicas = self.replicas.unwrap_or(1);
         if !(1..=64).contains(&replicas) {
@@ -111,6 +108,8 @@ impl PoolSpec {
             },
             devices: masks(self.devices, replicas)?,
             replicas,
+            idle_ttl: self.idle_ttl.map(|ttl| some_time("idle_ttl", Some(ttl), SECOND)).transpose()?,
+            pin: self.pin.unwrap_or(false),
             activation: match self.activation {
                 Some(ActivationText::Preload) => Activation::Preload,
                 Some(ActivationText::OnDemand) => Activation::OnDemand,
@@ -123,28 +122,11 @@ impl PoolSpec {
             vram: self.vram.and_then(VramText::into_value),
             aliases: self.aliases,
             policy,
+            isolation: isolation(self.isolation.unwrap_or_default())?,
             on_deadline: drain.on_deadline.map_or(OnDeadline::Force, OnDeadline::from),
             drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
+            reload: reload(self.reload.unwrap_or_default())?,
         })
-    }
-
-    fn refuse_unsupported(&self) -> Result<(), SpecError> {
-        if let Some(h) = &self.health {
-            unsupported("health.busy_stall", h.busy_stall.is_some())?;
-            unsupported("health.canary", h.canary.is_some())?;
-        }
-        if let Some(r) = &self.reload {
-            unsupported("reload.strategy", !matches!(r.strategy, None | Some(StrategyText::Auto)))?;
-            unsupported("reload.deadline", r.deadline.is_some())?;
-            unsupported("reload.on_deadline", !matches!(r.on_deadline, None | Some(OnDeadlineText::Abort)))?;
-            unsupported("reload.probation", r.probation.is_some())?;
-        }
-        if let Some(i) = &self.isolation {
-            unsupported("isolation.run_as", i.run_as.is_some())?;
-            unsupported("isolation.memory_max", i.memory_max.is_some())?;
-            unsupported("isolation.nofile", i.nofile.is_some())?;
-        }
-        Ok(())
     }
 }
 
@@ -229,11 +211,46 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         interval: some_time("health.interval", t.interval, health.interval)?,
         timeout: some_time("health.timeout", t.timeout, health.timeout)?,
         failures: t.failures.unwrap_or(health.failures),
+        busy_stall: some_time("health.busy_stall", t.busy_stall, health.busy_stall)?,
+        canary: t.canary.unwrap_or(health.canary),
     };
     if health.failures < 2 {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");
     }
     Ok(Policy { start, health, ..Policy::default() })
+}
+
+/// Less, and nothing could start.
+const LEAST_MEMORY: u64 = 16 << 20;
+const NOFILE: std::ops::RangeInclusive<u64> = 64..=1 << 20;
+
+fn isolation(t: IsolationTable) -> Result<Isolation, SpecError> {
+    let memory_max = t.memory_max.map(SizeText::into_value);
+    if memory_max.is_some_and(|bytes| bytes < LEAST_MEMORY) {
+        return wrong("isolation.memory_max", "is less than 16 MiB, in which no engine can start");
+    }
+    if let Some(nofile) = t.nofile.filter(|n| !NOFILE.contains(n)) {
+        return wrong("isolation.nofile", format!("{nofile} is outside {} to {}", NOFILE.start(), NOFILE.end()));
+    }
+    let run_as = t.run_as.map(|text| text.parse().or_else(|e: RunAsError| wrong("isolation.run_as", e.to_string())));
+    Ok(Isolation { run_as: run_as.transpose()?, memory_max, nofile: t.nofile })
+}
+
+fn reload(t: ReloadTable) -> Result<ReloadPolicy, SpecError> {
+    let default = ReloadPolicy::default();
+    let policy = ReloadPolicy {
+        strategy: t.strategy.map_or(default.strategy, Into::into),
+        deadline: some_time("reload.deadline", t.deadline, default.deadline)?,
+        on_deadline: t.on_deadline.map_or(default.on_deadline, Into::into),
+        probation: time(t.probation, default.probation),
+    };
+    if policy.deadline > DAY {
+        return wrong("reload.deadline", "is longer than a day");
+    }
+    if policy.probation > DAY {
+        return wrong("reload.probation", "is longer than a day");
+    }
+    Ok(policy)
 }
 
 fn stop(t: &DrainTable) -> StopPolicy {

@@ -3,6 +3,7 @@
 mod check;
 mod text;
 
+use pool_domain::rollout::Strategy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +45,7 @@ pub enum OnDeadlineText {
 
 /// How a reload replaces an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum StrategyText {
     /// The best that fits.
@@ -110,10 +112,12 @@ tables! {
         timeout: DurationText,
         /// Misses in a row that end it, at least 2; default 3.
         failures: u32,
-        /// Not supported yet.
+        /// Longest time a busy engine may show no progress while it may read a prompt, where its kind does not tell how
+        /// far; default `"5m"`. Everything else that stands still is ended by `failures` misses.
         busy_stall: DurationText,
-        /// Not supported yet.
-        canary: DurationText,
+        /// Whether an idle engine is asked for one token each `interval`; default true. With `false` an idle engine that
+        /// hangs is found only by the next request.
+        canary: bool,
     }
     /// `[pool.drain]`: how a drain goes unless it says otherwise.
     DrainTable {
@@ -124,24 +128,28 @@ tables! {
         /// Time between TERM and KILL; default `"30s"`.
         stop_grace: DurationText,
     }
-    /// `[pool.reload]`: only its defaults are supported yet.
+    /// `[pool.reload]`: how a reload goes unless it says otherwise.
     ReloadTable {
-        /// Default `"auto"`.
+        /// How engines are replaced; default `"auto"`.
         strategy: StrategyText,
-        /// Not supported yet.
+        /// Time for the whole of it; default `"15m"`.
         deadline: DurationText,
-        /// Default `"abort"`.
+        /// What happens then; default `"abort"`: the old engines serve on.
         on_deadline: OnDeadlineText,
-        /// Not supported yet.
+        /// Time after it in which a failure of the new engines brings the old ones back, at most a day; default `"60s"`,
+        /// `"0s"` is none.
         probation: DurationText,
     }
-    /// `[pool.isolation]`: not supported yet.
+    /// `[pool.isolation]`: what an engine is kept from.
     IsolationTable {
-        /// Not supported yet.
+        /// Who its engines run as, without any capability: a user name or a uid, with the groups that the machine gives that
+        /// user (`video` and `render` for /dev/dri), or `"uid:gid"` for that one group. Needs root, or CAP_SETUID,
+        /// CAP_SETGID, CAP_KILL and CAP_SYS_PTRACE; default: as the daemon.
         run_as: String,
-        /// Not supported yet.
+        /// Most of the host's memory that an engine may use, without swap; the kernel ends one that needs more. At least
+        /// 16 MiB; default: no limit.
         memory_max: SizeText,
-        /// Not supported yet.
+        /// Most files that an engine may have open; default 65536, or the daemon's own hard limit if that is less.
         nofile: u64,
     }
 }
@@ -175,7 +183,8 @@ pub struct PoolSpec {
     /// When they start; the default is the profile's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation: Option<ActivationText>,
-    /// Time without requests after which an on-demand pool may stop. Read and kept; nothing stops for it yet.
+    /// Time without requests after which an on-demand pool stops; without it, never. Read and kept; nothing stops for it
+    /// yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle_ttl: Option<DurationText>,
     /// Never evicted for another pool. Read and kept; nothing is evicted yet, so every pool is.
@@ -218,6 +227,28 @@ pub struct PoolSpec {
     /// What an engine may use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<IsolationTable>,
+}
+
+impl From<StrategyText> for Strategy {
+    fn from(s: StrategyText) -> Self {
+        match s {
+            StrategyText::Auto => Self::Auto,
+            StrategyText::InPlace => Self::InPlace,
+            StrategyText::Overlap => Self::Overlap,
+            StrategyText::Rolling => Self::Rolling,
+        }
+    }
+}
+
+impl From<Strategy> for StrategyText {
+    fn from(s: Strategy) -> Self {
+        match s {
+            Strategy::Auto => Self::Auto,
+            Strategy::InPlace => Self::InPlace,
+            Strategy::Overlap => Self::Overlap,
+            Strategy::Rolling => Self::Rolling,
+        }
+    }
 }
 
 impl From<OnDeadlineText> for pool_domain::lifecycle::OnDeadline {

@@ -18,8 +18,8 @@ use pool_domain::{
 use pool_services::control::{Lease, PlacementRequest, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
-    ControlError, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl, PoolSnapshot,
-    ReplicaSnapshot,
+    ControlError, Declared, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl,
+    PoolSnapshot, ReloadRequest, ReplicaSnapshot,
 };
 
 /// Answers for the pool `chat`; every verb fails with `error` where it is set.
@@ -72,6 +72,7 @@ pub(crate) fn chat() -> PoolSnapshot {
         pool_id: id("chat"),
         snapshot: 9,
         revision: 1,
+        source: "file",
         engine: "stub".into(),
         model: "stub:tiny".into(),
         model_id: "tiny".into(),
@@ -162,6 +163,36 @@ impl PoolControl for Fake {
     }
     async fn stop(&self, id: &PoolId) -> Result<Operation, ControlError> {
         self.begin(id, "stop")
+    }
+    async fn declare(&self, declared: Declared, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        assert!(!self.panics, "a bug with /secret/path");
+        match (&self.error, declared.spec.id.as_str()) {
+            (Some(e), _) => Err(e.clone()),
+            (None, "chat") => {
+                let mut op = operation("declare", OperationState::Running);
+                op.progress = format!("{:?} {if_match:?} {}", declared.source, declared.document);
+                Ok(op)
+            }
+            (None, _) => Err(ControlError::PoolInFile(declared.spec.id.to_string())),
+        }
+    }
+    async fn remove(&self, id: &PoolId, if_match: Option<u64>) -> Result<Operation, ControlError> {
+        let mut op = self.begin(id, "remove")?;
+        op.progress = format!("{if_match:?}");
+        Ok(op)
+    }
+    async fn reload(&self, id: &PoolId, r: ReloadRequest) -> Result<Operation, ControlError> {
+        let mut op = self.begin(id, "reload")?;
+        let document = r.declared.map(|(_, document)| document);
+        op.progress = format!("{document:?} {:?} {:?} {:?} {:?}", r.if_match, r.strategy, r.deadline, r.on_deadline);
+        Ok(op)
+    }
+    async fn rollback(&self, id: &PoolId) -> Result<Operation, ControlError> {
+        self.begin(id, "rollback")
+    }
+    async fn document(&self, id: &PoolId) -> Result<(u64, String), ControlError> {
+        self.check(id)?;
+        Ok((3, r#"{"id":"chat","model":"stub:tiny","engine":"stub","slots":2,"drain":{"deadline":"5s"}}"#.into()))
     }
     async fn reset_breaker(&self, id: &PoolId) -> Result<(), ControlError> {
         self.check(id)

@@ -73,6 +73,8 @@ pub enum Fact {
     Adopted(Option<Proof>),
     /// It is not, but it is ours to end.
     NotAdopted(Failure),
+    /// Nothing is to be tried again by itself; what serves goes on.
+    GivenUp(Failure),
 }
 
 /// Anything that can happen.

@@ -319,6 +319,7 @@ impl Replica {
                 }
                 _ => Vec::new(),
             },
+            Fact::GivenUp(failure) => self.give_up(failure, cx),
             Fact::NotAdopted(failure) => match self.state {
                 State::Adopting { .. } => {
                     self.last_failure = Some((cx.now, failure));
@@ -326,6 +327,30 @@ impl Replica {
                 }
                 _ => Vec::new(),
             },
+        }
+    }
+
+    fn give_up(&mut self, failure: Failure, cx: &Cx<'_>) -> Vec<Action> {
+        match &mut self.state {
+            State::Ready { .. } | State::Suspect { .. } | State::Draining { .. } | State::Adopting { .. } => Vec::new(),
+            State::Stopping { then, .. } | State::Fenced { then, .. } => {
+                *then = Then::Fail(failure);
+                Vec::new()
+            }
+            State::Starting { .. } | State::Warming { .. } => {
+                self.breaker.inconclusive(cx.now);
+                self.stop(cx.policy.stop.forced_grace(), Then::Fail(failure), cx)
+            }
+            State::Idle
+            | State::Staging { .. }
+            | State::Preparing { .. }
+            | State::Waiting { .. }
+            | State::Failed { .. } => {
+                self.breaker.inconclusive(cx.now);
+                self.last_failure = Some((cx.now, failure.clone()));
+                self.state = State::Failed { since: cx.now, failure };
+                vec![Action::CancelWork]
+            }
         }
     }
 

@@ -65,6 +65,7 @@ fn fact() -> impl Strategy<Value = Fact> {
         1 => Just(Fact::LeasesDone),
         1 => any::<bool>().prop_map(|p| Fact::Adopted(p.then(proof))),
         1 => failure().prop_map(Fact::NotAdopted),
+        1 => failure().prop_map(Fact::GivenUp),
     ]
 }
 

@@ -112,6 +112,7 @@ fn events() -> Vec<(&'static str, Event)> {
         fact("adopted, ready", Fact::Adopted(Some(proof()))),
         fact("adopted, starting", Fact::Adopted(None)),
         fact("not adopted", Fact::NotAdopted(crash())),
+        fact("given up", Fact::GivenUp(crash())),
         ("deadline", Event::Timer),
     ]
 }

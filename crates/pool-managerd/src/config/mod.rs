@@ -140,10 +140,12 @@ impl Config {
         self.source.file.as_deref()
     }
 
-    /// An error about a key of one of the pools, found out later than the file was read.
+    /// An error about a key of one of the pools, dotted below the pool, found out later than the file was read.
     #[must_use]
     pub fn pool_error(&self, index: usize, key: &str, message: impl Into<String>) -> ConfigError {
-        self.source.error(At::Key(&[Step::Key("pool"), Step::Index(index), Step::Key(key)]), message)
+        let mut path = vec![Step::Key("pool"), Step::Index(index)];
+        path.extend(key.split('.').map(Step::Key));
+        self.source.error(At::Key(&path), message)
     }
 
     /// An error about a key of a section.

@@ -7,6 +7,8 @@
     reason = "a test outside the daemon has no tokio clock; bounds are wall time"
 )]
 
+pub mod stream;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -144,7 +146,12 @@ impl Daemon {
 
     /// With the config that lies in the directory.
     pub fn start_in_place(dir: tempfile::TempDir) -> Self {
-        let mut child = binary()
+        Self::start_as(binary(), dir)
+    }
+
+    /// By a command of the caller's, to which what it serves is added.
+    pub fn start_as(mut command: Command, dir: tempfile::TempDir) -> Self {
+        let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(dir.path().join("pool-managerd.toml"))
             .stdin(Stdio::null())
@@ -183,7 +190,7 @@ impl Daemon {
         (code, self.into_dir())
     }
 
-    fn into_dir(mut self) -> tempfile::TempDir {
+    pub fn into_dir(mut self) -> tempfile::TempDir {
         std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
     }
 
@@ -279,6 +286,8 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
             signal(self.child.id(), "TERM");
+            // It may have been stopped, and would not hear.
+            signal(self.child.id(), "CONT");
             let _ = self.child.wait();
         }
     }

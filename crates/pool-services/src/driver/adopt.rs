@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
+use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 
 use super::work::prove;
@@ -31,7 +33,7 @@ impl Driver {
     /// `hold`: the pool is not to run.
     pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
         let Found { record, outcome, gone: _ } = found;
-        let changed = record.fingerprint != self.spec.fingerprint(self.key.replica.0);
+        let changed = record.fingerprint != self.spec.fingerprint(self.place);
         let (engine, refused) = match outcome {
             Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
             Err(NotAdopted { why, rest }) => (rest, Some(why)),
@@ -44,7 +46,8 @@ impl Driver {
         let generation = record.generation;
         let end = record.phase == Phase::Stopping || hold && (record.phase == Phase::Starting || refused.is_some());
         let drain = match &record.phase {
-            Phase::Draining { deadline, on_deadline, .. } => Some((*deadline, *on_deadline)),
+            // Without a hold it was a reload that was not committed: it is undone.
+            Phase::Draining { deadline, on_deadline, .. } if hold => Some((*deadline, *on_deadline)),
             Phase::Ready { .. } if hold => Some((self.clock.now() + self.spec.drain_deadline, self.spec.on_deadline)),
             _ => None,
         };
@@ -61,6 +64,7 @@ impl Driver {
             args: Vec::new(),
             env: Vec::new(),
             endpoint: record.endpoint.clone(),
+            confinement: Default::default(),
             engine_version: record.engine_version.clone(),
         });
         self.attempt.engine = engine;
@@ -71,14 +75,8 @@ impl Driver {
         if end {
             self.stop_adopted();
         }
+        reached(Point::AfterTakeOver);
         self.publish();
-    }
-
-    /// A person wants it to go on.
-    pub(super) fn call_off_drain(&mut self) {
-        if matches!(self.replica.state, State::Adopting { .. }) {
-            self.attempt.drain = None;
-        }
     }
 
     fn stop_adopted(&mut self) {
@@ -242,13 +240,20 @@ impl Driver {
 
 /// Whether it says that it serves, and not that it is idle. Who does not say is taken for busy, as in every check.
 async fn may_be_busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> bool {
-    let asked = async { probe.up(endpoint).await == Up::Serving && probe.busy(endpoint).await != Some(0) };
+    let asked = async {
+        let idle = matches!(probe.signals(endpoint).await, Work::Told(signals) if signals.running == 0);
+        !idle && matches!(probe.up(endpoint).await, Up::Serving | Up::Overloaded(_))
+    };
     tokio::time::timeout(PROBE_TIMEOUT, asked).await.unwrap_or(false)
 }
 
-async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
-    // Who does not say has nothing that could be waited for.
-    tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().unwrap_or(0)
+/// Requests that an engine says it works on.
+pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
+    match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
+        Ok(Work::Told(signals)) => u16::try_from(signals.running).unwrap_or(u16::MAX),
+        // Who does not say has nothing that could be waited for.
+        Ok(Work::Untold | Work::Silent) | Err(_) => 0,
+    }
 }
 
 fn config(why: &str) -> Failure {

@@ -2,13 +2,14 @@
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
 mod adopt;
+mod health;
 mod memory;
 mod scribe;
 mod tell;
 mod work;
 
-pub(crate) use adopt::Found;
-pub(crate) use memory::Memory;
+pub(crate) use adopt::{Found, busy};
+pub(crate) use memory::{Memory, Remembered};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
@@ -16,6 +17,7 @@ use scribe::Scribe;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -29,7 +31,7 @@ use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
 };
-use crate::snapshot::ReplicaSnapshot;
+use crate::snapshot::{LastError, ReplicaSnapshot};
 use crate::spec::PoolSpec;
 
 /// The ports, shared by every task.
@@ -84,6 +86,10 @@ pub(crate) enum DriverCommand {
     Unblock,
     /// A person says that nothing of the engine is left.
     Unfence,
+    /// Nothing is to be tried again by itself.
+    GiveUp(Failure),
+    /// What the next start makes the engine from.
+    Respec(Arc<PoolSpec>),
     /// The daemon ends and its engines live on: leave everything as it is.
     Leave,
 }
@@ -157,6 +163,8 @@ struct Attempt {
 pub(crate) struct DriverParts {
     pub(crate) key: ReplicaKey,
     pub(crate) spec: Arc<PoolSpec>,
+    /// Which mask of the spec is its own.
+    pub(crate) place: u16,
     pub(crate) ports: Ports,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
@@ -167,6 +175,8 @@ pub(crate) struct DriverParts {
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
     pub(crate) replica: Replica,
+    /// Its newest failure of before this daemon.
+    pub(crate) last_error: Option<LastError>,
     /// Where its past is kept.
     pub(crate) memory: Memory,
     /// Cancelled when there is no time left: whatever runs is ended at once.
@@ -176,6 +186,7 @@ pub(crate) struct DriverParts {
 pub(crate) struct Driver {
     key: ReplicaKey,
     spec: Arc<PoolSpec>,
+    place: u16,
     policy: Policy,
     replica: Replica,
     ports: Ports,
@@ -194,17 +205,16 @@ pub(crate) struct Driver {
     scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
-    failed_at: Option<SystemTime>,
+    /// The newest failure, also one of before this daemon.
+    last_error: Option<LastError>,
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
-    /// It was to be started while an engine of an earlier daemon was being ended.
-    wake_again: bool,
     last_call: CancellationToken,
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
@@ -227,7 +237,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
-            last_error: None,
+            last_error,
             consecutive_failures: 0,
             last_check_at: None,
             vram_reserved: 0,
@@ -253,6 +263,7 @@ impl Driver {
             scribe: Scribe::start(parts.key.clone(), Arc::clone(&parts.ports.ledger)),
             key: parts.key,
             spec: parts.spec,
+            place: parts.place,
             ports: parts.ports,
             clock: parts.clock,
             rng: fastrand::Rng::with_seed(parts.seed),
@@ -267,11 +278,10 @@ impl Driver {
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
-            failed_at: None,
+            last_error: parts.last_error,
             accused: None,
             attempt_began: now,
             verbs: 0,
-            wake_again: false,
             last_call: parts.last_call,
         }
     }
@@ -320,17 +330,9 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
-                match command {
-                    Command::Wake => {
-                        let ending = matches!(self.replica.state, State::Adopting { .. } | State::Draining { .. });
-                        self.wake_again = ending;
-                    }
-                    Command::Start | Command::Resume => {
-                        self.wake_again = false;
-                        self.call_off_drain();
-                    }
-                    Command::Drain { .. } => self.wake_again = false,
-                    _ => {}
+                if matches!(command, Command::Start | Command::Resume) {
+                    // The last wish wins, also over a drain that goes on once its engine is adopted.
+                    self.attempt.drain = None;
                 }
                 self.step(Event::Command(command));
             }
@@ -349,6 +351,13 @@ impl Driver {
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));
+            }
+            DriverCommand::GiveUp(failure) => {
+                self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
+            }
+            DriverCommand::Respec(spec) => {
+                self.policy = spec.policy;
+                self.spec = spec;
             }
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
@@ -397,6 +406,7 @@ impl Driver {
                 Fact::Prepared
             }
             Report::Launched(engine) => {
+                reached(Point::AfterLaunch);
                 self.watch_exit(Arc::clone(&engine));
                 self.attempt.engine = Some(engine);
                 Fact::Launched
@@ -410,6 +420,7 @@ impl Driver {
         self.ends_while_adopted(&fact);
         self.step(Event::Engine(generation, fact));
         if adopted {
+            reached(Point::AfterAdoptionProof);
             self.go_on();
         }
     }
@@ -420,18 +431,16 @@ impl Driver {
         let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
-            self.failed_at = Some(self.clock.wall());
+            let at = self.clock.wall();
+            let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
+            self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
         }
-        self.memory.keep(self.replica.past());
+        self.memory.keep(self.replica.past(), self.last_error.as_ref());
         self.tell(&before, now, by_hand);
         self.note_phase();
         for action in actions {
             self.act(action);
-        }
-        if self.wake_again && matches!(self.replica.state, State::Stopping { .. } | State::Idle) {
-            self.wake_again = false;
-            self.step(Event::Command(Command::Wake));
         }
     }
 
@@ -469,19 +478,26 @@ impl Driver {
                 self.admission.open(self.replica.generation, slots);
                 self.scribe.want(self.handoff());
             }
-            Action::CloseAdmission => self.admission.close(),
+            Action::CloseAdmission => {
+                self.admission.close();
+                if matches!(self.replica.state, State::Draining { .. }) {
+                    reached(Point::DrainBegun);
+                }
+            }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
+                reached(Point::AfterTerm);
             }
             Action::Kill => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
+                reached(Point::AfterKill);
             }
             Action::AwaitGone => self.await_gone(),
             Action::Adopt => self.check_adopted(),

@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::{Generation, ReplicaKey};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
+use crate::ports::{EngineRecord, Handoff, LedgerError, Phase, StateLedger};
 
 /// Between two tries to write what could not be written.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -19,6 +20,21 @@ enum Kept {
     Record(Box<EngineRecord>),
     /// Nothing of this generation, nor of those before.
     Nothing(Generation),
+}
+
+impl Kept {
+    /// The points before it is written and after.
+    fn points(&self) -> [Option<Point>; 2] {
+        match self {
+            Self::Record(record) => match record.phase {
+                Phase::Starting => [None, None],
+                Phase::Ready { .. } => [Some(Point::BeforeReadyRecord), Some(Point::AfterReadyRecord)],
+                Phase::Draining { .. } => [None, Some(Point::AfterDrainRecord)],
+                Phase::Stopping => [Some(Point::BeforeStopRecord), Some(Point::AfterStopRecord)],
+            },
+            Self::Nothing(_) => [Some(Point::BeforeForget), Some(Point::AfterForget)],
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -100,11 +116,14 @@ async fn write(
     loop {
         let wish = wanted.borrow_and_update().clone();
         if wish.number != written {
+            let [before, after] = wish.kept.as_ref().map(Kept::points).unwrap_or_default();
+            before.into_iter().for_each(reached);
             let done = match &wish.kept {
                 Some(Kept::Record(record)) => ledger.record(record).await,
                 Some(Kept::Nothing(generation)) => ledger.forget(&key, *generation).await,
                 None => Ok(()),
             };
+            after.into_iter().for_each(reached);
             if well(done) {
                 written = wish.number;
             }
@@ -112,7 +131,12 @@ async fn write(
         }
         if stands.as_ref() != Some(&wish.handoff) {
             let done = match &wish.handoff {
-                Some(handoff) => ledger.publish_handoff(handoff).await,
+                Some(handoff) => {
+                    reached(Point::BeforeHandoff);
+                    let done = ledger.publish_handoff(handoff).await;
+                    reached(Point::AfterHandoff);
+                    done
+                }
                 None => ledger.withdraw_handoff(&key).await,
             };
             stands = well(done).then(|| wish.handoff.clone());

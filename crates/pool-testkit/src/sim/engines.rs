@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
+use pool_domain::liveness::{Signals, SlotWork, Work};
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, ModelRef};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, ModelStore, NotAdmitted,
-    NotAdopted, Phase, PrepareRequest, PreparedEngine, ResolvedModel, RunningEngine, Up,
+    NotAdopted, Phase, PrepareRequest, PreparedEngine, ResolvedModel, RunningEngine, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -179,6 +180,7 @@ impl EngineProvisioner for World {
             entry: Some("/sim/engine".into()),
             args: Vec::new(),
             env: Vec::new(),
+            confinement: Default::default(),
             endpoint: Endpoint {
                 addr: request.listen,
                 kind: "sim".into(),
@@ -316,10 +318,10 @@ impl EngineProbe for World {
         }
         Ok(Identity { model: endpoint.model.clone(), slots: 0, version: None })
     }
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure> {
         let lost = || Failure::new(FailureClass::Health, "the connection was lost");
         if self.plant == Plant::WorkSkipped {
-            return Ok(());
+            return Ok(Worked::Done);
         }
         let (at, now) = self.at(endpoint.addr).ok_or_else(lost)?;
         if now.hangs {
@@ -345,15 +347,22 @@ impl EngineProbe for World {
             return Err(lost());
         }
         self.put(&mut inner, What::Worked(pid));
-        Ok(())
+        Ok(Worked::Done)
     }
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16> {
-        let (at, now) = self.at(endpoint.addr)?;
-        match self.plant {
-            Plant::NeverIdle => None,
-            Plant::BusyUnasked => Some(0),
-            _ => now.busy.map(|others| others + self.lock().engines[at].requests),
-        }
+    async fn signals(&self, endpoint: &Endpoint) -> Work {
+        let Some((at, now)) = self.at(endpoint.addr) else { return Work::Untold };
+        let inner = self.lock();
+        let engine = &inner.engines[at];
+        let running = match (self.plant, now.busy) {
+            (Plant::NeverIdle, _) | (_, None) => return Work::Untold,
+            (Plant::BusyUnasked, _) => 0,
+            (_, Some(others)) => u32::from(others + engine.requests),
+        };
+        // A token every millisecond, until it hangs.
+        let age = u64::try_from(inner.now().saturating_sub(engine.began).as_millis()).unwrap_or(u64::MAX);
+        let decoded = if now.hangs { 0 } else { 1 + age };
+        let slots = (0..running).map(|slot| SlotWork { slot, task: 1, prompt: 0, decoded }).collect();
+        Work::Told(Signals { running, slots, prefill_told: true, ..Signals::default() })
     }
 }
 

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
+use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
+use pool_services::snapshot::LastError;
 
 use super::Plant;
 use super::world::World;
@@ -20,6 +22,10 @@ pub(super) struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     pub(super) records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    last_errors: BTreeMap<ReplicaKey, LastError>,
+    /// With the boot in which they were noted.
+    suspicions: (u32, Suspicions),
+    stored: BTreeMap<PoolId, StoredPool>,
 }
 
 impl World {
@@ -99,15 +105,36 @@ impl StateLedger for World {
             None => Past::default(),
         }
     }
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError> {
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError> {
         if self.plant == Plant::PastForgotten {
             return Ok(());
         }
         let boot = self.lock().boot;
         self.write(|f| {
             f.pasts.insert(key.clone(), (boot, past, now));
+            f.last_errors.extend(last_error.map(|e| (key.clone(), e.clone())));
         })
         .await
+    }
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
+        self.call().await;
+        self.lock().facts.last_errors.get(key).cloned()
+    }
+    async fn suspicions(&self) -> Suspicions {
+        self.call().await;
+        let inner = self.lock();
+        let (boot, suspicions) = &inner.facts.suspicions;
+        if *boot == inner.boot { suspicions.clone() } else { Suspicions::default() }
+    }
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+        let boot = self.lock().boot;
+        self.write(|f| f.suspicions = (boot, suspicions.clone())).await
     }
     async fn held(&self, pool: &PoolId) -> bool {
         self.call().await;
@@ -164,6 +191,30 @@ impl StateLedger for World {
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError> {
         self.write(|f| {
             f.learnt.insert((pool.clone(), key.clone()), correction);
+        })
+        .await
+    }
+    async fn stored_pools(&self) -> Vec<StoredPool> {
+        self.call().await;
+        self.lock().facts.stored.values().cloned().collect()
+    }
+    async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.stored.insert(pool.pool.clone(), pool.clone());
+        })
+        .await
+    }
+    async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.stored.remove(pool);
+        })
+        .await
+    }
+    async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
+        self.write(|f| {
+            f.held.remove(pool);
+            f.pasts.retain(|key, _| key.pool != *pool);
+            f.learnt.retain(|(of, _), _| of != pool);
         })
         .await
     }

@@ -147,7 +147,12 @@ fn policy(rng: &mut Rng) -> Policy {
         backoff: backoff.unwrap_or_default(),
         breaker: breaker.unwrap_or_default(),
         start: StartPolicy { stall: seconds(rng, 15..=40), max: seconds(rng, 60..=120) },
-        health: HealthPolicy { interval: seconds(rng, 2..=10), timeout: seconds(rng, 1..=5), failures: rng.u32(2..=4) },
+        health: HealthPolicy {
+            interval: seconds(rng, 2..=10),
+            timeout: seconds(rng, 1..=5),
+            failures: rng.u32(2..=4),
+            ..HealthPolicy::default()
+        },
         stop: StopPolicy { grace: seconds(rng, 0..=30), prove: seconds(rng, 2..=10) },
     }
 }

@@ -1,0 +1,290 @@
+//! The conductor of a pool: the only writer of its hold and its operations. It commands the drivers of its replicas
+//! and sums up what they publish.
+
+mod operations;
+mod reload;
+
+pub(crate) use reload::{Made, Probation, Reload, Running};
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pool_domain::lifecycle::{Command, OnDeadline};
+use pool_domain::{ReplicaKey, Tick};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+use crate::admission::Admission;
+use crate::control::{ControlError, DrainOptions, Operation, OperationState};
+use crate::declared::Source;
+use crate::driver::{DriverCommand, Published};
+use crate::events::EventKind;
+use crate::hold::Hold;
+use crate::node::Node;
+use crate::roster::{Roster, Seat};
+use crate::snapshot::PoolSnapshot;
+use crate::spec::Activation;
+
+/// Operations remembered per pool.
+const REMEMBERED: usize = 32;
+
+/// A wish of a person or program.
+#[derive(Debug, Clone)]
+pub(crate) enum Wish {
+    Preload,
+    Drain(DrainOptions),
+    Resume,
+    Stop,
+    /// Somebody wants a lease of a pool that rests.
+    Demand,
+    ResetBreaker,
+    /// The daemon ends: stop without leaving a hold.
+    Shutdown,
+    /// The daemon ends and its engines live on.
+    Leave,
+    /// Drain, then end: the pool is no more.
+    Remove,
+    /// To be made from another spec.
+    Reload(Box<Reload>),
+    /// To be made from the spec before the last reload.
+    Rollback,
+}
+
+pub(crate) type Answer = Result<Operation, ControlError>;
+
+#[derive(Debug)]
+pub(crate) struct ConductorCommand {
+    pub(crate) wish: Wish,
+    pub(crate) answer: oneshot::Sender<Answer>,
+}
+
+/// What the conductor tells upwards.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PoolFacts {
+    pub(crate) snapshot: PoolSnapshot,
+    pub(crate) operations: VecDeque<Operation>,
+    /// When each replica's next start is due, where one is planned.
+    pub(crate) next_starts: Vec<Option<Tick>>,
+}
+
+/// A replica of the pool; its driver ends with this.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub(crate) key: ReplicaKey,
+    /// Which mask of the spec is its own.
+    pub(crate) place: u16,
+    pub(crate) commands: mpsc::Sender<DriverCommand>,
+    pub(crate) published: watch::Receiver<Published>,
+    pub(crate) admission: Arc<Admission>,
+    pub(crate) serves: bool,
+    /// Verbs sent to it so far.
+    pub(crate) sent: u64,
+}
+
+impl Member {
+    /// What others see of it.
+    pub(crate) fn seat(&self) -> Seat {
+        Seat {
+            key: self.key.clone(),
+            published: self.published.clone(),
+            commands: self.commands.downgrade(),
+            admission: Arc::clone(&self.admission),
+            serves: self.serves,
+        }
+    }
+
+    async fn command(&mut self, command: Command) {
+        self.sent += 1;
+        // Drivers never wait for their conductor, so this cannot deadlock.
+        let _ended = self.commands.send(DriverCommand::Verb(command)).await;
+    }
+
+    fn at_rest(&self) -> bool {
+        self.published.borrow().state.at_rest()
+    }
+}
+
+pub(crate) struct Conductor {
+    /// What the pool is made from, and what it was made from before the last reload.
+    pub(crate) made: Made,
+    pub(crate) source: Source,
+    pub(crate) previous: Option<Made>,
+    pub(crate) revision: u64,
+    /// The reload under way, and the one that is wanted after it.
+    pub(crate) running: Option<Running>,
+    pub(crate) queued: Option<(Reload, String)>,
+    pub(crate) probation: Option<Probation>,
+    pub(crate) node: Node,
+    pub(crate) members: Vec<Member>,
+    pub(crate) bell: Arc<Notify>,
+    pub(crate) commands: mpsc::Receiver<ConductorCommand>,
+    pub(crate) facts: watch::Sender<PoolFacts>,
+    pub(crate) roster: watch::Sender<Arc<Roster>>,
+    pub(crate) hold: Hold,
+    /// Operations begun so far.
+    pub(crate) begun: u64,
+    /// The pool is ending: nothing is started any more.
+    pub(crate) ending: bool,
+    /// Its drivers have ended and left their engines as they are.
+    pub(crate) left: bool,
+}
+
+impl Conductor {
+    /// Runs until nobody can command it any more; the drivers end with it.
+    pub(crate) async fn run(mut self) {
+        if self.made.spec.activation == Activation::Preload && !self.hold.held() {
+            self.command_all(Command::Wake).await;
+        }
+        loop {
+            let late = self.reload_deadline();
+            let mut found = None;
+            tokio::select! {
+                biased;
+                () = self.bell.notified() => {}
+                verdict = Self::verdict(&mut self.running) => found = Some(verdict),
+                () = self.node.clock.sleep_until(late) => self.reload_is_late(),
+                command = self.commands.recv() => match command {
+                    Some(ConductorCommand { wish, answer }) => {
+                        let result = self.carry_out(wish).await;
+                        let written = self.hold.tried();
+                        tokio::spawn(async move {
+                            written.await;
+                            // The asker may be gone; what was asked for goes on.
+                            let _ = answer.send(result);
+                        });
+                    }
+                    None => return,
+                },
+            }
+            self.advance(found).await;
+            self.heed_probation().await;
+            if self.running.is_none() {
+                self.let_go();
+            }
+            self.publish();
+            if self.left {
+                return;
+            }
+            if self.ending && self.members.iter().all(Member::at_rest) {
+                // Without commands drivers end, and with them their channels, once all was written down.
+                let ends: Vec<_> = self.members.drain(..).map(|m| m.published).collect();
+                for mut published in ends {
+                    while published.changed().await.is_ok() {}
+                }
+                return;
+            }
+        }
+    }
+
+    async fn command_all(&mut self, command: Command) {
+        for member in self.members.iter_mut().filter(|m| m.serves || self.ending) {
+            member.command(command).await;
+        }
+    }
+
+    async fn carry_out(&mut self, wish: Wish) -> Answer {
+        if self.ending {
+            return Err(ControlError::Unreachable("the pool is stopping".into()));
+        }
+        self.wish_during_reload(&wish)?;
+        let verb = match wish {
+            Wish::Reload(reload) => return Ok(self.reload(*reload, "reload")),
+            Wish::Rollback => {
+                let reload = Reload::back(self.before()?);
+                return Ok(self.reload(reload, "rollback"));
+            }
+            Wish::Shutdown => {
+                self.ending = true;
+                self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
+                "shutdown"
+            }
+            Wish::Leave => {
+                self.ending = true;
+                for member in &self.members {
+                    let _ended = member.commands.send(DriverCommand::Leave).await;
+                    member.commands.closed().await;
+                }
+                self.left = true;
+                "leave"
+            }
+            Wish::Remove => {
+                self.ending = true;
+                let (deadline, on_deadline) = (self.made.spec.drain_deadline, OnDeadline::Force);
+                self.command_all(Command::Drain { deadline, on_deadline }).await;
+                "remove"
+            }
+            Wish::Preload => {
+                self.hold.set(false);
+                self.command_all(Command::Start).await;
+                "preload"
+            }
+            Wish::Demand => {
+                if !self.hold.held() {
+                    self.command_all(Command::Wake).await;
+                }
+                "preload"
+            }
+            Wish::Drain(o) => {
+                let deadline = o.deadline.unwrap_or(self.made.spec.drain_deadline);
+                self.command_all(Command::Drain {
+                    deadline,
+                    on_deadline: o.on_deadline.unwrap_or(self.made.spec.on_deadline),
+                })
+                .await;
+                self.hold.set(true);
+                "drain"
+            }
+            Wish::Stop => {
+                self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
+                self.hold.set(true);
+                "stop"
+            }
+            Wish::Resume => {
+                // What a running drain has stopped already comes back, too.
+                let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
+                let draining = self.facts.borrow().operations.iter().any(drains);
+                self.hold.set(false);
+                self.command_all(Command::Resume).await;
+                if draining || self.made.spec.activation == Activation::Preload {
+                    self.command_all(Command::Start).await;
+                }
+                return Ok(self.ended_operation("resume", "resumed"));
+            }
+            Wish::ResetBreaker => {
+                self.command_all(Command::ResetBreaker).await;
+                return Ok(self.ended_operation("breaker_reset", "reset"));
+            }
+        };
+        Ok(self.begin_operation(verb))
+    }
+
+    fn wish_during_reload(&mut self, wish: &Wish) -> Result<(), ControlError> {
+        if self.running.is_none() {
+            return Ok(());
+        }
+        match wish {
+            Wish::Preload | Wish::Resume => Err(ControlError::Conflict("the pool is being reloaded".into())),
+            Wish::Demand => Err(ControlError::Unready("it is being reloaded".into())),
+            Wish::Drain(_) => {
+                self.give_up_reload("a drain was asked for");
+                Ok(())
+            }
+            Wish::Stop => {
+                self.give_up_reload("a stop was asked for");
+                Ok(())
+            }
+            Wish::Shutdown | Wish::Leave | Wish::Remove => {
+                self.drop_reload();
+                Ok(())
+            }
+            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker => Ok(()),
+        }
+    }
+
+    fn tell(&self, kind: EventKind) {
+        if let Some(member) = self.serving().next() {
+            let generation = member.published.borrow().snapshot.generation;
+            self.node.events.send(&member.key, generation, kind);
+        }
+    }
+}
