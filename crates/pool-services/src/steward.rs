@@ -23,7 +23,7 @@ use crate::control::ControlError;
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::eviction::Line;
-use crate::ports::{EngineHost, EngineRecord, Inventory};
+use crate::ports::{EngineHost, EngineRecord, Inventory, Phase};
 use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -56,6 +56,8 @@ pub(crate) struct Book {
     pub(crate) homes: BTreeMap<ReplicaKey, Reservation>,
     /// Who waits for memory or for a turn, and what is kept for whom.
     pub(crate) line: Line,
+    /// Engines that an earlier daemon was ending, and that were not gone when it went: fenced until they are.
+    ending: BTreeMap<ReplicaKey, Generation>,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
     suspicions: Suspicions,
@@ -108,8 +110,10 @@ impl Steward {
     pub(crate) async fn run(mut self) {
         // Before anything else is granted.
         let held = reservations(&self.found);
+        let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
+        let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
         let suspicions = std::mem::take(&mut self.suspicions);
-        let mut book = Book { homes: held.clone(), held, suspicions, ..Book::default() };
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -144,13 +148,9 @@ impl Steward {
                 }
                 let key = self.wards[i].key.clone();
                 let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
-                // One after the other: what a starting engine takes is not seen before it is there. Who has to wait for its
-                // turn is answered later.
-                if answer.as_ref().is_ok_and(|grant| self.starts_on_one_of(&key, &grant.devices, &book)) {
-                    continue;
-                }
                 let command = match answer {
                     Ok(grant) if !self.has_turn(&grant.devices, &book, &mut spoken_for) => {
+                        // One after the other: what a starting engine takes is not seen before it is there.
                         // It fits; its memory stays its own until the one that loads there is done.
                         book.line.keep(&key, grant.pairs(), self.clock.now());
                         continue;
@@ -211,6 +211,8 @@ impl Steward {
                 for (ward, _) in self.fenced(book).filter(|(_, held)| held.on(&uuid).is_some()) {
                     ward.tell(DriverCommand::Unfence).await;
                 }
+                let on = |held: &Reservation| held.on(&uuid).is_some();
+                book.ending.retain(|key, _| !book.held.get(key).is_some_and(on));
                 // Whoever says so has looked at the device.
                 if book.suspicions.acquit(&uuid) {
                     self.readmit(book, uuid);
@@ -232,7 +234,16 @@ impl Steward {
     fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Seat, &'a Reservation)> {
         self.wards
             .iter()
-            .filter(|ward| matches!(ward.published.borrow().state, State::Fenced { .. }))
+            .filter(|ward| {
+                let published = ward.published.borrow();
+                match &published.state {
+                    State::Fenced { .. } => true,
+                    State::Adopting { .. } | State::Stopping { .. } => {
+                        book.ending.get(&ward.key) == Some(&published.snapshot.generation)
+                    }
+                    _ => false,
+                }
+            })
             .filter_map(|ward| Some((ward, book.held.get(&ward.key)?)))
     }
 
@@ -455,29 +466,6 @@ impl Steward {
         }
         let detail = format!("every port of engine_ports {}-{} is taken", self.ports.start(), self.ports.end());
         Err(Denied::Wait(Wait::Devices { detail }))
-    }
-}
-
-impl Steward {
-    /// Whether somebody else was granted one of these devices and is not Ready there yet.
-    fn starts_on_one_of(&self, key: &ReplicaKey, devices: &ResolvedMask, book: &Book) -> bool {
-        let starting = |ward: &&Seat| {
-            let held = book.held.get(&ward.key).filter(|_| ward.key != *key);
-            let shares = held.is_some_and(|held| devices.uuids.iter().any(|uuid| held.on(uuid).is_some()));
-            // Granted and not published yet counts as well.
-            let published = ward.published.borrow();
-            let done = matches!(
-                published.state,
-                State::Ready { .. }
-                    | State::Suspect { .. }
-                    | State::Draining { .. }
-                    | State::Stopping { .. }
-                    | State::Fenced { .. }
-                    | State::Adopting { .. }
-            );
-            shares && !done
-        };
-        self.wards.iter().any(|ward| starting(&ward))
     }
 }
 
