@@ -65,7 +65,12 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
         let wanted = places.get(&key.pool).is_some_and(|ids| ids.contains(&key.replica));
         // A generation that was followed by another is never taken up again.
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
-            found.insert(key, Found { record, outcome });
+            // At once, or not now.
+            let gone = match &outcome {
+                Ok(engine) => tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok(),
+                Err(_) => false,
+            };
+            found.insert(key, Found { record, outcome, gone });
         } else if let Ok(engine) | Err(NotAdopted { rest: Some(engine), .. }) = outcome {
             tracing::warn!(pool_id = %key.pool, replica_id = %key.replica, "ending an engine that nobody wants any more");
             strays.push(Stray { record, engine });

@@ -58,7 +58,7 @@ pub struct Builder {
     boot_ms: u64,
     max_lease_ttl: Duration,
     #[cfg(feature = "planted-bugs")]
-    ignore_generations: bool,
+    bug: Option<crate::planted::Bug>,
 }
 
 macro_rules! setters {
@@ -89,7 +89,7 @@ impl Builder {
             boot_ms: 0,
             max_lease_ttl: Limits::default().max_ttl,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: false,
+            bug: None,
         }
     }
 
@@ -163,11 +163,11 @@ impl Builder {
         self
     }
 
-    /// A bug on purpose: drivers take facts of old generations for those of the current one.
+    /// A bug on purpose.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
-    pub fn ignore_generations(mut self) -> Self {
-        self.ignore_generations = true;
+    pub fn bug(mut self, bug: crate::planted::Bug) -> Self {
+        self.bug = Some(bug);
         self
     }
 
@@ -187,7 +187,7 @@ impl Builder {
             probe: need("the engine answers", self.probe)?,
             ledger: need("the durable facts", self.ledger)?,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: self.ignore_generations,
+            bug: self.bug,
         };
         for (i, p) in self.pools.iter().enumerate() {
             let id = &p.declared.spec.id;
@@ -214,7 +214,7 @@ impl Builder {
             max_lease_ttl: self.max_lease_ttl,
         };
         let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
-        let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
+        let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
             let id = pool.declared.spec.id.clone();

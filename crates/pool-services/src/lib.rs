@@ -21,6 +21,8 @@ mod leases;
 mod manager;
 mod node;
 pub mod planning;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 pub mod ports;
 pub mod registry;
 mod remember;

@@ -23,7 +23,7 @@ use crate::control::ControlError;
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::eviction::Line;
-use crate::ports::{EngineHost, EngineRecord, Inventory};
+use crate::ports::{EngineHost, EngineRecord, Inventory, Phase};
 use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -56,6 +56,8 @@ pub(crate) struct Book {
     pub(crate) homes: BTreeMap<ReplicaKey, Reservation>,
     /// Who waits for memory or for a turn, and what is kept for whom.
     pub(crate) line: Line,
+    /// Engines that an earlier daemon was ending, and that were not gone when it went: fenced until they are.
+    ending: BTreeMap<ReplicaKey, Generation>,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
     suspicions: Suspicions,
@@ -108,8 +110,10 @@ impl Steward {
     pub(crate) async fn run(mut self) {
         // Before anything else is granted.
         let held = reservations(&self.found);
+        let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
+        let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
         let suspicions = std::mem::take(&mut self.suspicions);
-        let mut book = Book { homes: held.clone(), held, suspicions, ..Book::default() };
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -207,6 +211,8 @@ impl Steward {
                 for (ward, _) in self.fenced(book).filter(|(_, held)| held.on(&uuid).is_some()) {
                     ward.tell(DriverCommand::Unfence).await;
                 }
+                let on = |held: &Reservation| held.on(&uuid).is_some();
+                book.ending.retain(|key, _| !book.held.get(key).is_some_and(on));
                 // Whoever says so has looked at the device.
                 if book.suspicions.acquit(&uuid) {
                     self.readmit(book, uuid);
@@ -228,7 +234,16 @@ impl Steward {
     fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Seat, &'a Reservation)> {
         self.wards
             .iter()
-            .filter(|ward| matches!(ward.published.borrow().state, State::Fenced { .. }))
+            .filter(|ward| {
+                let published = ward.published.borrow();
+                match &published.state {
+                    State::Fenced { .. } => true,
+                    State::Adopting { .. } | State::Stopping { .. } => {
+                        book.ending.get(&ward.key) == Some(&published.snapshot.generation)
+                    }
+                    _ => false,
+                }
+            })
             .filter_map(|ward| Some((ward, book.held.get(&ward.key)?)))
     }
 

@@ -181,6 +181,7 @@ struct Facts {
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
+    lies: bool,
     refuses_pools: bool,
     takes: Duration,
 }
@@ -205,6 +206,11 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// Whether writes that fail are there all the same, as after an `fsync` that failed.
+    pub fn set_lying(&self, lies: bool) {
+        self.facts().lies = lies;
     }
 
     /// Whether later writes of what pools are to be fail.
@@ -253,6 +259,9 @@ impl FakeLedger {
     fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
         let mut facts = self.facts();
         if facts.broken {
+            if facts.lies {
+                f(&mut facts);
+            }
             return Err(LedgerError { what: "a fact", source: std::io::ErrorKind::StorageFull.into() });
         }
         f(&mut facts);

@@ -52,7 +52,7 @@ pub(crate) struct Ports {
     pub(crate) ledger: Arc<dyn StateLedger>,
     /// Not a port: a bug on purpose.
     #[cfg(feature = "planted-bugs")]
-    pub(crate) ignore_generations: bool,
+    pub(crate) bug: Option<crate::planted::Bug>,
 }
 
 /// What a start needs from the node.
@@ -400,7 +400,11 @@ impl Driver {
 
     fn report(&mut self, generation: Generation, report: Report) {
         #[cfg(feature = "planted-bugs")]
-        let generation = if self.ports.ignore_generations { self.replica.generation } else { generation };
+        let generation = if self.ports.bug == Some(crate::planted::Bug::IgnoreGenerations) {
+            self.replica.generation
+        } else {
+            generation
+        };
         if generation != self.replica.generation {
             // A late launch cannot happen: its generation stays current until the launch was answered.
             return;
@@ -443,6 +447,7 @@ impl Driver {
         let adopted = matches!(fact, Fact::Adopted(_));
         // One that was still starting when its record was written may have been leased since.
         self.attempt.strange |= adopted;
+        self.ends_while_adopted(&fact);
         self.step(Event::Engine(generation, fact));
         if adopted {
             reached(Point::AfterAdoptionProof);
@@ -479,6 +484,14 @@ impl Driver {
     }
 
     fn act(&mut self, action: Action) {
+        #[cfg(feature = "planted-bugs")]
+        if matches!(
+            (self.ports.bug, &action),
+            (Some(crate::planted::Bug::NeverClose), Action::CloseAdmission)
+                | (Some(crate::planted::Bug::NeverRevoke), Action::RevokeLeases)
+        ) {
+            return;
+        }
         match action {
             Action::Stage => self.stage(),
             Action::Prepare => self.preflight(),

@@ -104,7 +104,8 @@ async fn write(
     mut wanted: watch::Receiver<Wish>,
     told: watch::Sender<u64>,
 ) {
-    let mut stands = Wish::default();
+    // The handoff is unset while nobody knows: what a disk refused may stand all the same.
+    let (mut written, mut stands) = (0, Some(None));
     let mut open = true;
     let well = |done: Result<(), LedgerError>| {
         if let Err(e) = &done {
@@ -114,7 +115,7 @@ async fn write(
     };
     loop {
         let wish = wanted.borrow_and_update().clone();
-        if wish.number != stands.number {
+        if wish.number != written {
             let [before, after] = wish.kept.as_ref().map(Kept::points).unwrap_or_default();
             before.into_iter().for_each(reached);
             let done = match &wish.kept {
@@ -124,11 +125,11 @@ async fn write(
             };
             after.into_iter().for_each(reached);
             if well(done) {
-                (stands.number, stands.kept) = (wish.number, wish.kept.clone());
+                written = wish.number;
             }
             told.send_replace(wish.number);
         }
-        if wish.handoff != stands.handoff {
+        if stands.as_ref() != Some(&wish.handoff) {
             let done = match &wish.handoff {
                 Some(handoff) => {
                     reached(Point::BeforeHandoff);
@@ -138,9 +139,7 @@ async fn write(
                 }
                 None => ledger.withdraw_handoff(&key).await,
             };
-            if well(done) {
-                stands.handoff.clone_from(&wish.handoff);
-            }
+            stands = well(done).then(|| wish.handoff.clone());
         }
         // What was wished for meanwhile comes first.
         if wanted.has_changed().unwrap_or(false) {
@@ -152,7 +151,7 @@ async fn write(
         tokio::select! {
             biased;
             changed = wanted.changed() => open = changed.is_ok(),
-            () = tokio::time::sleep(TRY_AGAIN), if wish != stands => {}
+            () = tokio::time::sleep(TRY_AGAIN), if stands.is_none() || wish.number != written => {}
         }
     }
 }
