@@ -249,12 +249,12 @@ impl Steward {
         &self,
         ward: &Seat,
         want: &Want,
-        missing: String,
+        missing: &str,
         inventory: &Inventory,
         book: &mut Book,
     ) -> Wait {
         let (key, now) = (&ward.key, self.clock.now());
-        let with = |words: &str| if words.is_empty() { missing.clone() } else { format!("{missing}; {words}") };
+        let with = |words: &str| if words.is_empty() { missing.to_owned() } else { format!("{missing}; {words}") };
         if let Some(claim) = book.line.claim(key).filter(|c| !c.victims.is_empty())
             && self.progress(&claim.victims, claim.at, book) == Progress::Going
         {

@@ -165,7 +165,7 @@ impl Steward {
                         DriverCommand::Grant(grant)
                     }
                     Err(Denied::Wait(Wait::Vram { detail, .. })) => {
-                        let wait = self.room_for(&self.wards[i], &want, detail, &inventory, &mut book);
+                        let wait = self.room_for(&self.wards[i], &want, &detail, &inventory, &mut book);
                         DriverCommand::Deny(want.generation, Denied::Wait(wait))
                     }
                     Err(denied) => {
@@ -336,7 +336,7 @@ impl Steward {
                     ward.tell(DriverCommand::Unblock).await;
                     continue;
                 }
-                Err(Denied::Wait(Wait::Vram { detail, .. })) => self.room_for(ward, want, detail, inventory, book),
+                Err(Denied::Wait(Wait::Vram { detail, .. })) => self.room_for(ward, want, &detail, inventory, book),
                 Err(Denied::Wait(other)) => other,
             };
             if wait != *why {
