@@ -312,18 +312,20 @@ pub(super) async fn prove(
     external: bool,
 ) -> Result<(Proof, Option<u64>), Failure> {
     let addr = endpoint.addr;
-    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
-        Listener::Own => {}
-        Listener::Foreign => {
-            let detail = format!("port {} belongs to another process", endpoint.addr.port());
-            return Err(Failure::new(FailureClass::PortConflict, detail));
+    let listener = async {
+        match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
+            Listener::Own => Ok(()),
+            Listener::Foreign => {
+                let detail = format!("port {} belongs to another process", addr.port());
+                Err(Failure::new(FailureClass::PortConflict, detail))
+            }
+            Listener::None => Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port")),
         }
-        Listener::None => {
-            return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
-        }
-    }
+    };
     let identity = async {
-        let (up, identity) = tokio::join!(ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        let (listener, up, identity) = tokio::join!(listener, ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        // Whose socket it is counts before what it says.
+        listener?;
         match up {
             Up::Wrong(what) => Err(Failure::new(FailureClass::WrongServer, what)),
             _ => identity,
@@ -341,7 +343,8 @@ pub(super) async fn prove(
     let identity = tokio::select! {
         biased;
         identity = &mut identity => identity,
-        // A process of ours may be asked at once, somebody else's server only when it is known to be the right one.
+        // Where an engine of ours was started there is no harm in asking at once; what it answers counts only if it is the
+        // one. Somebody else's server is asked only when it is known to be the right one.
         done = &mut work, if !external => {
             worked = Some(done);
             identity.await

@@ -48,8 +48,8 @@ pub enum Plant {
     PortsNeverFree,
     /// A unit of work is never done, and said to be.
     WorkSkipped,
-    /// No engine is ever said to be idle.
-    NeverIdle,
+    /// Every engine is said to be at work, and to get on with it.
+    AlwaysBusy,
     /// Every engine is said to be idle.
     BusyUnasked,
     /// Devices are said to have twice their memory.
@@ -78,7 +78,7 @@ impl Plant {
         Self::DeathsUnseen,
         Self::PortsNeverFree,
         Self::WorkSkipped,
-        Self::NeverIdle,
+        Self::AlwaysBusy,
         Self::BusyUnasked,
         Self::MemoryTwice,
         Self::GenerationsForgotten,
