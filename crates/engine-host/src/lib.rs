@@ -13,6 +13,7 @@ mod host;
 mod http;
 mod isolation;
 mod kinds;
+mod listening;
 mod locks;
 mod log_patterns;
 mod memory_cgroup;

@@ -7,6 +7,8 @@ use pool_services::ports::Listener;
 use procfs::net::{TcpNetEntry, TcpState};
 use procfs::process::{FDTarget, Process, Stat, all_processes};
 
+use crate::listening;
+
 /// A process that cannot be mistaken for a later one with the same pid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Root {
@@ -96,12 +98,15 @@ pub(crate) fn listener(addr: SocketAddr, own: [&dyn Fn() -> Vec<u32>; 2]) -> Lis
 
 /// The inodes of the sockets that listen there. One bound to the very address wins over one bound to all.
 fn listening_at(addr: SocketAddr) -> HashSet<u64> {
-    let tables = [procfs::net::tcp(), procfs::net::tcp6()];
-    let listening = |entry: &TcpNetEntry| entry.state == TcpState::Listen && entry.local_address.port() == addr.port();
-    let entries: Vec<_> = tables.into_iter().flatten().flatten().filter(listening).collect();
+    // Where the kernel has no sock_diag, or a filter of system calls forbids it.
+    let tables = || {
+        let entries = [procfs::net::tcp(), procfs::net::tcp6()].into_iter().flatten().flatten();
+        let here = |entry: &TcpNetEntry| entry.state == TcpState::Listen && entry.local_address.port() == addr.port();
+        entries.filter(here).map(|entry| (entry.local_address, entry.inode)).collect()
+    };
+    let entries: Vec<(SocketAddr, u64)> = listening::at_port(addr.port()).unwrap_or_else(|_| tables());
     let inodes = |matches: &dyn Fn(IpAddr) -> bool| -> HashSet<u64> {
-        let entries = entries.iter().filter(|entry| matches(entry.local_address.ip().to_canonical()));
-        entries.map(|entry| entry.inode).collect()
+        entries.iter().filter(|(at, _)| matches(at.ip().to_canonical())).map(|(_, inode)| *inode).collect()
     };
     let wanted = addr.ip().to_canonical();
     let exact = inodes(&|ip| ip == wanted);

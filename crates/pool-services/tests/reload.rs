@@ -51,7 +51,9 @@ async fn all_ready(m: &PoolManager, replicas: usize) -> PoolSnapshot {
 }
 
 /// What must be the same after a reload that failed, but for generations where it had to stop something.
-fn picture(s: &PoolSnapshot) -> (String, u64, Vec<(u16, &'static str, bool, String)>) {
+type Shown = (u16, &'static str, bool, String);
+
+fn picture(s: &PoolSnapshot) -> (String, u64, Vec<Shown>) {
     let replicas = s.replicas.iter().map(|r| (r.id.0, r.state, r.ready, r.device_mask.clone()));
     (s.model.clone(), s.revision, replicas.collect())
 }
@@ -88,7 +90,9 @@ async fn the_number_of_replicas_may_change_in_both_directions() {
 }
 
 /// Everything that can go wrong with the new one.
-fn faults() -> Vec<(&'static str, fn(&FakeNode))> {
+type Fault = (&'static str, fn(&FakeNode));
+
+fn faults() -> Vec<Fault> {
     vec![
         ("it is not staged", |n| n.models.missing("other")),
         ("preflight", |n| {

@@ -81,7 +81,7 @@ pub(crate) fn load_all(dir: &Path) -> io::Result<Vec<StoredPool>> {
         match read_one(&path) {
             Ok(found) => pools.extend(found),
             Err(why @ Unreadable::Newer(_)) => {
-                error!(file = name, error = %io::Error::from(why), "a stored pool cannot be read")
+                error!(file = name, error = %io::Error::from(why), "a stored pool cannot be read");
             }
             Err(Unreadable::Broken(error)) => match read_one(&copy) {
                 Ok(Some(found)) => {

@@ -77,7 +77,7 @@ impl Pool {
                 self.each(ids, |m| m.runs = true);
             }
             Step::Change(ids) => self.each(ids, |m| m.new = false),
-            Step::Add(new) => new.iter().for_each(|(id, _)| drop(self.members.remove(id))),
+            Step::Add(new) => self.members.retain(|id, _| new.iter().all(|(added, _)| added != id)),
             Step::Start(ids) => self.each(ids, |m| m.runs = false),
             Step::Commit => self.committed = false,
             Step::Flip { .. } | Step::Retire(_) => panic!("nothing is undone after the commit"),
@@ -147,7 +147,7 @@ fn a_failure_at_any_step_of_any_strategy_ends_exactly_in_the_old_or_in_the_new()
             for asleep in [false, true] {
                 let steps = plan(strategy, &incumbents(count), places, asleep);
                 let commit = steps.iter().position(|s| *s == Step::Commit).unwrap();
-                for at in 0..steps.len() {
+                for (at, step) in steps.iter().enumerate() {
                     for share in 0..=usize::from(count.max(places)) {
                         let (pool, outcome) = run(strategy, count, places, asleep, Some((at, share)));
                         if at > commit {
@@ -157,7 +157,7 @@ fn a_failure_at_any_step_of_any_strategy_ends_exactly_in_the_old_or_in_the_new()
                             assert_eq!(outcome, Outcome::Old { why: "it does not".into() });
                             let mut old = Pool::old(count);
                             old.members.values_mut().for_each(|m| m.runs = !asleep);
-                            assert_eq!(pool, old, "{strategy} at step {at} ({:?})", steps[at]);
+                            assert_eq!(pool, old, "{strategy} at step {at} ({step:?})");
                         }
                     }
                 }

@@ -210,7 +210,7 @@ impl Conductor {
             let look = match running.rollout.next() {
                 Next::End(outcome) => {
                     let outcome = outcome.clone();
-                    self.end_reload(running, outcome);
+                    self.end_reload(&running, &outcome);
                     continue;
                 }
                 Next::Do(step) => {
@@ -246,7 +246,7 @@ impl Conductor {
         let reload = &running.reload;
         match step {
             Step::Verify => {
-                let serving = self.serving().map(|m| Incumbent { id: m.key.replica, place: m.place }).count();
+                let serving = self.serving().count();
                 let strategy = reload.strategy.unwrap_or(reload.to.spec.reload.strategy);
                 running.work = Some(verify(&self.node, Arc::clone(&reload.to.spec), strategy, running.asleep, serving));
             }
@@ -492,8 +492,8 @@ impl Conductor {
         told
     }
 
-    fn end_reload(&mut self, running: Running, outcome: Outcome) {
-        let state = match &outcome {
+    fn end_reload(&mut self, running: &Running, outcome: &Outcome) {
+        let state = match outcome {
             Outcome::New => {
                 self.tell(EventKind::Reloaded);
                 OperationState::Succeeded("reloaded".into())

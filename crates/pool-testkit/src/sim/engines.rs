@@ -354,14 +354,13 @@ impl EngineProbe for World {
         let inner = self.lock();
         let engine = &inner.engines[at];
         let running = match (self.plant, now.busy) {
-            (Plant::AlwaysBusy, _) => 1,
             (_, None) => return Work::Untold,
             (Plant::BusyUnasked, _) => 0,
             (_, Some(others)) => u32::from(others + engine.requests),
         };
         // A token every millisecond, until it hangs.
         let age = u64::try_from(inner.now().saturating_sub(engine.began).as_millis()).unwrap_or(u64::MAX);
-        let decoded = if now.hangs && self.plant != Plant::AlwaysBusy { 0 } else { 1 + age };
+        let decoded = if now.hangs { 0 } else { 1 + age };
         let slots = (0..running).map(|slot| SlotWork { slot, task: 1, prompt: 0, decoded }).collect();
         Work::Told(Signals { running, slots, prefill_told: true, ..Signals::default() })
     }

@@ -48,8 +48,6 @@ pub enum Plant {
     PortsNeverFree,
     /// A unit of work is never done, and said to be.
     WorkSkipped,
-    /// Every engine is said to be at work, and to get on with it.
-    AlwaysBusy,
     /// Every engine is said to be idle.
     BusyUnasked,
     /// Devices are said to have twice their memory.
@@ -68,7 +66,7 @@ pub enum Plant {
 
 impl Plant {
     /// Every bug there is.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 16] = [
         Self::IgnoreGenerations,
         Self::NeverClose,
         Self::NeverRevoke,
@@ -78,7 +76,6 @@ impl Plant {
         Self::DeathsUnseen,
         Self::PortsNeverFree,
         Self::WorkSkipped,
-        Self::AlwaysBusy,
         Self::BusyUnasked,
         Self::MemoryTwice,
         Self::GenerationsForgotten,
