@@ -149,7 +149,22 @@ impl Daemon {
 
     /// With the config that lies in the directory.
     pub fn start_in_place(dir: tempfile::TempDir) -> Self {
-        let mut child = binary()
+        Self::spawn(dir, binary())
+    }
+
+    /// In a session of its own: SIGHUP means another thing to a daemon that was started from a terminal, as a person's
+    /// tests are.
+    pub fn start_without_terminal(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_config(dir.path(), config);
+        let daemon = binary();
+        let mut command = Command::new("setsid");
+        command.arg(daemon.get_program()).envs(daemon.get_envs().filter_map(|(k, v)| Some((k, v?))));
+        Self::spawn(dir, command)
+    }
+
+    fn spawn(dir: tempfile::TempDir, mut command: Command) -> Self {
+        let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(dir.path().join("pool-managerd.toml"))
             .stdin(Stdio::null())
