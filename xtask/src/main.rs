@@ -8,6 +8,7 @@ mod deny;
 mod engine;
 mod error;
 mod estimates;
+mod faults;
 mod gguf;
 mod metadata;
 mod process;
@@ -68,6 +69,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Write docs/faults.md from the report of the last run of all tests.
+    Faults {
+        /// Change nothing; fail when it is stale.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run all tests, with a real engine at hand.
     Test {
         /// Passed to `cargo nextest run`.
@@ -100,6 +107,7 @@ fn run(command: Command) -> Result<()> {
         Command::Trace { list_file } => trace::run(list_file.as_deref()),
         Command::Codegen { check } => codegen::run(check),
         Command::Estimates { check } => estimates::run(check),
+        Command::Faults { check } => faults::run(check),
         Command::Test { args } => tests_run::run(&args),
         Command::Soak { seeds, from } => soak::run(seeds, from),
         Command::Deny => deny::run(),

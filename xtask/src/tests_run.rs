@@ -1,12 +1,16 @@
 //! `cargo xtask test`: a real engine at hand, then every test.
 
+use std::fs;
 use std::process::Command;
 
-use crate::error::Result;
-use crate::{engine, process};
+use crate::error::{self, Error, Result};
+use crate::{engine, metadata, process};
 
 /// The cargo-nextest that CI uses.
 pub(crate) const NEXTEST: &str = "0.9.143";
+
+/// What only a daemon with fault points has in it: the name of a variable that it reads.
+const FAULT_POINTS: &[u8] = b"POOL_MANAGERD_FAULT_ORDERS";
 
 /// `cargo-nextest nextest …`, installed when missing.
 pub(crate) fn nextest() -> Result<Command> {
@@ -19,6 +23,17 @@ pub(crate) fn nextest() -> Result<Command> {
 pub(crate) fn run(args: &[String]) -> Result<()> {
     engine::run(false)?;
     process::run(&mut process::cargo(["build", "--package", "pool-managerd", "--bins"]))?;
+    without_fault_points()?;
     process::run(nextest()?.args(["run", "--workspace"]).args(args))?;
     process::run(&mut process::cargo(["test", "--doc", "--workspace"]))
+}
+
+/// The daemon that was just built has the features that one has which ships.
+fn without_fault_points() -> Result<()> {
+    let daemon = metadata::load()?.target_directory.join("debug/pool-managerd");
+    let program = fs::read(&daemon).map_err(error::io(&daemon))?;
+    if program.windows(FAULT_POINTS.len()).any(|part| part == FAULT_POINTS) {
+        return Err(Error::Check(format!("{}: built without tests, it has fault points", daemon.display())));
+    }
+    Ok(())
 }

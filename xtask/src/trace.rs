@@ -23,10 +23,25 @@ struct Row {
 }
 
 /// A test that nextest lists: its crate and the rest of its path, binary included.
-#[derive(Debug, PartialEq, Eq)]
-struct Listed {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Listed {
     package: String,
     path: Vec<String>,
+}
+
+impl Listed {
+    /// From the name of a test's binary and the test's own.
+    pub(crate) fn new(binary: &str, test: &str) -> Option<Self> {
+        let mut path = binary.split("::").chain(test.split("::")).map(str::to_owned);
+        Some(Self { package: path.next()?, path: path.collect() })
+    }
+
+    /// Whether it goes by this name: the parts between crate and name (modules, test binary) are all there, in that order.
+    pub(crate) fn fits(&self, package: &str, middle: &[&str], name: &str) -> bool {
+        let Some((last, before)) = self.path.split_last() else { return false };
+        let mut before = before.iter();
+        self.package == package && last == name && middle.iter().all(|part| before.any(|other| other == part))
+    }
 }
 
 /// Checks the table.
@@ -84,8 +99,7 @@ fn rows(table: &str) -> Vec<Row> {
 fn listed(list: &str) -> Vec<Listed> {
     let read = |line: &str| {
         let (binary, test) = line.trim().split_once(' ')?;
-        let mut path = binary.split("::").chain(test.split("::")).map(str::to_owned);
-        Some(Listed { package: path.next()?, path: path.collect() })
+        Listed::new(binary, test)
     };
     list.lines().filter_map(read).collect()
 }
@@ -119,13 +133,8 @@ fn missing(root: &Path, listed: &[Listed], test: &str) -> Result<Option<String>>
     if !defined {
         return Ok(Some(format!("is nowhere: no `fn {name}`")));
     }
-    // The parts between crate and name (modules, test binary) must all be there, in that order.
-    let fits = |one: &Listed| {
-        let Some((last, before)) = one.path.split_last() else { return false };
-        let mut before = before.iter();
-        one.package == package && last == name && middle.iter().all(|part| before.any(|other| other == part))
-    };
-    Ok((!listed.iter().any(fits)).then(|| "is not among the tests that run".to_owned()))
+    Ok((!listed.iter().any(|one| one.fits(&package, &middle, name)))
+        .then(|| "is not among the tests that run".to_owned()))
 }
 
 /// Whether a source has a function of that very name.

@@ -21,6 +21,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::cgroup::Cgroup;
 use crate::locks::Locks;
+use crate::memory_cgroup::MemoryCgroup;
 use crate::running::{Launched, ShimEngine};
 use crate::tree::Root;
 
@@ -104,7 +105,7 @@ pub(crate) async fn find(locks: &Locks, files: &Files, record: &EngineRecord) ->
         main,
         kind: record.endpoint.kind.clone(),
         log: files.log.clone(),
-        memory: None,
+        memory: MemoryCgroup::own(&start.later_cgroup_procs, &start.nonce),
         cgroup: Cgroup::own(own, &start.nonce),
     };
     let Some(shim) = shim else {

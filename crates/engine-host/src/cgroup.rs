@@ -28,7 +28,6 @@ impl Parent {
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
         let own = own_cgroup(&mounts, &cgroups).ok_or_else(|| unsupported("no cgroup2 is mounted"))?;
-        remove_leftovers(&own);
         let dir = own.join(format!("{PREFIX}{}", std::process::id()));
         create_new_or_existing(&dir)?;
         let parent = Self { dir };
@@ -37,6 +36,11 @@ impl Parent {
         // So that kills for memory are counted for each engine, where we were given that to divide.
         let _not_ours = fs::write(parent.dir.join("cgroup.subtree_control"), "+memory");
         Ok(Arc::new(parent))
+    }
+
+    /// Removes what is left of earlier daemons, but for the engines of these launches.
+    pub(crate) fn sweep(&self, known: &[&str]) {
+        remove_leftovers(self.dir.parent(), known);
     }
 
     /// Makes an empty cgroup of this name, or one like it.
@@ -68,16 +72,20 @@ pub(crate) fn create_new_or_existing(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Removes the empty cgroups of daemons that are no more. One with processes in it cannot be removed.
-pub(crate) fn remove_leftovers(own: &Path) {
-    for entry in fs::read_dir(own).into_iter().flatten().flatten() {
+/// Removes the empty cgroups of daemons that are no more. One with processes in it cannot be removed; one that bears a name of
+/// `known` may be empty and count still how its engine ended.
+pub(crate) fn remove_leftovers(own: Option<&Path>, known: &[&str]) {
+    for entry in own.map(fs::read_dir).into_iter().flatten().flatten().flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
         if Path::new("/proc").join(pid).exists() {
             continue;
         }
         for engine in fs::read_dir(entry.path()).into_iter().flatten().flatten() {
-            let _in_use = fs::remove_dir(engine.path());
+            let name = engine.file_name();
+            if !name.to_str().is_some_and(|name| known.iter().any(|nonce| name.contains(nonce))) {
+                let _in_use = fs::remove_dir(engine.path());
+            }
         }
         let _in_use = fs::remove_dir(entry.path());
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use engine_shim::{LaunchSpec, Report, SecretFile, User};
+use fault_points::{Point, reached};
 use pool_domain::failure::Exit;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
 use pool_services::ports::{
@@ -134,9 +135,8 @@ impl ProcessHost {
     }
 
     fn cgroup(&self, record: &EngineRecord) -> Option<Cgroup> {
-        let EngineRecord { key, generation, nonce, .. } = record;
         let parent = self.cgroups.as_ref().filter(|_| !self.cgroups_closed.load(Ordering::Relaxed))?;
-        match parent.engine(&format!("{key}-{generation}-{nonce}")) {
+        match parent.engine(&cgroup_name(record)) {
             Ok(cgroup) => Some(cgroup),
             Err(error) => {
                 self.close_cgroups(&error.to_string());
@@ -145,8 +145,8 @@ impl ProcessHost {
         }
     }
 
-    fn memory_cgroup(&self, key: &ReplicaKey, generation: Generation) -> Option<MemoryCgroup> {
-        self.memory.as_ref()?.engine(&format!("{key}-{generation}"))
+    fn memory_cgroup(&self, record: &EngineRecord) -> Option<MemoryCgroup> {
+        self.memory.as_ref()?.engine(&cgroup_name(record))
     }
 
     fn close_cgroups(&self, error: &str) {
@@ -203,6 +203,7 @@ impl ProcessHost {
         };
         let (spec_path, shim_log) = (dir.join(LAUNCH_SPEC), dir.join(SHIM_LOG));
         let stderr = write_launch(&spec_path, &spec, &shim_log).map_err(|error| cannot("write the launch", &error))?;
+        reached(Point::AfterSpecWritten);
 
         let mut command = Command::new(&self.options.shim.program);
         command.args(&self.options.shim.args).arg(&spec_path).env_clear().env(NONCE_ENV, &record.nonce);
@@ -210,6 +211,7 @@ impl ProcessHost {
         let spawned = command.spawn();
         // The lock is the shim's from here on.
         drop(command);
+        reached(Point::AfterSpawnShim);
         let mut shim = spawned.map_err(|error| match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied => config(format!("the shim cannot be run: {error}")),
             _ => cannot("start the shim", &error),
@@ -230,6 +232,7 @@ impl ProcessHost {
             _ => None,
         };
         if let Some(Report::Started { pid: main, .. }) = report {
+            reached(Point::AfterStartedReport);
             // It has been read, and it may hold secrets.
             let _left = fs::remove_file(&spec_path);
             let kind = engine.endpoint.kind.clone();
@@ -257,6 +260,12 @@ impl ProcessHost {
     }
 }
 
+/// By its nonce a later daemon tells it from any other.
+fn cgroup_name(record: &EngineRecord) -> String {
+    let EngineRecord { key, generation, nonce, .. } = record;
+    format!("{key}-{generation}-{nonce}")
+}
+
 #[async_trait]
 impl EngineHost for ProcessHost {
     fn port_free(&self, addr: SocketAddr) -> bool {
@@ -274,10 +283,11 @@ impl EngineHost for ProcessHost {
             }
             _ => cannot("lock the replica", &error),
         })?;
+        reached(Point::AfterReplicaLock);
         let again = lock.try_clone().map_err(|error| cannot("lock the replica", &error))?;
         let dir = self.dir(&record.key, record.generation);
         make_dir(&dir).map_err(|error| cannot("make the engine's directory", &error))?;
-        let memory = || self.memory_cgroup(&record.key, record.generation);
+        let memory = || self.memory_cgroup(record);
         let mut started = self.start(record, program, engine, lock, self.cgroup(record), memory()).await;
         if let Err(NotLaunched::Cgroup(error)) = &started {
             self.close_cgroups(error);
@@ -314,6 +324,13 @@ impl EngineHost for ProcessHost {
     }
 
     async fn end_unknown(&self, known: &[EngineRecord], devices: &[String]) -> Vec<String> {
+        let nonces: Vec<&str> = known.iter().map(|record| record.nonce.as_str()).collect();
+        if let Some(parent) = &self.cgroups {
+            parent.sweep(&nonces);
+        }
+        if let Some(parent) = &self.memory {
+            parent.sweep(&nonces);
+        }
         let keys: Vec<String> = known.iter().map(|record| record.key.to_string()).collect();
         let mut left = false;
         for key in self.locks.replicas() {

@@ -22,6 +22,8 @@ pub(crate) struct Answer {
     pub(crate) status: u16,
     /// The body, if it is JSON.
     pub(crate) json: Option<Value>,
+    /// The body, whatever it is.
+    pub(crate) text: String,
 }
 
 /// Why there is no answer.
@@ -87,7 +89,9 @@ impl Ask<'_> {
             let body = Limited::new(response.into_body(), limit).collect().await.map_err(|error| {
                 if error.is::<LengthLimitError>() { NoAnswer::TooLong } else { NoAnswer::Broken(error.to_string()) }
             })?;
-            Ok(Answer { status, json: serde_json::from_slice(&body.to_bytes()).ok() })
+            let body = body.to_bytes();
+            let text = String::from_utf8_lossy(&body).into_owned();
+            Ok(Answer { status, json: serde_json::from_slice(&body).ok(), text })
         };
         tokio::pin!(answer);
         tokio::select! {

@@ -19,6 +19,7 @@ mod memory_cgroup;
 mod probe;
 mod provision;
 mod running;
+mod signals;
 mod text;
 mod tree;
 mod users;

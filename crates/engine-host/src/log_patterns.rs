@@ -1,42 +1,20 @@
-//! What an engine's last words say about why it ended.
+//! What an engine's last words say about why it ended. The words are data, in `patterns`; samples of real logs are in
+//! `tests/logs`.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
+use pool_domain::Failure;
 use pool_domain::failure::Exit;
-use pool_domain::{Failure, FailureClass};
 
 use crate::text::tidy;
+pub(crate) use patterns::Pattern;
+
+mod patterns;
 
 /// Bytes of the log that count.
 const TAIL: u64 = 64 * 1024;
-
-/// A text in the log, in lower case, and the class it means. The first that is found decides.
-type Pattern = (&'static str, FailureClass);
-
-const LLAMA_CPP: &[Pattern] = &[
-    ("cudamalloc failed: out of memory", FailureClass::VramOom),
-    ("cuda out of memory", FailureClass::VramOom),
-    ("cuda error: out of memory", FailureClass::VramOom),
-    ("couldn't bind", FailureClass::PortConflict),
-    ("address already in use", FailureClass::PortConflict),
-    ("cuda error", FailureClass::DriverError),
-    ("cuda driver version is insufficient", FailureClass::DriverError),
-    ("invalid magic character", FailureClass::Artifact),
-    ("unknown model architecture", FailureClass::Artifact),
-    ("gguf_init_from_reader: failed to read", FailureClass::Artifact),
-    ("model is corrupted or incomplete", FailureClass::Artifact),
-    ("error: invalid argument", FailureClass::Config),
-];
-
-const STUB: &[Pattern] = &[
-    ("cuda out of memory", FailureClass::VramOom),
-    ("address already in use", FailureClass::PortConflict),
-    ("cuda error", FailureClass::DriverError),
-    ("error: unexpected argument", FailureClass::Config),
-    ("error: invalid value", FailureClass::Config),
-];
 
 /// Why an engine of this kind ended so. A file operation: not for an async thread.
 pub(crate) fn classify(kind: &str, log: &Path, exit: Exit) -> Failure {
@@ -44,10 +22,10 @@ pub(crate) fn classify(kind: &str, log: &Path, exit: Exit) -> Failure {
 }
 
 fn explain(kind: &str, log: &str, exit: Exit) -> Failure {
-    let patterns = if kind == "stub" { STUB } else { LLAMA_CPP };
     let lower = log.to_lowercase();
-    for (text, class) in patterns {
-        if let Some(line) = lower.lines().position(|line| line.contains(text)).and_then(|at| log.lines().nth(at)) {
+    for Pattern(texts, class) in patterns::of(kind).iter().copied().flatten() {
+        let found = lower.lines().position(|line| texts.iter().all(|text| line.contains(text)));
+        if let Some(line) = found.and_then(|at| log.lines().nth(at)) {
             return Failure::new(class.clone(), format!("{exit}: {}", tidy(line)));
         }
     }
@@ -72,22 +50,42 @@ fn tail(log: &Path) -> String {
 
 #[cfg(test)]
 mod tests {
+    use pool_domain::FailureClass;
+
     use super::*;
 
+    /// `tests/logs/<kind>/<class>.<what>.log`
     #[test]
-    fn the_log_decides_the_class() {
-        let class = |log: &str| explain("llama.cpp", log, Exit::Code(1)).class;
-        let oom = "load\nggml_backend_cuda_buffer_type_alloc_buffer: allocating 4096.00 MiB on device 0: cudaMalloc failed: out of memory\nexiting";
-        assert_eq!(class(oom), FailureClass::VramOom);
-        assert_eq!(class("start: couldn't bind HTTP server socket, hostname: 127.0.0.1"), FailureClass::PortConflict);
-        assert_eq!(class("CUDA error: unspecified launch failure"), FailureClass::DriverError);
-        // Words of llama.cpp's server (build 8, commit e1bb79b), for a file cut in its header and one cut in its data.
-        let header = "E gguf_init_from_reader: number of tensors is 2334397804759248750 but must be in [0, 53624256028225440]\n\
-            E gguf_init_from_reader: failed to read header\nE llama_model_load: error loading model";
-        let data = "E llama_model_load: error loading model: tensor 'token_embd.weight' data is not within the file bounds, \
-            model is corrupted or incomplete\nE srv    load_model: failed to load model";
-        assert_eq!((class(header), class(data)), (FailureClass::Artifact, FailureClass::Artifact));
-        assert_eq!(class("all fine"), FailureClass::Crash(Exit::Code(1)));
+    fn real_logs_tell_their_class() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/logs");
+        let (mut kinds, mut samples) = (0, 0);
+        for kind in dir.read_dir().unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()) {
+            kinds += 1;
+            for log in kind.read_dir().unwrap().map(|entry| entry.unwrap().path()) {
+                let name = log.file_name().unwrap().to_str().unwrap();
+                let expected = FailureClass::from_code(name.split('.').next().unwrap()).expect(name);
+                let failure = classify(kind.file_name().unwrap().to_str().unwrap(), &log, Exit::Code(1));
+                assert_eq!(failure.class.code(), expected.code(), "{}: {failure}", log.display());
+                samples += 1;
+            }
+        }
+        assert!(kinds == 7 && samples > 40, "{kinds} kinds, {samples} samples");
+    }
+
+    #[test]
+    fn every_kind_knows_the_common_ends() {
+        use FailureClass as C;
+        for kind in ["llama.cpp", "vllm", "sglang", "tgi", "tensorrt-llm", "triton", "stub"] {
+            let known: Vec<_> = patterns::of(kind).iter().copied().flatten().map(|p| p.1.code()).collect();
+            for class in [C::VramOom, C::PortConflict, C::DriverError, C::Config] {
+                assert!(known.contains(&class.code()), "{kind}: {class:?}");
+            }
+            if kind != "stub" {
+                assert!(known.contains(&"gpu_lost") && known.contains(&"artifact"), "{kind}");
+            }
+        }
+        let lower = |p: &&Pattern| p.0.iter().all(|text| *text == text.to_lowercase());
+        assert!(patterns::ALL.iter().copied().flatten().filter(|p| !lower(p)).count() == 0, "compared in lower case");
     }
 
     #[test]

@@ -20,7 +20,6 @@ impl MemoryParent {
     pub(crate) fn create() -> Option<Arc<Self>> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
         let own = own_memory_cgroup(&mounts, &fs::read_to_string("/proc/self/cgroup").ok()?)?;
-        remove_leftovers(&own);
         let parent = Self { dir: own.join(format!("{PREFIX}{}", std::process::id())) };
         let usable = || {
             create_new_or_existing(&parent.dir)?;
@@ -33,13 +32,18 @@ impl MemoryParent {
         Some(Arc::new(parent))
     }
 
+    /// Removes what is left of earlier daemons, but for the engines of these launches.
+    pub(crate) fn sweep(&self, known: &[&str]) {
+        remove_leftovers(self.dir.parent(), known);
+    }
+
     /// Makes one for an engine of this name, or none.
     pub(crate) fn engine(self: &Arc<Self>, name: &str) -> Option<MemoryCgroup> {
         create_new_or_existing(&self.dir).ok()?;
         // One that is there still counts what was: it is another engine's.
         let names = (0..TRIES).map(|n| if n == 0 { name.to_owned() } else { format!("{name}.{n}") });
         let dir = names.map(|name| self.dir.join(name)).find(|dir| fs::create_dir(dir).is_ok())?;
-        Some(MemoryCgroup { dir, _parent: Arc::clone(self) })
+        Some(MemoryCgroup { dir, _parent: Some(Arc::clone(self)) })
     }
 }
 
@@ -73,10 +77,21 @@ fn own_memory_cgroup(mounts: &str, cgroups: &str) -> Option<PathBuf> {
 #[derive(Debug)]
 pub(crate) struct MemoryCgroup {
     dir: PathBuf,
-    _parent: Arc<MemoryParent>,
+    /// Unset for one that an earlier daemon made.
+    _parent: Option<Arc<MemoryParent>>,
 }
 
 impl MemoryCgroup {
+    /// The one that an earlier daemon made for a launch, if it bears the launch's name: then it counts nobody else's.
+    pub(crate) fn own(procs: &[PathBuf], nonce: &str) -> Option<Self> {
+        let mut dirs = procs.iter().filter_map(|procs| procs.parent());
+        let ours =
+            |dir: &&Path| dir.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.contains(nonce));
+        let counts = |dir: &&Path| dir.join("memory.oom_control").exists();
+        let dir = dirs.find(|dir| !nonce.is_empty() && ours(dir) && counts(dir))?;
+        Some(Self { dir: dir.to_owned(), _parent: None })
+    }
+
     /// The file by which a process joins.
     pub(crate) fn procs(&self) -> PathBuf {
         self.dir.join("cgroup.procs")

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 use pool_services::Workload;
-use pool_services::ports::{Endpoint, EngineProbe, Identity, PROBE_TIMEOUT, Up};
+use pool_services::ports::{Endpoint, EngineProbe, Identity, PROBE_TIMEOUT, Up, Worked};
 use serde_json::{Value, json};
 
 use crate::http::{Answer, Ask, NoAnswer};
+use crate::signals;
 use crate::text::tidy;
 
 /// Who asks for health or work decides how long to wait (`[pool.health]`); this only bounds what was forgotten.
@@ -66,7 +68,7 @@ impl EngineProbe for HttpProbe {
         })
     }
 
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure> {
         let model = &endpoint.model;
         let (path, body) = match endpoint.workload {
             Workload::Generate => ("/completion", json!({ "prompt": "Hi", "n_predict": 1, "cache_prompt": false })),
@@ -79,18 +81,18 @@ impl EngineProbe for HttpProbe {
             _ => Failure::new(FailureClass::Health, format!("{path}: {error}")),
         })?;
         if answer.status == 200 && answer.json.as_ref().is_some_and(|json| did_work(endpoint.workload, json)) {
-            return Ok(());
+            return Ok(Worked::Done);
+        }
+        if matches!(answer.status, 429 | 503) {
+            return Ok(Worked::Declined);
         }
         let said = answer.json.as_ref().and_then(message).map(|text| format!(": {}", tidy(text))).unwrap_or_default();
         let detail = format!("{path} answered {} without a {}{said}", answer.status, unit(endpoint.workload));
         Err(Failure::new(FailureClass::Health, detail))
     }
 
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16> {
-        let answer = get(endpoint, "/slots").await.ok()?;
-        let json = answer.json.filter(|_| answer.status == 200)?;
-        let busy = json.as_array()?.iter().filter(|slot| slot["is_processing"] == true).count();
-        u16::try_from(busy).ok()
+    async fn signals(&self, endpoint: &Endpoint) -> Work {
+        signals::ask(endpoint).await
     }
 }
 
@@ -111,9 +113,10 @@ fn up(answer: &Answer) -> Up {
                 let progress = json["progress"].as_f64().map(|share| share.clamp(0.0, 1.0) as f32);
                 return Up::Loading(progress);
             }
-            // An engine that is loaded and says 503 is ill; it does not load again.
-            Up::Failed(format!("/health answers 503: {}", tidy(said)))
+            // It may be ill or have too much to do; what it does tells.
+            Up::Overloaded(format!("/health answers 503: {}", tidy(said)))
         }
+        (status @ (429 | 503), _) => Up::Overloaded(format!("/health answers {status}")),
         (status @ 500.., _) => Up::Failed(format!("/health answers {status}")),
         (status, _) => Up::Wrong(format!("/health answers {status}")),
     }
@@ -163,7 +166,7 @@ mod tests {
 
     #[test]
     fn health_is_read_from_status_and_body() {
-        let health = |status, json: Option<Value>| up(&Answer { status, json });
+        let health = |status, json: Option<Value>| up(&Answer { status, json, text: String::new() });
         assert_eq!(health(200, Some(json!({ "status": "ok" }))), Up::Serving);
         assert!(matches!(health(200, None), Up::Wrong(_)), "KoboldCpp answers 200 with HTML to everything");
         assert!(matches!(health(200, Some(json!({ "status": "up" }))), Up::Wrong(_)));
@@ -171,8 +174,10 @@ mod tests {
         let new = json!({ "error": { "code": 503, "message": "Loading model" }, "progress": 0.5 });
         assert_eq!(health(503, Some(new)), Up::Loading(Some(0.5)));
         let ill = json!({ "error": { "code": 503, "message": "Unhealthy" } });
-        assert!(matches!(health(503, Some(ill)), Up::Failed(_)));
-        assert!(matches!(health(503, None), Up::Failed(_)));
+        assert!(matches!(health(503, Some(ill)), Up::Overloaded(_)));
+        assert!(matches!(health(503, None), Up::Overloaded(_)));
+        assert!(matches!(health(429, None), Up::Overloaded(_)));
+        assert!(matches!(health(500, None), Up::Failed(_)));
         assert!(matches!(health(302, None), Up::Wrong(_)));
         assert!(matches!(health(404, None), Up::Wrong(_)));
     }

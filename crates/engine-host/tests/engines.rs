@@ -13,10 +13,11 @@ use engine_host::{EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, P
 use pool_domain::estimate::KvType;
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::{OnDeadline, Policy};
+use pool_domain::liveness::{SlotWork, Work};
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey, ResolvedMask};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Listener, Phase, PrepareRequest,
-    PreparedEngine, ResolvedModel, RunningEngine, Up,
+    PreparedEngine, ResolvedModel, RunningEngine, Up, Worked,
 };
 use pool_services::{Activation, PoolSpec, Workload};
 use tempfile::TempDir;
@@ -191,7 +192,11 @@ async fn an_engine_lives_from_launch_to_gone() {
     for workload in [Workload::Generate, Workload::Embed, Workload::Rerank] {
         bench.probe.work(&Endpoint { workload, ..endpoint.clone() }).await.unwrap();
     }
-    assert_eq!(bench.probe.busy(&endpoint).await, Some(0));
+    let Work::Told(idle) = bench.probe.signals(&endpoint).await else { panic!("it does not say") };
+    assert_eq!((idle.running, idle.waiting, idle.slots.len()), (0, 0, 0));
+    assert_eq!(bench.probe.work(&endpoint).await.unwrap(), Worked::Done);
+    let Work::Told(later) = bench.probe.signals(&endpoint).await else { panic!("it does not say") };
+    assert!(later.counters != idle.counters, "what was done between two questions shows: {later:?}");
     in_time(async {
         while running.progress() == before {
             bench.probe.work(&endpoint).await.unwrap();
@@ -333,11 +338,30 @@ async fn a_hang_and_an_illness_are_told_apart_from_loading() {
     .await;
     let (ill, _engine) = bench.start(&["--unhealthy-after-ms", "0"]).await;
     in_time(async {
-        while !matches!(bench.probe.up(&ill).await, Up::Failed(_)) {
+        while !matches!(bench.probe.up(&ill).await, Up::Overloaded(_)) {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     })
     .await;
+    // It says that it is well and that it has something to do, and gets nowhere.
+    let (hung, _engine) = bench.start(&["--hang-after-requests", "0"]).await;
+    bench.serving(&hung).await;
+    let asked = tokio::spawn({
+        let (probe, hung) = (bench.probe, hung.clone());
+        async move { probe.work(&hung).await }
+    });
+    let busy = in_time(async {
+        loop {
+            match bench.probe.signals(&hung).await {
+                Work::Told(signals) if signals.running > 0 => break signals,
+                _ => tokio::time::sleep(LOOK_AGAIN).await,
+            }
+        }
+    })
+    .await;
+    assert_eq!(busy.slots, [SlotWork { slot: 0, task: 1, prompt: 0, decoded: 0 }]);
+    assert_eq!((bench.probe.up(&hung).await, bench.probe.signals(&hung).await), (Up::Serving, Work::Told(busy)));
+    asked.abort();
 }
 
 #[tokio::test]

@@ -43,17 +43,32 @@ fn skipped() {
 /// Launches a shell that runs `then` once its memory is limited, and tells how it ended; nothing where memory cannot be
 /// limited here.
 async fn end_of(then: &str) -> Option<Failure> {
+    end_seen_by(then, Seen::ItsDaemon).await
+}
+
+/// Who sees the end.
+#[derive(Clone, Copy, PartialEq)]
+enum Seen {
+    ItsDaemon,
+    /// It took the engine over before.
+    TheNext,
+    /// It was not there yet.
+    NextAfterwards,
+}
+
+async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
     let dir = tempfile::tempdir().unwrap();
-    let shim = ShimCommand { program: testbin(), args: vec!["engine-shim".into()] };
-    let run = dir.path().join("run");
-    let host = ProcessHost::new(HostOptions {
-        runtime_dir: run,
-        shim,
-        log_max_bytes: 1 << 20,
-        cgroup: true,
-        lock_dir: dir.path().join("locks"),
-        outlive: false,
-    });
+    let daemon = || {
+        ProcessHost::new(HostOptions {
+            runtime_dir: dir.path().join("run"),
+            shim: ShimCommand { program: testbin(), args: vec!["engine-shim".into()] },
+            log_max_bytes: 1 << 20,
+            cgroup: true,
+            lock_dir: dir.path().join("locks"),
+            outlive: seen != Seen::ItsDaemon,
+        })
+    };
+    let host = daemon();
     let gate = dir.path().join("gate");
     assert!(Command::new("mkfifo").arg(&gate).status().unwrap().success());
     let grow = "grow() { x=aaaaaaaaaaaaaaaa; while :; do x=$x$x; done; }";
@@ -85,6 +100,13 @@ async fn end_of(then: &str) -> Option<Failure> {
     };
     let running: Arc<dyn RunningEngine> = host.launch(&record, &engine).await.unwrap();
     let limit = limit_of(running.pid().unwrap());
+    let next = daemon();
+    let adopt = async || {
+        let found = next.adopt(&record).await.unwrap();
+        next.end_unknown(std::slice::from_ref(&record), &[]).await;
+        found
+    };
+    let mut judge = if seen == Seen::TheNext { adopt().await } else { Arc::clone(&running) };
     match &limit {
         Some(limit) => {
             fs::write(limit, (64 << 20).to_string()).unwrap();
@@ -95,7 +117,12 @@ async fn end_of(then: &str) -> Option<Failure> {
             running.kill();
         }
     }
-    let failure = tokio::time::timeout(LIMIT, running.exited()).await.unwrap();
+    if seen == Seen::NextAfterwards {
+        // The first daemon sees it too, so it has ended.
+        tokio::time::timeout(LIMIT, running.exited()).await.unwrap();
+        judge = adopt().await;
+    }
+    let failure = tokio::time::timeout(LIMIT, judge.exited()).await.unwrap();
     running.kill();
     tokio::time::timeout(LIMIT, running.gone()).await.unwrap();
     let limit = limit?;
@@ -122,5 +149,15 @@ async fn so_did_one_that_gave_up_because_a_part_of_it_was_killed_so() {
 async fn a_sigkill_of_somebody_is_a_crash() {
     if let Some(failure) = end_of("kill -KILL $$").await {
         assert_eq!(failure.class, FailureClass::Crash(Exit::Signal(9)), "{failure}");
+    }
+}
+
+#[tokio::test]
+async fn a_daemon_that_took_the_engine_over_knows_it_as_well() {
+    for seen in [Seen::TheNext, Seen::NextAfterwards] {
+        // What is left holds its cgroup, and the count in it, until it is killed.
+        if let Some(failure) = end_seen_by("sleep 1000 & grow", seen).await {
+            assert_eq!(failure.class, FailureClass::HostOom, "{failure}");
+        }
     }
 }

@@ -27,6 +27,8 @@ use crate::spec::LaunchSpec;
 
 /// What an engine gets to stop by itself when the daemon has gone.
 const GRACE: Duration = Duration::from_secs(2);
+/// Until an engine has said and mapped most of what it says and maps while it starts.
+const SETTLED: Duration = Duration::from_secs(2);
 /// While killing, how often to look for children that came without a signal.
 const KILL_AGAIN: Duration = Duration::from_millis(100);
 /// The most output read for the log when the engine has ended: no writer is waited for.
@@ -66,6 +68,8 @@ struct Shim {
     main: Option<Pid>,
     killing: bool,
     kill_at: Option<Instant>,
+    /// When it gives back what only the start needed.
+    slim_at: Option<Instant>,
     /// Why the engine has to go again though its exec succeeded.
     failure: Option<Report>,
     /// How the main process ended.
@@ -127,6 +131,7 @@ impl Shim {
             main: Some(pid),
             killing: failure.is_some(),
             kill_at: None,
+            slim_at: None,
             failure,
             exit: None,
             shared_memory,
@@ -136,7 +141,7 @@ impl Shim {
 
     /// Returns when no descendant is left and the log is complete.
     fn supervise(&mut self, reports: &mut Reports) {
-        slim::drop_code();
+        self.slim_at = Some(Instant::now() + SETTLED);
         loop {
             if self.killing {
                 self.kill_everything();
@@ -173,6 +178,10 @@ impl Shim {
                 self.kill_at = None;
                 self.killing = true;
             }
+            if self.slim_at.is_some_and(|at| at <= Instant::now()) {
+                self.slim_at = None;
+                slim::drop_code();
+            }
             if ready.child {
                 self.signals.child.clear();
             }
@@ -199,7 +208,8 @@ impl Shim {
     fn wait(&self, reports: &Reports) -> Ready {
         let again = self.killing.then_some(KILL_AGAIN);
         let grace = self.kill_at.map(|at| at.saturating_duration_since(Instant::now()));
-        let timeout = again.or(grace).and_then(|wait| Timespec::try_from(wait).ok());
+        let slim = self.slim_at.map(|at| at.saturating_duration_since(Instant::now()));
+        let timeout = again.or(grace.into_iter().chain(slim).min()).and_then(|wait| Timespec::try_from(wait).ok());
 
         let mut fds = vec![
             PollFd::from_borrowed_fd(self.signals.child.fd(), PollFlags::IN),

@@ -10,7 +10,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pool_domain::PoolId;
-use pool_services::control::{Lease, PlacementRequest, PlanRequest};
+use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolSnapshot,
     ReloadRequest,
@@ -21,7 +21,7 @@ use thiserror::Error;
 
 use crate::dto::{
     self, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody,
-    PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, SpecView,
+    PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, RenewBody, SpecView,
 };
 
 /// Largest answer that is read.
@@ -144,8 +144,18 @@ impl HttpControl {
     }
 
     async fn post(&self, path: &str, body: &impl Serialize, subject: &str) -> Result<Bytes, ControlError> {
+        self.post_and_wait(path, body, Duration::ZERO, subject).await
+    }
+
+    async fn post_and_wait(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        wait: Duration,
+        subject: &str,
+    ) -> Result<Bytes, ControlError> {
         let body = serde_json::to_vec(body).map_err(|e| ControlError::Unreachable(e.to_string()))?;
-        self.exchange(Method::POST, path, Some(body), Duration::ZERO, subject).await
+        self.exchange(Method::POST, path, Some(body), wait, subject).await
     }
 
     async fn verb(&self, id: &PoolId, verb: &str, body: &impl Serialize) -> Result<Operation, ControlError> {
@@ -331,10 +341,22 @@ impl PoolControl for HttpControl {
         self.convert(view)
     }
 
-    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
-        let body = LeaseBody { ttl_ms: Some(millis(ttl)) };
-        let bytes = self.post(&format!("/v1/pools/{id}/leases"), &body, id.as_str()).await?;
+    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {
+        let wait = request.wait;
+        let (path, body) = (format!("/v1/pools/{id}/leases"), LeaseBody::from(request));
+        let bytes = self.post_and_wait(&path, &body, wait, id.as_str()).await?;
         self.convert(self.read::<LeaseView>(&bytes)?)
+    }
+
+    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+        let (path, body) = (format!("/v1/leases/{}/renew", segment(lease_id)), RenewBody { ttl_ms: ttl.map(millis) });
+        let bytes = self.post(&path, &body, lease_id).await?;
+        self.convert(self.read::<LeaseView>(&bytes)?)
+    }
+
+    async fn leases(&self) -> Result<Vec<Lease>, ControlError> {
+        let views: Vec<LeaseView> = self.get("/v1/leases", Duration::ZERO, "leases").await?;
+        views.into_iter().map(|l| self.convert(l)).collect()
     }
 
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {

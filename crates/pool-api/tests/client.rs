@@ -12,7 +12,8 @@ use pool_api::server::{LocalAddr, router};
 use pool_api::spec::{Defaults, PoolIdText, PoolSpec};
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
-use pool_services::control::{PlacementRequest, PlanRequest};
+use pool_domain::{Holder, ReplicaId};
+use pool_services::control::{LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, Declared, DrainOptions, OperationState, PoolControl, PoolSnapshot, ReloadRequest, Source,
 };
@@ -50,8 +51,17 @@ async fn round_trip() {
     let request = PlacementRequest { model: Some("chat".into()), context: Some(7), ..PlacementRequest::default() };
     let placed = c.placements(request.clone()).await;
     assert_eq!(placed, Fake::default().placements(request).await);
-    let lease = c.lease(&id("chat"), Duration::from_secs(5)).await.unwrap();
-    assert_eq!(lease, Fake::default().lease(&id("chat"), Duration::from_secs(5)).await.unwrap());
+    let holder = Holder { job_id: Some("j".into()), session_id: Some("s".into()), tenant_id: Some("t".into()) };
+    let (prefer, key) = (Some(ReplicaId(1)), Some("k".into()));
+    let (ttl, wait) = (Duration::from_secs(5), Duration::from_secs(7));
+    let wish = LeaseRequest { ttl, wait, holder, prefer, key };
+    let lease = c.lease(&id("chat"), wish.clone()).await.unwrap();
+    assert_eq!(lease, Fake::default().lease(&id("chat"), wish).await.unwrap());
+    assert_eq!((lease.slot, &*lease.engine, &*lease.engine_version), (7, "k", "r1"), "all of it arrived");
+    for ttl in [None, Some(Duration::from_secs(3))] {
+        assert_eq!(c.renew(&lease.id, ttl).await, Fake::default().renew(&lease.id, ttl).await);
+    }
+    assert_eq!(c.leases().await, Fake::default().leases().await);
     assert_eq!(c.release(&lease.id).await, Ok(()));
     assert_eq!(c.node_view().await.unwrap().version, "1.2.3");
     assert_eq!(c.pool_views().await.unwrap()[0].source, "file");
@@ -97,23 +107,24 @@ async fn errors_come_back_as_they_were() {
     for error in [
         ControlError::PoolNotFound("chat".into()),
         ControlError::Conflict("busy".into()),
-        ControlError::Saturated,
-        ControlError::Unready("starting".into()),
+        ControlError::Saturated { retry_after: Duration::from_secs(7) },
+        ControlError::Unready { why: "starting".into(), retry_after: Some(Duration::from_secs(3)) },
         ControlError::Draining,
         ControlError::Unavailable { retry_after: Duration::from_millis(1500) },
         ControlError::Unreachable("stopping".into()),
         ControlError::Refused { code: "NEW".into(), detail: "d".into() },
     ] {
         let c = serve(Fake { error: Some(error.clone()), ..Fake::default() }).await;
-        assert_eq!(c.lease(&id("chat"), Duration::from_secs(1)).await, Err(error));
+        assert_eq!(c.lease(&id("chat"), LeaseRequest::default()).await, Err(error));
     }
     let c = serve(Fake::default()).await;
     for odd in ["op 2/..?#é", "..", ".", "%2e"] {
         assert_eq!(c.operation(odd).await, Err(ControlError::OperationNotFound(odd.into())));
         assert_eq!(c.unfence(odd).await, Err(ControlError::DeviceNotFound(odd.into())));
+        assert_eq!(c.renew(odd, None).await, Err(ControlError::LeaseNotFound(odd.into())));
         assert_eq!(c.release(odd).await, Err(ControlError::LeaseNotFound(odd.into())));
     }
-    let refused = c.lease(&id("chat"), Duration::ZERO).await;
+    let refused = c.lease(&id("chat"), LeaseRequest::lasting(Duration::ZERO)).await;
     assert!(matches!(refused, Err(ControlError::Refused { code, .. }) if code == "INVALID_PARAMS"));
 }
 

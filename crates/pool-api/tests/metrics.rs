@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{chat, id, node};
 use pool_api::metrics::{ALL, Metrics};
-use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_domain::{Failure, FailureClass, Generation, Holder, ReplicaId, ReplicaKey};
 use pool_services::{Event, EventKind};
 
 #[test]
@@ -24,10 +24,18 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::EngineFailed { failure: failure(), nth: 1 },
         EventKind::RestartPlanned { delay: took, failure: failure(), nth: 1 },
         EventKind::Restarting,
+        EventKind::Evicted { by: "other".into() },
+        EventKind::IdleStopped { after: took },
         EventKind::BreakerOpened { pause: took },
         EventKind::DrainEnded { outcome: "drained", took },
-        EventKind::LeaseGranted,
-        EventKind::LeaseRefused { reason: "saturated" },
+        EventKind::Reloaded,
+        EventKind::LeaseGranted { holder: Holder::default() },
+        EventKind::LeaseQueued { position: 3, holder: Holder::default() },
+        EventKind::LeaseRefused { reason: "saturated", holder: Holder::default() },
+        EventKind::LeaseReleased { holder: Holder::default(), after: took },
+        EventKind::LeaseExpired { holder: Holder::default(), after: took },
+        EventKind::LeaseRenewed { holder: Holder::default() },
+        EventKind::LeaseRevoked { holder: Holder::default(), after: took },
     ] {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
         m.observe(&Event { key, generation: Generation(1), kind });

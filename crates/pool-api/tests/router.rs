@@ -43,7 +43,9 @@ const ROUTES: &[(&str, &str)] = &[
     ("POST", "/v1/pools/chat/breaker/reset"),
     ("POST", "/v1/devices/GPU-51000000-0000-4000-8000-000000000001/unfence"),
     ("POST", "/v1/pools/chat/leases"),
+    ("GET", "/v1/leases"),
     ("DELETE", "/v1/leases/l-1"),
+    ("POST", "/v1/leases/l-1/renew"),
     ("GET", "/v1/operations"),
     ("GET", "/v1/operations/op-1"),
     ("GET", "/metrics"),
@@ -111,8 +113,8 @@ async fn every_error_has_its_status_and_code() {
         (ControlError::Conflict("busy".into()), 409, "CONFLICT"),
         (ControlError::PoolInFile("chat".into()), 409, "POOL_IN_FILE"),
         (ControlError::Refused { code: "DOES_NOT_FIT".into(), detail: "d".into() }, 422, "DOES_NOT_FIT"),
-        (ControlError::Saturated, 429, "POOL_SATURATED"),
-        (ControlError::Unready("starting".into()), 503, "POOL_UNREADY"),
+        (ControlError::Saturated { retry_after: Duration::from_millis(6001) }, 429, "POOL_SATURATED"),
+        (ControlError::unready("starting"), 503, "POOL_UNREADY"),
         (ControlError::Draining, 503, "POOL_DRAINING"),
         (ControlError::Unavailable { retry_after: Duration::from_millis(1500) }, 503, "POOL_UNAVAILABLE"),
         (ControlError::Unreachable("stopping".into()), 503, "UNAVAILABLE"),
@@ -126,6 +128,10 @@ async fn every_error_has_its_status_and_code() {
             let wait = response.headers().get(header::RETRY_AFTER).cloned();
             let (s, p) = problem(response).await;
             assert_eq!((s, p["code"].as_str().unwrap()), (status, code), "{verb}");
+            assert_eq!(wait.is_some(), status == 429 || status == 503, "{code}");
+            if matches!(error, ControlError::Saturated { .. }) {
+                assert_eq!(wait.as_ref().unwrap(), "7", "never early");
+            }
             if code == "POOL_UNAVAILABLE" {
                 assert_eq!(wait.unwrap(), "2");
                 assert_eq!(p["retry_after_ms"], 1500);
@@ -197,8 +203,10 @@ async fn bad_bodies() {
         ("drain", "application/x-www-form-urlencoded", "", 400),
         ("stop", "application/json", r#"{"force":true}"#, 400),
         ("leases", "application/json", r#"{"ttl_ms":0}"#, 400),
-        ("leases", "application/json", r#"{"ttl_ms":86400001}"#, 400),
-        ("leases", "application/json", r#"{"job_id":"x"}"#, 400),
+        ("leases", "application/json", r#"{"ttl_ms":-1}"#, 400),
+        ("leases", "application/json", r#"{"wait_ms":-1}"#, 400),
+        ("leases", "application/json", r#"{"prefer_replica":"one"}"#, 400),
+        ("leases", "application/json", r#"{"nope":"x"}"#, 400),
     ];
     for (verb, kind, body, status) in cases {
         let response = send(Fake::default(), post(&format!("/v1/pools/chat/{verb}"), kind, (*body).to_owned())).await;
@@ -230,6 +238,13 @@ async fn good_bodies() {
     let done = json(done).await;
     assert_eq!((done["state"].as_str(), done["outcome"].as_str()), (Some("succeeded"), Some("drained")));
 
+    let r = post("/v1/pools/chat/leases", "application/json", r#"{"prefer_replica":"other/one","wait_ms":5000}"#);
+    let elsewhere = json(send(Fake::default(), r).await).await;
+    assert_eq!(
+        (&elsewhere["engine_version"], &elsewhere["slot"]),
+        (&"".into(), &5.into()),
+        "a hint that leads nowhere"
+    );
     let lease = send(Fake::default(), request("POST", "/v1/pools/chat/leases")).await;
     assert_eq!(lease.status(), 201);
     assert_eq!(json(lease).await["expires_at"], "2023-11-14T22:14:20.000Z");
@@ -366,7 +381,6 @@ async fn plans_and_placements() {
         let (got, told) = ask("POST", path, body).await;
         assert_eq!((got, told["code"].as_str()), (status, Some(code)), "{path} {body}: {told}");
     }
-    assert_eq!(ask("PUT", "/v1/pools/new", r#"{"model":"stub:a"}"#).await.0, 409);
     assert_eq!(ask("PUT", "/v1/pools/new?dry_run=true", r#"{"id":"other","model":"stub:a"}"#).await.0, 400);
     let (status, placed) = ask("POST", "/v1/placements", r#"{"model":"chat","prefer_replica":"chat/r1"}"#).await;
     assert_eq!((status, &placed[0]["serves"], &placed[0]["replica_id"]), (200, &true.into(), &"r1".into()));

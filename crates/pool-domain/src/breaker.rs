@@ -76,6 +76,24 @@ impl BreakerPolicy {
         Ok(Self { failed_starts, early_crashes, open_for, max_open_for, close_after })
     }
 
+    /// Failed starts in a row that open it.
+    #[must_use]
+    pub fn failed_starts(&self) -> u32 {
+        self.failed_starts
+    }
+
+    /// Early crashes in a row that open it.
+    #[must_use]
+    pub fn early_crashes(&self) -> u32 {
+        self.early_crashes
+    }
+
+    /// The first pause.
+    #[must_use]
+    pub fn open_for(&self) -> Duration {
+        self.open_for
+    }
+
     /// The longest pause.
     #[must_use]
     pub fn max_open_for(&self) -> Duration {

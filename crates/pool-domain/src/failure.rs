@@ -109,6 +109,28 @@ impl FailureClass {
         }
     }
 
+    /// The class that a word names. How a process ended, the word does not tell.
+    #[must_use]
+    pub fn from_code(code: &str) -> Option<Self> {
+        Some(match code {
+            "crash" => Self::Crash(Exit::Unknown),
+            "host_oom" => Self::HostOom,
+            "vram_oom" => Self::VramOom,
+            "hang" => Self::Hang,
+            "start_timeout" => Self::StartTimeout,
+            "health" => Self::Health,
+            "driver_error" => Self::DriverError,
+            "gpu_lost" => Self::GpuLost,
+            "cpu_fallback" => Self::CpuFallback,
+            "mask_breach" => Self::MaskBreach,
+            "wrong_server" => Self::WrongServer,
+            "port_conflict" => Self::PortConflict,
+            "artifact" => Self::Artifact,
+            "config" => Self::Config,
+            _ => return None,
+        })
+    }
+
     /// What follows from it.
     #[must_use]
     pub fn policy(&self) -> FailurePolicy {

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -60,7 +61,7 @@ macro_rules! names {
     ($($(#[$doc:meta])* $ty:ident = $what:literal;)*) => {$(
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $ty(String);
+        pub struct $ty(Arc<str>);
 
         impl $ty {
             /// The text.
@@ -73,7 +74,7 @@ macro_rules! names {
         impl FromStr for $ty {
             type Err = IdError;
             fn from_str(s: &str) -> Result<Self, IdError> {
-                name($what, s).map(Self)
+                name($what, s).map(|name| Self(name.into()))
             }
         }
 

@@ -124,7 +124,7 @@ pub fn fit(
         Err(Refusal::Devices(why)) => return Err(Refusal::Devices(why)),
         Err(Refusal::Vram(why) | Refusal::NeverFits(why)) => why,
     };
-    let Ok(empty) = fit_now(demand, mask, &unused(devices), &|_| 0) else { return Err(Refusal::NeverFits(why)) };
+    let Ok(empty) = at_best(demand, mask, devices) else { return Err(Refusal::NeverFits(why)) };
     let lacks = |row: &Row| {
         let device = devices.iter().find(|d| d.uuid == row.uuid)?;
         let left = available(device, promised(&row.uuid));
@@ -132,6 +132,14 @@ pub fn fit(
         (left < row.promised).then(text)
     };
     Err(Refusal::Vram(empty.rows.iter().find_map(lacks).unwrap_or(why)))
+}
+
+/// What a start would get on devices that are well and that nobody uses.
+///
+/// # Errors
+/// When it would not fit even then.
+pub fn at_best(demand: &Demand, mask: &DeviceMask, devices: &[DeviceSnapshot]) -> Result<Fit, Refusal> {
+    fit_now(demand, mask, &unused(devices), &|_| 0)
 }
 
 /// The devices as they are when they are well and nobody uses them.

@@ -41,10 +41,11 @@ pub struct Accusation {
 
 /// What is held against one device.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-struct Case {
+pub struct Case {
     /// The newest accusation of each pool.
-    accusations: BTreeMap<PoolId, Accusation>,
-    suspect_until: Option<Tick>,
+    pub accusations: BTreeMap<PoolId, Accusation>,
+    /// Nothing new starts there until then.
+    pub suspect_until: Option<Tick>,
 }
 
 /// What is held against the devices of a node, by UUID.
@@ -54,6 +55,18 @@ pub struct Suspicions {
 }
 
 impl Suspicions {
+    /// What was held against each device, by UUID, when the daemon ended.
+    #[must_use]
+    pub fn resume(cases: BTreeMap<String, Case>) -> Self {
+        Self { cases }
+    }
+
+    /// What is held against each device, by UUID.
+    #[must_use]
+    pub fn cases(&self) -> &BTreeMap<String, Case> {
+        &self.cases
+    }
+
     /// Takes in an accusation. Says whether the device became Suspect by it.
     pub fn accuse(&mut self, device: &str, accusation: Accusation, policy: &SuspicionPolicy) -> bool {
         let case = self.cases.entry(device.to_owned()).or_default();

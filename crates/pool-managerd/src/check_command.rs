@@ -69,8 +69,13 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
             (None, Activation::Preload) => "starts with the daemon".to_owned(),
             (None, Activation::OnDemand) => "starts when somebody asks".to_owned(),
         };
+        let blind = if pool.policy.health.canary {
+            ""
+        } else {
+            "; health.canary is off, so an idle engine that hangs is found only by the next request"
+        };
         print(&format!(
-            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}{needs}\n",
+            "pool {}: {} of {} on {what_devices}, {} engine(s), {what}{needs}{blind}\n",
             pool.id,
             pool.workload.code(),
             pool.model,

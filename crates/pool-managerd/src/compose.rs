@@ -192,6 +192,7 @@ pub async fn start(
     };
     let pools = restore::pools(config, &state).await;
     PoolManager::builder()
+        .min_ready_time(config.node.min_ready_time)
         .gpu(gpus)
         .models(Arc::new(models(config)))
         .provisioner(Arc::new(provisioner(config)?))
@@ -203,6 +204,7 @@ pub async fn start(
         .declared(pools)
         .seed(RandomState::new().hash_one(std::process::id()))
         .boot_ms(boot_ms())
+        .max_lease_ttl(config.node.max_lease_ttl)
         .start()
         .await
         .map_err(|e| match e {

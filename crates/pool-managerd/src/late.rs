@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::PoolId;
-use pool_services::control::{Lease, PlacementRequest, PlanRequest};
+use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager,
     PoolSnapshot, ReloadRequest,
@@ -23,7 +23,7 @@ impl LateControl {
     }
 
     fn get(&self) -> Result<&PoolManager, ControlError> {
-        self.0.get().ok_or_else(|| ControlError::Unready("the daemon is starting and waits for its GPUs".into()))
+        self.0.get().ok_or_else(|| ControlError::unready("the daemon is starting and waits for its GPUs"))
     }
 }
 
@@ -89,8 +89,14 @@ impl PoolControl for LateControl {
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
         self.get()?.wait_operation(id, wait).await
     }
-    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
-        self.get()?.lease(id, ttl).await
+    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {
+        self.get()?.lease(id, request).await
+    }
+    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+        self.get()?.renew(lease_id, ttl).await
+    }
+    async fn leases(&self) -> Result<Vec<Lease>, ControlError> {
+        self.get()?.leases().await
     }
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {
         self.get()?.release(lease_id).await

@@ -8,6 +8,7 @@ pub mod compose;
 pub mod config;
 pub mod demo;
 pub mod exit;
+pub mod fault;
 mod late;
 pub mod logging;
 mod notify;

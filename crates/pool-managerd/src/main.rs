@@ -7,12 +7,15 @@ use clap::Parser;
 use pool_managerd::cli::{BreakerCommand, Cli, Command};
 use pool_managerd::commands::{self, Verb};
 use pool_managerd::exit::{BUG, Exit, USAGE, print};
-use pool_managerd::{check_command, cli, config, demo, plan_command, serve};
+use pool_managerd::{check_command, cli, config, demo, fault, plan_command, serve};
 
 fn main() -> ExitCode {
     // Both must come before the first thread.
     if let Some(code) = engine_shim::run_if_asked().or_else(stub_engine::run_if_asked) {
         return code;
+    }
+    if fault_points::ARMED {
+        fault::arm();
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -26,7 +26,7 @@ pub(crate) struct LateConfig(OnceLock<mpsc::Sender<oneshot::Sender<Answer>>>);
 #[async_trait]
 impl Reconfigure for LateConfig {
     async fn reload_config(&self) -> Answer {
-        let starting = || ControlError::Unready("the daemon is starting and waits for its GPUs".into());
+        let starting = || ControlError::unready("the daemon is starting and waits for its GPUs");
         let wishes = self.0.get().ok_or_else(starting)?;
         let (answer, answered) = oneshot::channel();
         wishes.try_send(answer).map_err(|_| ControlError::Unreachable("the config is being read already".into()))?;

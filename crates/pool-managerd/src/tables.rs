@@ -27,7 +27,7 @@ pub fn pools(pools: &[PoolSnapshot]) -> String {
     }
     let mut t = table(&["POOL", "STATE", "READY", "SLOTS", "LEASES", "RESTARTS", "BREAKER", "MODEL", "REASON"]);
     for p in pools {
-        let ready = p.replicas.iter().filter(|r| r.ready).count();
+        let ready = p.ready_replicas();
         let of = |f: fn(&ReplicaSnapshot) -> u32| p.replicas.iter().map(f).sum::<u32>();
         let lead = p.lead();
         t.add_row([

@@ -35,6 +35,14 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
     let engine = spec.map(|s| s.engine.as_str());
     let model_id = spec.map(|s| s.model.model_id());
     let replica = event.key.replica.to_string();
+    let holder = event.holder();
+    let job_id = holder.and_then(|h| h.job_id.as_deref());
+    let session_id = holder.and_then(|h| h.session_id.as_deref());
+    let tenant_id = holder.and_then(|h| h.tenant_id.as_deref());
+    let queue_position = match event.kind {
+        EventKind::LeaseQueued { position, .. } => Some(position),
+        _ => None,
+    };
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
@@ -47,6 +55,10 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
                 device,
                 backoff_ms,
                 last_error,
+                job_id,
+                session_id,
+                tenant_id,
+                queue_position,
                 human,
                 "{sentence}"
             )
@@ -58,7 +70,11 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         | EventKind::Fenced
         | EventKind::DeviceSuspected { .. }
         | EventKind::LeaseRefused { .. } => line!(warn),
-        EventKind::StateChanged { .. } | EventKind::LeaseGranted => line!(debug),
+        EventKind::StateChanged { .. }
+        | EventKind::LeaseGranted { .. }
+        | EventKind::LeaseQueued { .. }
+        | EventKind::LeaseReleased { .. }
+        | EventKind::LeaseRenewed { .. } => line!(debug),
         _ => line!(info),
     }
 }

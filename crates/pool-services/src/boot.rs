@@ -7,14 +7,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 
 use crate::clock::Clock;
 use crate::declared::Restored;
-use crate::driver::{Found, Ports};
-use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, RunningEngine};
+use crate::driver::{Found, Ports, busy};
+use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
@@ -50,7 +51,9 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
     let places: BTreeMap<_, _> = pools.iter().map(|p| of(&p.declared.spec)).collect();
     for record in recorded {
         let key = record.key.clone();
+        reached(Point::BeforeAdopt);
         let outcome = ports.host.adopt(&record).await;
+        reached(Point::AfterAdopt);
         if let Err(NotAdopted { why, rest: None }) = &outcome {
             tracing::info!(pool_id = %key.pool, replica_id = %key.replica, %why, "nothing is left of an earlier engine");
             if let Err(error) = ports.ledger.forget(&key, record.generation).await {
@@ -62,7 +65,12 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
         let wanted = places.get(&key.pool).is_some_and(|ids| ids.contains(&key.replica));
         // A generation that was followed by another is never taken up again.
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
-            found.insert(key, Found { record, outcome });
+            // At once, or not now.
+            let gone = match &outcome {
+                Ok(engine) => tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok(),
+                Err(_) => false,
+            };
+            found.insert(key, Found { record, outcome, gone });
         } else if let Ok(engine) | Err(NotAdopted { rest: Some(engine), .. }) = outcome {
             tracing::warn!(pool_id = %key.pool, replica_id = %key.replica, "ending an engine that nobody wants any more");
             strays.push(Stray { record, engine });
@@ -114,7 +122,7 @@ fn places(spec: &PoolSpec, records: &[&EngineRecord]) -> Vec<ReplicaId> {
 
 /// Resolves when an engine says that it works on nothing; at once if it does not say.
 async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
-    while tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().is_some_and(|n| n > 0) {
+    while busy(probe, endpoint).await > 0 {
         tokio::time::sleep(ASK_AGAIN).await;
     }
 }

@@ -4,9 +4,12 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use pool_domain::PoolId;
+use pool_domain::evict::EvictionPolicy;
+use pool_domain::lease_book::Limits;
+use pool_domain::suspicion::Suspicions;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -19,16 +22,12 @@ use crate::conditions::Conditions;
 use crate::declared::Restored;
 use crate::driver::Ports;
 use crate::events::{Event, EventSink};
-use crate::lease_desk;
 use crate::manager::{Inner, PoolManager};
 use crate::node::{Node, QUEUE};
 use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::spec::PoolSpec;
 use crate::steward::{Ledgered, Steward, told_of};
 use crate::view::View;
-
-/// Leases the desk may be asked for at once.
-const DESK_QUEUE: usize = 1024;
 
 /// Why no manager could be built.
 #[derive(Debug, Error)]
@@ -55,9 +54,11 @@ pub struct Builder {
     ports: RangeInclusive<u16>,
     pools: Vec<Restored>,
     seed: u64,
+    eviction: EvictionPolicy,
     boot_ms: u64,
+    max_lease_ttl: Duration,
     #[cfg(feature = "planted-bugs")]
-    ignore_generations: bool,
+    bug: Option<crate::planted::Bug>,
 }
 
 macro_rules! setters {
@@ -84,9 +85,11 @@ impl Builder {
             ports: 42_000..=42_999,
             pools: Vec::new(),
             seed: 0,
+            eviction: EvictionPolicy::default(),
             boot_ms: 0,
+            max_lease_ttl: Limits::default().max_ttl,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: false,
+            bug: None,
         }
     }
 
@@ -139,6 +142,13 @@ impl Builder {
         self
     }
 
+    /// How long a replica that became Ready neither stops unused nor gives way to others.
+    #[must_use]
+    pub fn min_ready_time(mut self, time: Duration) -> Self {
+        self.eviction.min_ready_time = time;
+        self
+    }
+
     /// Milliseconds of boot time at which the clock starts.
     #[must_use]
     pub fn boot_ms(mut self, ms: u64) -> Self {
@@ -146,11 +156,18 @@ impl Builder {
         self
     }
 
-    /// A bug on purpose: drivers take facts of old generations for those of the current one.
+    /// Longest a lease can be asked for.
+    #[must_use]
+    pub fn max_lease_ttl(mut self, ttl: Duration) -> Self {
+        self.max_lease_ttl = ttl;
+        self
+    }
+
+    /// A bug on purpose.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
-    pub fn ignore_generations(mut self) -> Self {
-        self.ignore_generations = true;
+    pub fn bug(mut self, bug: crate::planted::Bug) -> Self {
+        self.bug = Some(bug);
         self
     }
 
@@ -170,7 +187,7 @@ impl Builder {
             probe: need("the engine answers", self.probe)?,
             ledger: need("the durable facts", self.ledger)?,
             #[cfg(feature = "planted-bugs")]
-            ignore_generations: self.ignore_generations,
+            bug: self.bug,
         };
         for (i, p) in self.pools.iter().enumerate() {
             let id = &p.declared.spec.id;
@@ -188,14 +205,16 @@ impl Builder {
             view: view.clone(),
             clock,
             seed: self.seed,
+            min_ready_time: self.eviction.min_ready_time,
             events: events.clone(),
             bell: Arc::new(Notify::new()),
             memories: TaskTracker::new(),
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
+            max_lease_ttl: self.max_lease_ttl,
         };
         let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
-        let records: Vec<_> = found.values().map(|f| f.record.clone()).collect();
+        let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
             let id = pool.declared.spec.id.clone();
@@ -205,6 +224,7 @@ impl Builder {
         let (table_tx, table) = watch::channel(Arc::new(pools));
         told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
+        let suspicions = ports.ledger.suspicions().await;
         let steward = Steward {
             table: table.clone(),
             wards: Vec::new(),
@@ -218,8 +238,11 @@ impl Builder {
             conditions: conditions_tx,
             clock,
             events: events.clone(),
+            eviction: self.eviction,
             found: records,
             closed,
+            remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),
+            suspicions,
         };
         node.watched("steward", steward.run());
         let (catalog, orders) = mpsc::channel(QUEUE);
@@ -233,24 +256,37 @@ impl Builder {
             births: 0,
         };
         node.watched("catalog", catalog_task.run());
-        let (desk, desk_rx) = mpsc::channel(DESK_QUEUE);
-        tokio::spawn(lease_desk::run(desk_rx));
         let inner = Inner {
             table,
             catalog,
             departed,
             view,
             steward: steward_commands,
-            desk,
             clock,
             events,
-            seed: self.seed,
+            max_lease_ttl: self.max_lease_ttl,
             broken: node.broken,
-            leases: AtomicU64::new(0),
             memories: node.memories,
             ports,
             last_call: node.last_call,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }
+}
+
+/// Keeps what is held against devices, which is `so_far` until the steward says more. An orderly end does not wait for it:
+/// ending engines holds nothing against a device, and what failures did was written when they happened.
+fn keep_suspicions(so_far: Suspicions, ledger: Arc<dyn StateLedger>) -> watch::Sender<Suspicions> {
+    let (tx, told) = watch::channel(so_far);
+    tokio::spawn(async move {
+        let write = |newest: Suspicions| {
+            let ledger = Arc::clone(&ledger);
+            async move { ledger.note_suspicions(&newest).await }
+        };
+        crate::remember::keep(told, write, |error| {
+            tracing::error!(%error, "what is held against devices will not survive a restart of the daemon");
+        })
+        .await;
+    });
+    tx
 }

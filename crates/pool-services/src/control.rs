@@ -6,10 +6,11 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
-use pool_domain::{DeviceMask, Generation, PoolId, ReplicaId, ReplicaKey};
+use pool_domain::{DeviceMask, PoolId, ReplicaKey};
 use thiserror::Error;
 
 use crate::declared::Declared;
+pub use crate::lease::{Lease, LeaseRequest};
 use crate::planning::{Placed, PlanReport};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::PoolSpec;
@@ -38,10 +39,18 @@ pub enum ControlError {
     Conflict(String),
     /// Every slot is taken.
     #[error("every slot of the pool is taken")]
-    Saturated,
+    Saturated {
+        /// Until one is likely free.
+        retry_after: Duration,
+    },
     /// Nothing is ready.
-    #[error("the pool is not ready: {0}")]
-    Unready(String),
+    #[error("the pool is not ready: {why}")]
+    Unready {
+        /// Why.
+        why: String,
+        /// Until its next start, where one is planned.
+        retry_after: Option<Duration>,
+    },
     /// It is being drained or held.
     #[error("the pool is drained")]
     Draining,
@@ -50,6 +59,14 @@ pub enum ControlError {
     Unavailable {
         /// Until half-open.
         retry_after: Duration,
+    },
+    /// It waits for GPU memory that others hold.
+    #[error("{detail}")]
+    InsufficientVram {
+        /// What is missing, and who stays and why.
+        detail: String,
+        /// Until it may be possible, where that is known.
+        retry_after: Option<Duration>,
     },
     /// The daemon is stopping or the far side did not answer.
     #[error("{0}")]
@@ -62,6 +79,13 @@ pub enum ControlError {
         /// Its words.
         detail: String,
     },
+}
+
+impl ControlError {
+    /// Nothing is ready, and when it will be is not known.
+    pub fn unready(why: impl Into<String>) -> Self {
+        Self::Unready { why: why.into(), retry_after: None }
+    }
 }
 
 /// How to drain. Unset means what the pool's spec says.
@@ -114,23 +138,6 @@ pub struct Operation {
     pub progress: String,
     /// When it began.
     pub started_at: SystemTime,
-}
-
-/// The right to use one slot, as a value that can cross a wire. It is held until it is released or expires.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lease {
-    /// Never used twice.
-    pub id: String,
-    /// The pool.
-    pub pool_id: PoolId,
-    /// The replica.
-    pub replica_id: ReplicaId,
-    /// Its generation.
-    pub generation: Generation,
-    /// Where to send the request.
-    pub endpoint: String,
-    /// When it expires by itself.
-    pub expires_at: SystemTime,
 }
 
 /// What to plan.
@@ -197,12 +204,17 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     async fn operation(&self, id: &str) -> Result<Operation, ControlError>;
     /// One operation, once it is done or the time is over.
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError>;
-    /// Take a slot for at most `ttl`. Nothing queues yet: no free slot is `Saturated`.
-    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError>;
+    /// Take a slot, or wait for one; a pool at rest that starts on demand is started. Dropping the future gives up the place.
+    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError>;
+    /// Let a lease go on from now for `ttl`, or for as long as before. One that an earlier daemon granted goes on, too, if
+    /// its engine still serves and there is a slot.
+    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError>;
+    /// Every lease that is held, but for guards within the process.
+    async fn leases(&self) -> Result<Vec<Lease>, ControlError>;
     /// What would be started where for this pool, or for one like it; starts nothing.
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError>;
     /// Every replica, the best for the request first, each with its reason.
     async fn placements(&self, request: PlacementRequest) -> Result<Vec<Placed>, ControlError>;
-    /// Give a slot back; releasing what is already released is fine.
+    /// Give a slot back; releasing what is over is fine, what never was is `LeaseNotFound`.
     async fn release(&self, lease_id: &str) -> Result<(), ControlError>;
 }

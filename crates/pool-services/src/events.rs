@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pool_domain::{Failure, Generation, ReplicaKey};
+use pool_domain::{Failure, Generation, Holder, ReplicaKey};
 
 /// Something worth telling.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,6 +99,25 @@ pub enum EventKind {
         /// Its UUID.
         device: String,
     },
+    /// A start needs memory that idle engines hold.
+    EvictionPlanned {
+        /// The plan in words.
+        plan: String,
+        /// Pools that give way.
+        pools: Vec<String>,
+    },
+    /// An idle engine is stopped so that another can start.
+    Evicted {
+        /// The pool it gives way to.
+        by: String,
+    },
+    /// What gave way comes back, because the start that it was for failed.
+    BroughtBack,
+    /// Nobody used it for as long as its pool says.
+    IdleStopped {
+        /// How long nobody used it.
+        after: Duration,
+    },
     /// A reload began.
     ReloadStarted,
     /// The new serves.
@@ -111,11 +130,49 @@ pub enum EventKind {
     /// The new failed, and so did the way back.
     ReloadBroken,
     /// A lease was granted.
-    LeaseGranted,
+    LeaseGranted {
+        /// For whom.
+        holder: Holder,
+    },
+    /// A lease is waited for.
+    LeaseQueued {
+        /// How many are before it.
+        position: usize,
+        /// For whom it would be.
+        holder: Holder,
+    },
     /// A lease was refused.
     LeaseRefused {
         /// Why, as one word.
         reason: &'static str,
+        /// For whom it would have been.
+        holder: Holder,
+    },
+    /// A lease was given back.
+    LeaseReleased {
+        /// For whom it was.
+        holder: Holder,
+        /// How long it was held.
+        after: Duration,
+    },
+    /// A lease was neither renewed nor given back.
+    LeaseExpired {
+        /// For whom it was.
+        holder: Holder,
+        /// How long it was held.
+        after: Duration,
+    },
+    /// A lease goes on.
+    LeaseRenewed {
+        /// For whom it is.
+        holder: Holder,
+    },
+    /// A lease ended with its engine.
+    LeaseRevoked {
+        /// For whom it was.
+        holder: Holder,
+        /// How long it was held.
+        after: Duration,
     },
 }
 
@@ -177,14 +234,52 @@ impl Event {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
             EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
+            EventKind::EvictionPlanned { pools, .. } => {
+                let first: String = pools.first().map(|p| p.chars().take(24).collect()).unwrap_or_default();
+                let more = if pools.len() > 1 { " and others" } else { "" };
+                format!("The {first} pool{more} gives way to the {pool} pool")
+            }
+            EventKind::Evicted { .. } => format!("Stopping the idle {pool} pool: another needs its memory"),
+            EventKind::BroughtBack => format!("Bringing the {pool} pool back: the start it gave way to failed"),
+            EventKind::IdleStopped { after } => {
+                format!("Stopping the {pool} pool: nobody used it for {}", seconds(*after))
+            }
             EventKind::ReloadStarted => format!("Reloading the {pool} pool"),
             EventKind::Reloaded => format!("The {pool} pool was reloaded"),
             EventKind::ReloadUndone { .. } => format!("The reload of the {pool} pool failed: it is as it was"),
             EventKind::ReloadBroken => format!("The reload of the {pool} pool failed, and so did the way back"),
-            EventKind::LeaseGranted => format!("Granted a slot of the {pool} pool"),
-            EventKind::LeaseRefused { reason } => format!("Refused a slot of the {pool} pool: {reason}"),
+            EventKind::LeaseGranted { .. } => format!("Granted a slot of the {pool} pool"),
+            EventKind::LeaseQueued { position, .. } => {
+                format!("Somebody waits for a slot of the {pool} pool, behind {position} others")
+            }
+            EventKind::LeaseRefused { reason, .. } => format!("Refused a slot of the {pool} pool: {reason}"),
+            EventKind::LeaseReleased { after, .. } => {
+                format!("A slot of the {pool} pool was given back after {}", seconds(*after))
+            }
+            EventKind::LeaseExpired { after, .. } => {
+                format!("A lease of the {pool} pool expired after {}", seconds(*after))
+            }
+            EventKind::LeaseRenewed { .. } => format!("A lease of the {pool} pool goes on"),
+            EventKind::LeaseRevoked { after, .. } => {
+                format!("A lease of the {pool} pool ended with its engine, after {}", seconds(*after))
+            }
         };
         text.chars().take(100).collect()
+    }
+
+    /// For whom the lease is, where it is about one.
+    #[must_use]
+    pub fn holder(&self) -> Option<&Holder> {
+        match &self.kind {
+            EventKind::LeaseGranted { holder }
+            | EventKind::LeaseQueued { holder, .. }
+            | EventKind::LeaseRefused { holder, .. }
+            | EventKind::LeaseReleased { holder, .. }
+            | EventKind::LeaseExpired { holder, .. }
+            | EventKind::LeaseRenewed { holder }
+            | EventKind::LeaseRevoked { holder, .. } => Some(holder),
+            _ => None,
+        }
     }
 
     /// The event as one word.
@@ -209,12 +304,21 @@ impl Event {
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
+            EventKind::EvictionPlanned { .. } => "eviction_planned",
+            EventKind::Evicted { .. } => "evicted",
+            EventKind::BroughtBack => "brought_back",
+            EventKind::IdleStopped { .. } => "idle_stopped",
             EventKind::ReloadStarted => "reload_started",
             EventKind::Reloaded => "reloaded",
             EventKind::ReloadUndone { .. } => "reload_undone",
             EventKind::ReloadBroken => "reload_broken",
-            EventKind::LeaseGranted => "lease_granted",
+            EventKind::LeaseGranted { .. } => "lease_granted",
+            EventKind::LeaseQueued { .. } => "lease_queued",
             EventKind::LeaseRefused { .. } => "lease_refused",
+            EventKind::LeaseReleased { .. } => "lease_released",
+            EventKind::LeaseExpired { .. } => "lease_expired",
+            EventKind::LeaseRenewed { .. } => "lease_renewed",
+            EventKind::LeaseRevoked { .. } => "lease_revoked",
         }
     }
 }

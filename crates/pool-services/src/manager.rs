@@ -1,34 +1,31 @@
 //! The facade: the verbs over drivers, conductors and the steward.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::{Generation, PoolId, ReplicaKey};
+use pool_domain::PoolId;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::{Refused, SlotGuard};
 use crate::catalog::{Declaring, Order, Owner};
 use crate::change::{self, Change};
 use crate::clock::Clock;
 use crate::conditions::StewardCommand;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::{
-    ControlError, DrainOptions, Lease, Operation, OperationState, PlacementRequest, PlanRequest, PoolControl,
-    ReloadRequest,
+    ControlError, DrainOptions, Lease, LeaseRequest, Operation, OperationState, PlacementRequest, PlanRequest,
+    PoolControl, ReloadRequest,
 };
 use crate::declared::{Declared, Source};
 use crate::driver::Ports;
-use crate::events::{EventKind, EventSink};
-use crate::lease_desk::DeskCommand;
+use crate::events::EventSink;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
 use crate::roster::{PoolHandle, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
-use crate::spec::{Activation, PoolSpec};
+use crate::spec::PoolSpec;
 use crate::view::View;
 
 use crate::builder::Builder;
@@ -45,12 +42,10 @@ pub(crate) struct Inner {
     pub(crate) departed: watch::Receiver<VecDeque<Operation>>,
     pub(crate) view: View,
     pub(crate) steward: mpsc::Sender<StewardCommand>,
-    pub(crate) desk: mpsc::Sender<DeskCommand>,
+    pub(crate) max_lease_ttl: Duration,
     pub(crate) clock: Clock,
     pub(crate) events: EventSink,
-    pub(crate) seed: u64,
     pub(crate) broken: CancellationToken,
-    pub(crate) leases: AtomicU64,
     /// What still has to be written when the drivers are gone.
     pub(crate) memories: TaskTracker,
     /// Also held because the ledger is what keeps other daemons out.
@@ -73,11 +68,11 @@ impl PoolManager {
     }
 
     /// The pools as they are now.
-    fn table(&self) -> Table {
+    pub(crate) fn table(&self) -> Table {
         Arc::clone(&self.inner.table.borrow())
     }
 
-    fn handle(&self, id: &PoolId) -> Result<PoolHandle, ControlError> {
+    pub(crate) fn handle(&self, id: &PoolId) -> Result<PoolHandle, ControlError> {
         self.inner.table.borrow().get(id).cloned().ok_or_else(|| ControlError::PoolNotFound(id.to_string()))
     }
 
@@ -85,44 +80,9 @@ impl PoolManager {
         change::ask(&self.handle(id)?, wish).await
     }
 
-    /// Takes a slot in this process; it is given back when the guard is dropped.
-    ///
-    /// # Errors
-    /// When no replica is Ready or every slot is taken.
-    pub fn allocate_lease(&self, id: &PoolId) -> Result<(ReplicaKey, SlotGuard), ControlError> {
-        let handle = self.handle(id)?;
-        let roster = handle.roster();
-        let mut by_room: Vec<_> = roster.serving().collect();
-        by_room.sort_by_key(|seat| (std::cmp::Reverse(seat.admission.free()), seat.key.replica));
-        let mut saturated = false;
-        for seat in by_room {
-            match seat.admission.acquire() {
-                Ok(guard) => {
-                    let generation = seat.published.borrow().snapshot.generation;
-                    self.inner.events.send(&seat.key, generation, EventKind::LeaseGranted);
-                    return Ok((seat.key.clone(), guard));
-                }
-                Err(Refused::Saturated) => saturated = true,
-                Err(Refused::Closed) => {}
-            }
-        }
-        let (error, reason) = refusal(&self.picture(&handle), saturated);
-        if let Some(seat) = roster.serving().next() {
-            let generation = seat.published.borrow().snapshot.generation;
-            self.inner.events.send(&seat.key, generation, EventKind::LeaseRefused { reason });
-        }
-        Err(error)
-    }
-
-    fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
-        let now = self.inner.clock.now();
-        let (mut snapshot, next_starts) = {
-            let facts = handle.facts.borrow();
-            (facts.snapshot.clone(), facts.next_starts.clone())
-        };
-        for (r, due) in snapshot.replicas.iter_mut().zip(next_starts) {
-            r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
-        }
+    pub(crate) fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
+        let mut snapshot = handle.facts.borrow().at(self.inner.clock.now());
+        snapshot.leases_waiting = handle.desk.waiting();
         // Leases move faster than snapshots are published.
         for seat in &handle.roster().seats {
             if let Some(r) = snapshot.replicas.iter_mut().find(|r| r.id == seat.key.replica) {
@@ -301,21 +261,6 @@ impl Specs {
     }
 }
 
-fn refusal(snapshot: &PoolSnapshot, saturated: bool) -> (ControlError, &'static str) {
-    if saturated {
-        return (ControlError::Saturated, "saturated");
-    }
-    if snapshot.hold || snapshot.draining() {
-        return (ControlError::Draining, "draining");
-    }
-    let Some(lead) = snapshot.lead() else { return (ControlError::Unready("it has no replicas".into()), "unready") };
-    match (lead.breaker, lead.next_start_in_ms) {
-        ("open", Some(ms)) => (ControlError::Unavailable { retry_after: Duration::from_millis(ms) }, "breaker_open"),
-        _ if lead.reason.is_empty() => (ControlError::Unready(format!("it is {}", lead.state)), "unready"),
-        _ => (ControlError::Unready(lead.reason.clone()), "unready"),
-    }
-}
-
 #[async_trait]
 impl PoolControl for PoolManager {
     async fn node(&self) -> Result<NodeSnapshot, ControlError> {
@@ -464,35 +409,16 @@ impl PoolControl for PoolManager {
         self.operation(id).await
     }
 
-    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
-        let (key, guard) = match self.allocate_lease(id) {
-            Ok(granted) => granted,
-            Err(e) => {
-                let handle = self.handle(id)?;
-                let rests = handle.facts.borrow().snapshot.replicas.iter().all(|r| r.state == "idle");
-                if handle.spec().activation == Activation::OnDemand && matches!(e, ControlError::Unready(_)) && rests {
-                    self.wish(id, Wish::Demand).await?;
-                    return Err(ControlError::Unready("it is starting because it was asked for".into()));
-                }
-                return Err(e);
-            }
-        };
-        let snapshot = self.pool(id).await?;
-        let replica = snapshot.replicas.iter().find(|r| r.id == key.replica);
-        let n = self.inner.leases.fetch_add(1, Ordering::Relaxed);
-        let lease = Lease {
-            id: format!("lease-{id}-{:08x}-{n}", self.inner.seed & 0xffff_ffff),
-            pool_id: id.clone(),
-            replica_id: key.replica,
-            generation: replica.map_or(Generation(0), |r| r.generation),
-            endpoint: replica.and_then(|r| r.endpoint.clone()).unwrap_or_default(),
-            expires_at: self.inner.clock.wall() + ttl,
-        };
-        self.inner
-            .desk
-            .try_send(DeskCommand::Keep { id: lease.id.clone(), guard, ttl })
-            .map_err(|_| ControlError::Saturated)?;
-        Ok(lease)
+    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {
+        self.take_lease(id, request).await
+    }
+
+    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+        self.renew_lease(lease_id, ttl).await
+    }
+
+    async fn leases(&self) -> Result<Vec<Lease>, ControlError> {
+        Ok(self.held_leases().await)
     }
 
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
@@ -524,10 +450,6 @@ impl PoolControl for PoolManager {
     }
 
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {
-        let (known, answer) = oneshot::channel();
-        let stopping = || ControlError::Unreachable("the daemon is stopping".into());
-        self.inner.desk.send(DeskCommand::Release { id: lease_id.to_owned(), known }).await.map_err(|_| stopping())?;
-        // Releasing twice is fine, and so is releasing what expired.
-        answer.await.map(|_| ()).map_err(|_| stopping())
+        self.release_lease(lease_id).await
     }
 }

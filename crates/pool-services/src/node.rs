@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
+use std::time::Duration;
 
+use pool_domain::lease_book::Limits;
 use pool_domain::lifecycle::Replica;
 use pool_domain::{ReplicaId, ReplicaKey};
 use tokio::sync::{Notify, mpsc, watch};
@@ -15,9 +17,10 @@ use crate::clock::Clock;
 use crate::conductor::{Conductor, Made, Member, PoolFacts};
 use crate::control::{Operation, OperationState};
 use crate::declared::{Restored, Standing};
-use crate::driver::{Driver, DriverParts, Found, Memory, Ports, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Memory, Ports, Remembered, at_rest};
 use crate::events::EventSink;
 use crate::hold::Hold;
+use crate::lease_desk::{Desk, DeskParts, EmptyDesk};
 use crate::roster::{PoolHandle, Roster};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::{Activation, PoolSpec};
@@ -33,6 +36,8 @@ pub(crate) struct Node {
     pub(crate) view: View,
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
+    /// No replica stops by itself earlier than this after it became Ready.
+    pub(crate) min_ready_time: Duration,
     pub(crate) events: EventSink,
     /// Rung for the steward.
     pub(crate) bell: Arc<Notify>,
@@ -42,6 +47,7 @@ pub(crate) struct Node {
     pub(crate) broken: CancellationToken,
     /// For engines that are left when time is up.
     pub(crate) last_call: CancellationToken,
+    pub(crate) max_lease_ttl: Duration,
 }
 
 /// A new replica.
@@ -52,6 +58,7 @@ pub(crate) struct Birth<'a> {
     pub(crate) place: u16,
     /// Its conductor's.
     pub(crate) bell: &'a Arc<Notify>,
+    pub(crate) desk: &'a Desk,
     pub(crate) serves: bool,
     /// The engine that it had.
     pub(crate) found: Option<Found>,
@@ -72,15 +79,17 @@ impl Node {
 
     /// Starts the driver of a replica.
     pub(crate) async fn replica(&self, birth: Birth<'_>) -> Member {
-        let Birth { spec, id, place, bell, serves, found, hold } = birth;
+        let Birth { spec, id, place, bell, desk, serves, found, hold } = birth;
         let (ports, clock) = (&self.ports, self.clock);
         let key = ReplicaKey { pool: spec.id.clone(), replica: id };
         let (generation, now) = (ports.ledger.last_generation(&key).await, clock.now());
         let replica = Replica::resume(generation, ports.ledger.past(&key, now).await, now, &spec.policy);
-        let memory = Memory::start(key.clone(), replica.past(), Arc::clone(&ports.ledger), clock, &self.memories);
+        let last_error = ports.ledger.last_error(&key).await;
+        let remembered = Remembered { past: replica.past(), last_error: last_error.clone() };
+        let memory = Memory::start(key.clone(), remembered, Arc::clone(&ports.ledger), clock, &self.memories);
         let (commands, driver_commands) = mpsc::channel(QUEUE);
-        let (publish, published) = watch::channel(at_rest(&key, &replica));
-        let admission = Arc::new(Admission::default());
+        let (publish, published) = watch::channel(at_rest(&key, &replica, last_error.clone()));
+        let admission = Arc::new(Admission::belled(Arc::clone(&desk.bell)));
         let mut hasher = DefaultHasher::new();
         (self.seed, &key).hash(&mut hasher);
         let mut driver = Driver::new(DriverParts {
@@ -91,11 +100,13 @@ impl Node {
             clock,
             seed: hasher.finish(),
             admission: Arc::clone(&admission),
+            desk: desk.clone(),
             commands: driver_commands,
             published: publish,
             bells: [Arc::clone(bell), Arc::clone(&self.bell)],
             events: self.events.clone(),
             replica,
+            last_error,
             memory,
             last_call: self.last_call.clone(),
         });
@@ -144,12 +155,13 @@ impl Node {
     ) -> PoolHandle {
         let standing = Standing::of(&pool);
         let (spec, revision) = (Arc::new(pool.declared.spec), pool.revision);
-        let bell = Arc::new(Notify::new());
+        let (bell, empty) = (Arc::new(Notify::new()), EmptyDesk::new());
+        let desk = empty.desk.clone();
         let hold = self.ports.ledger.held(&spec.id).await;
         let mut members = Vec::new();
         for (place, id) in (0..).zip(places.iter().copied()) {
             let found = found.remove(&ReplicaKey { pool: spec.id.clone(), replica: id });
-            let birth = Birth { spec: &spec, id, place, bell: &bell, serves: true, found, hold };
+            let birth = Birth { spec: &spec, id, place, bell: &bell, desk: &desk, serves: true, found, hold };
             members.push(self.replica(birth).await);
         }
         let snapshot = PoolSnapshot {
@@ -162,6 +174,7 @@ impl Node {
             model_id: spec.model.model_id(),
             aliases: spec.aliases.clone(),
             hold,
+            leases_waiting: 0,
             replicas: members.iter().map(|m| m.published.borrow().snapshot.clone()).collect(),
         };
         let (facts, facts_seen) =
@@ -171,6 +184,16 @@ impl Node {
         let standing = Arc::new(standing);
         let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), standing, seats }));
         let (commands, conductor_commands) = mpsc::channel(QUEUE);
+        let parts = DeskParts {
+            roster: roster_seen.clone(),
+            facts: facts_seen.clone(),
+            conductor: commands.downgrade(),
+            clock: self.clock,
+            events: self.events.clone(),
+            seed: self.seed,
+            limits: Limits { max_ttl: self.max_lease_ttl, ..Limits::default() },
+        };
+        self.watched("lease desk", empty.run(parts));
         let conductor = Conductor {
             hold: Hold::found(spec.id.clone(), Arc::clone(&self.ports.ledger), hold),
             made: Made { spec, document },
@@ -183,14 +206,16 @@ impl Node {
             node: self.clone(),
             members,
             bell,
+            desk: desk.clone(),
             commands: conductor_commands,
             facts,
             roster,
             begun: number,
+            asked: self.clock.now(),
             ending: false,
             left: false,
         };
         self.watched("conductor", conductor.run());
-        PoolHandle { commands, facts: facts_seen, roster: roster_seen }
+        PoolHandle { commands, facts: facts_seen, roster: roster_seen, desk }
     }
 }

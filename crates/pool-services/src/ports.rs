@@ -9,13 +9,16 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
+use pool_domain::liveness::Work;
 use pool_domain::plan::EngineMemory;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
 };
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::snapshot::LastError;
 use crate::spec::{PoolSpec, Workload};
 
 /// The devices of the node at one moment.
@@ -337,6 +340,8 @@ pub enum Up {
     Loading(Option<f32>),
     /// It says that it serves.
     Serving,
+    /// It says that it has too much to do, or cannot now.
+    Overloaded(String),
     /// Something answers that is not the engine.
     Wrong(String),
     /// No usable answer.
@@ -354,6 +359,15 @@ pub struct Identity {
     pub version: Option<String>,
 }
 
+/// What an engine made of a unit of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Worked {
+    /// It is done.
+    Done,
+    /// It has no room for it now.
+    Declined,
+}
+
 /// Asks engines over their own protocol.
 #[async_trait]
 pub trait EngineProbe: fmt::Debug + Send + Sync {
@@ -361,10 +375,10 @@ pub trait EngineProbe: fmt::Debug + Send + Sync {
     async fn up(&self, endpoint: &Endpoint) -> Up;
     /// What it is; a failure of class `wrong_server` if it serves something else.
     async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure>;
-    /// Has it do one unit of its workload.
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure>;
-    /// Requests it is working on, where it tells.
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16>;
+    /// Has it do one unit of its workload. Whoever drops the question takes it back.
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure>;
+    /// What it is working on and how far it came, where it tells. `Silent` is for the caller to say, who has the time.
+    async fn signals(&self, endpoint: &Endpoint) -> Work;
 }
 
 /// What a Ready replica tells consumers.
@@ -426,7 +440,19 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     /// What is held against a replica, in ticks of this boot, of which it is `now`.
     async fn past(&self, key: &ReplicaKey, now: Tick) -> Past;
     /// Remembers that at `now`, in place of what was remembered before.
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError>;
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError>;
+    /// The last failure of a replica, as it was told to people.
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError>;
+    /// What is held against devices, in ticks of this boot; after a reboot nothing is.
+    async fn suspicions(&self) -> Suspicions;
+    /// Remembers that, in place of what was remembered before.
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError>;
     /// Whether demand must not wake the pool.
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.

@@ -11,6 +11,7 @@ use crate::admission::Admission;
 use crate::conductor::{ConductorCommand, PoolFacts};
 use crate::declared::Standing;
 use crate::driver::{DriverCommand, Published};
+use crate::lease_desk::Desk;
 use crate::spec::PoolSpec;
 
 /// A replica, as others than its conductor see it.
@@ -55,6 +56,7 @@ pub(crate) struct PoolHandle {
     pub(crate) commands: mpsc::Sender<ConductorCommand>,
     pub(crate) facts: watch::Receiver<PoolFacts>,
     pub(crate) roster: watch::Receiver<Arc<Roster>>,
+    pub(crate) desk: Desk,
 }
 
 impl PoolHandle {

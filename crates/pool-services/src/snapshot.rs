@@ -91,6 +91,8 @@ pub struct PoolSnapshot {
     pub aliases: Vec<String>,
     /// Demand does not wake it.
     pub hold: bool,
+    /// Those who wait for a slot.
+    pub leases_waiting: u32,
     /// Its replicas.
     pub replicas: Vec<ReplicaSnapshot>,
 }
@@ -105,6 +107,11 @@ impl PoolSnapshot {
     #[must_use]
     pub fn ready(&self) -> bool {
         self.replicas.iter().any(|r| r.ready)
+    }
+    /// How many replicas are.
+    #[must_use]
+    pub fn ready_replicas(&self) -> u32 {
+        self.replicas.iter().map(|r| u32::from(r.ready)).sum()
     }
     /// At least one replica is being drained.
     #[must_use]

@@ -7,7 +7,9 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_domain::evict::EvictionPolicy;
 use pool_domain::lifecycle::{State, Wait};
+use pool_domain::mask::MaskError;
 use pool_domain::plan::fit;
 use pool_domain::reserve::Refusal;
 use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
@@ -20,7 +22,8 @@ use crate::conditions::{Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
-use crate::ports::{EngineHost, EngineRecord, Inventory};
+use crate::eviction::Line;
+use crate::ports::{EngineHost, EngineRecord, Inventory, Phase};
 use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -28,11 +31,11 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// What one replica holds.
 #[derive(Debug, Clone, PartialEq)]
-struct Reservation {
-    generation: Generation,
-    devices: ResolvedMask,
+pub(crate) struct Reservation {
+    pub(crate) generation: Generation,
+    pub(crate) devices: ResolvedMask,
     /// On each of them.
-    bytes: Vec<u64>,
+    pub(crate) bytes: Vec<u64>,
     port: Option<u16>,
 }
 
@@ -40,13 +43,21 @@ impl Reservation {
     fn on(&self, uuid: &str) -> Option<u64> {
         self.devices.uuids.iter().position(|u| u == uuid).and_then(|at| self.bytes.get(at).copied())
     }
+
+    pub(crate) fn pairs(&self) -> Vec<(String, u64)> {
+        self.devices.uuids.iter().cloned().zip(self.bytes.iter().copied()).collect()
+    }
 }
 
 /// What replicas hold, and where each was last.
 #[derive(Debug, Default)]
-struct Book {
-    held: BTreeMap<ReplicaKey, Reservation>,
-    homes: BTreeMap<ReplicaKey, Reservation>,
+pub(crate) struct Book {
+    pub(crate) held: BTreeMap<ReplicaKey, Reservation>,
+    pub(crate) homes: BTreeMap<ReplicaKey, Reservation>,
+    /// Who waits for memory or for a turn, and what is kept for whom.
+    pub(crate) line: Line,
+    /// Engines that an earlier daemon was ending, and that were not gone when it went: fenced until they are.
+    ending: BTreeMap<ReplicaKey, Generation>,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
     suspicions: Suspicions,
@@ -83,10 +94,15 @@ pub(crate) struct Steward {
     pub(crate) conditions: watch::Sender<Conditions>,
     pub(crate) clock: Clock,
     pub(crate) events: EventSink,
+    pub(crate) eviction: EvictionPolicy,
     /// What replicas hold from before this daemon.
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
+    /// What was held against devices before this daemon.
+    pub(crate) suspicions: Suspicions,
+    /// Where it is kept.
+    pub(crate) remembered: watch::Sender<Suspicions>,
 }
 
 impl Steward {
@@ -94,7 +110,10 @@ impl Steward {
     pub(crate) async fn run(mut self) {
         // Before anything else is granted.
         let held = reservations(&self.found);
-        let mut book = Book { homes: held.clone(), held, ..Book::default() };
+        let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
+        let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
+        let suspicions = std::mem::take(&mut self.suspicions);
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut commanded) = (true, true);
@@ -118,8 +137,11 @@ impl Steward {
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
-            self.unblock(&inventory, &book, next_port, retry).await;
-            for i in 0..self.wards.len() {
+            self.tend(&mut book);
+            self.unblock(&inventory, &mut book, next_port, retry).await;
+            // Devices for whose turn somebody is next.
+            let mut spoken_for = BTreeSet::new();
+            for i in self.in_order(&book) {
                 let Some(want) = self.wards[i].published.borrow().wants.clone() else { continue };
                 if book.held.get(&self.wards[i].key).is_some_and(|r| r.generation == want.generation) {
                     continue; // answered; the driver has not published that yet
@@ -127,7 +149,14 @@ impl Steward {
                 let key = self.wards[i].key.clone();
                 let answer = self.decide(&key, &want, &inventory, &book, &mut next_port);
                 let command = match answer {
+                    Ok(grant) if !self.has_turn(&grant.devices, &book, &mut spoken_for) => {
+                        // One after the other: what a starting engine takes is not seen before it is there.
+                        // It fits; its memory stays its own until the one that loads there is done.
+                        book.line.keep(&key, grant.pairs(), self.clock.now());
+                        continue;
+                    }
                     Ok(grant) => {
+                        book.line.leave(&key);
                         let (devices, port) = (grant.devices.clone(), grant.listen.map(|l| l.port()));
                         let held =
                             Reservation { generation: want.generation, devices, bytes: grant.bytes.clone(), port };
@@ -135,7 +164,14 @@ impl Steward {
                         book.held.insert(key, held);
                         DriverCommand::Grant(grant)
                     }
-                    Err(denied) => DriverCommand::Deny(want.generation, denied),
+                    Err(Denied::Wait(Wait::Vram { detail, .. })) => {
+                        let wait = self.room_for(&self.wards[i], &want, &detail, &inventory, &mut book);
+                        DriverCommand::Deny(want.generation, Denied::Wait(wait))
+                    }
+                    Err(denied) => {
+                        book.line.leave(&key);
+                        DriverCommand::Deny(want.generation, denied)
+                    }
                 };
                 // The driver never waits for the steward, so this cannot deadlock.
                 self.wards[i].tell(command).await;
@@ -144,6 +180,11 @@ impl Steward {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
                 held: by_device(&book.held),
+            });
+            self.remembered.send_if_modified(|s| {
+                let changed = *s != book.suspicions;
+                s.clone_from(&book.suspicions);
+                changed
             });
             let conditions = self.conditions(&book);
             self.conditions.send_if_modified(|c| {
@@ -170,6 +211,8 @@ impl Steward {
                 for (ward, _) in self.fenced(book).filter(|(_, held)| held.on(&uuid).is_some()) {
                     ward.tell(DriverCommand::Unfence).await;
                 }
+                let on = |held: &Reservation| held.on(&uuid).is_some();
+                book.ending.retain(|key, _| !book.held.get(key).is_some_and(on));
                 // Whoever says so has looked at the device.
                 if book.suspicions.acquit(&uuid) {
                     self.readmit(book, uuid);
@@ -191,7 +234,16 @@ impl Steward {
     fn fenced<'a>(&'a self, book: &'a Book) -> impl Iterator<Item = (&'a Seat, &'a Reservation)> {
         self.wards
             .iter()
-            .filter(|ward| matches!(ward.published.borrow().state, State::Fenced { .. }))
+            .filter(|ward| {
+                let published = ward.published.borrow();
+                match &published.state {
+                    State::Fenced { .. } => true,
+                    State::Adopting { .. } | State::Stopping { .. } => {
+                        book.ending.get(&ward.key) == Some(&published.snapshot.generation)
+                    }
+                    _ => false,
+                }
+            })
             .filter_map(|ward| Some((ward, book.held.get(&ward.key)?)))
     }
 
@@ -260,21 +312,35 @@ impl Steward {
     }
 
     /// Wakes those that wait, if what they wait for is there now; who waits for something else is woken at a `retry`.
-    async fn unblock(&self, inventory: &Inventory, book: &Book, next_port: u16, retry: bool) {
-        for ward in &self.wards {
+    async fn unblock(&self, inventory: &Inventory, book: &mut Book, next_port: u16, retry: bool) {
+        for i in self.in_order(book) {
+            let ward = &self.wards[i];
             let published = ward.published.borrow().clone();
-            if !matches!(published.state, State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, .. }) {
+            let State::Waiting { why: why @ (Wait::Devices { .. } | Wait::Vram { .. }), .. } = &published.state else {
                 continue;
-            }
-            let wake = match &published.blocked {
-                Some(want) => {
-                    let answer = self.decide(&ward.key, want, inventory, book, &mut { next_port });
-                    !matches!(answer, Err(Denied::Wait(_)))
-                }
-                None => retry,
             };
-            if wake {
-                ward.tell(DriverCommand::Unblock).await;
+            let Some(want) = &published.blocked else {
+                if retry {
+                    ward.tell(DriverCommand::Unblock).await;
+                }
+                continue;
+            };
+            let wait = match self.decide(&ward.key, want, inventory, book, &mut { next_port }) {
+                Ok(grant) => {
+                    // Until it has taken it, nobody else gets it.
+                    book.line.keep(&ward.key, grant.pairs(), self.clock.now());
+                    ward.tell(DriverCommand::Unblock).await;
+                    continue;
+                }
+                Err(Denied::Never(_)) => {
+                    ward.tell(DriverCommand::Unblock).await;
+                    continue;
+                }
+                Err(Denied::Wait(Wait::Vram { detail, .. })) => self.room_for(ward, want, &detail, inventory, book),
+                Err(Denied::Wait(other)) => other,
+            };
+            if wait != *why {
+                ward.tell(DriverCommand::Waits(want.generation, wait)).await;
             }
         }
     }
@@ -300,7 +366,7 @@ impl Steward {
 
     /// The devices as this replica may use them. One on which something of another engine may be left admits no newcomer;
     /// who was there before may come back within what it had.
-    fn devices_for(
+    pub(crate) fn devices_for(
         &self,
         key: &ReplicaKey,
         inventory: &Inventory,
@@ -367,17 +433,20 @@ impl Steward {
             let detail = inventory.problem.clone().unwrap_or_else(|| "the node has no GPU".into());
             return Err(Denied::Wait(Wait::Devices { detail }));
         }
-        let promised = promised(&book.held);
+        let promised = promised_but_to(key, book);
         let usable = self.devices_for(key, inventory, book, &promised);
-        let fit =
-            fit(&want.demand, &want.mask, &usable, &|u| promised.get(u).copied().unwrap_or(0)).map_err(
-                |r| match r {
-                    Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
-                    Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
-                    Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
-                    Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail }),
-                },
-            )?;
+        let promised = |u: &str| promised.get(u).copied().unwrap_or(0);
+        let fit = self
+            .beside_its_siblings(key, want, &usable, &promised, book)
+            .map_or_else(|| fit(&want.demand, &want.mask, &usable, &promised), Ok);
+        let fit = fit.map_err(|r| match r {
+            // It may yet come: at boot drivers and slices are not all there at once.
+            Refusal::Mask(e @ MaskError::Absent { .. }) => Denied::Wait(Wait::Devices { detail: e.to_string() }),
+            Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
+            Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
+            Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
+            Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail, possible_at: None }),
+        })?;
         let taken: Vec<u16> = book.held.values().filter_map(|r| r.port).collect();
         let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
         for _ in 0..count {
@@ -411,7 +480,6 @@ fn reservations(found: &[EngineRecord]) -> BTreeMap<ReplicaKey, Reservation> {
     found.iter().map(|r| (r.key.clone(), reservation(r))).collect()
 }
 
-/// What is promised already by engines that were found.
 /// What is held before the steward runs.
 pub(crate) fn told_of(found: &[EngineRecord]) -> Ledgered {
     let held = reservations(found);
@@ -419,8 +487,14 @@ pub(crate) fn told_of(found: &[EngineRecord]) -> Ledgered {
 }
 
 fn by_device(held: &BTreeMap<ReplicaKey, Reservation>) -> BTreeMap<ReplicaKey, Vec<(String, u64)>> {
-    let pairs = |r: &Reservation| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
-    held.iter().map(|(key, r)| (key.clone(), pairs(r))).collect()
+    held.iter().map(|(key, r)| (key.clone(), r.pairs())).collect()
+}
+
+/// What others have, or what is kept for them.
+pub(crate) fn promised_but_to(key: &ReplicaKey, book: &Book) -> Promised {
+    let mut sum = promised(&book.held);
+    book.line.add_kept_for_others(key, &mut sum);
+    sum
 }
 
 fn promised(book: &BTreeMap<ReplicaKey, Reservation>) -> Promised {

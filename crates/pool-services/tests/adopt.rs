@@ -76,6 +76,10 @@ async fn an_unfinished_start_proves_what_it_did_not() {
     assert_eq!(starting.replicas[0].generation, Generation(1));
     let ready = until(&m, &id(), PoolSnapshot::ready).await;
     assert_eq!((ready.replicas[0].generation, node.engines.launches().len()), (Generation(1), 1));
+    // It may have been Ready, and leased, for a moment that nobody wrote down.
+    assert!(m.allocate_lease(&id()).is_err());
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert!(m.allocate_lease(&id()).is_ok());
 }
 
 #[tokio::test(start_paused = true)]
@@ -139,6 +143,8 @@ async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
 
     let (m, _events) = node.manage_at(vec![spec("chat")], began.elapsed()).await;
     until(&m, &id(), PoolSnapshot::draining).await;
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 4, "who uses its slots is not known");
+    tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 1, "what runs there counts");
     let rest = until(&m, &id(), |p| state(p) == "idle").await;
     assert!(rest.hold && node.engines.running().is_empty());
@@ -157,6 +163,26 @@ async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
     let (m, _events) = node.manage(vec![on_demand()]).await;
     until(&m, &id(), |p| state(p) == "idle").await;
     assert!(node.engines.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_preload_while_an_engine_is_looked_at_calls_off_the_drain_that_was_to_go_on() {
+    let node = FakeNode::default();
+    let on_demand = || PoolSpec { activation: Activation::OnDemand, ..spec("chat") };
+    let (m, _events) = node.manage(vec![on_demand()]).await;
+    m.preload(&id()).await.unwrap();
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert!(m.leave(LONG).await);
+    node.ledger.set_hold(&id(), true).await.unwrap();
+    // Too busy to prove anything, so that it is looked at for a while.
+    node.engines.script(|s| (s.decodes, s.busy) = (false, Some(4)));
+    let (m, _events) = node.manage(vec![on_demand()]).await;
+    until(&m, &id(), |p| state(p) == "adopting").await;
+    m.preload(&id()).await.unwrap();
+    until(&m, &id(), PoolSnapshot::ready).await;
+    tokio::time::sleep(LONG).await;
+    let after = m.pool(&id()).await.unwrap();
+    assert!(after.ready() && !after.hold && node.engines.launches().len() == 1, "{after:#?}");
 }
 
 #[tokio::test(start_paused = true)]

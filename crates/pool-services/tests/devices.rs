@@ -161,3 +161,79 @@ async fn a_person_may_readmit_a_suspect_device() {
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     assert!(told(&mut events).contains(&"device_readmitted"));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_restart_of_the_daemon_makes_no_device_well() {
+    let node = FakeNode::default();
+    node.gpus.change(|i| i.devices.truncate(1));
+    let pools = || ["a", "b", "late"].map(|id| PoolSpec { activation: Activation::OnDemand, ..on_first(id) }).to_vec();
+    let (m, _events) = node.manage(pools()).await;
+    let [a, b, late]: [PoolId; 3] = ["a", "b", "late"].map(|id| id.parse().unwrap());
+    node.engines.script(|s| (s.crash_after, s.dies_of) = (Some(Duration::ZERO), Some(FailureClass::DriverError)));
+    for id in [&a, &b] {
+        m.preload(id).await.unwrap();
+        until(&m, id, |s| s.last_error().is_some()).await;
+    }
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    let DeviceHealth::Suspect(why) = health(&m, 0).await else { panic!("well") };
+    let suspected = Instant::now();
+    for id in [&a, &b] {
+        m.stop(id).await.unwrap();
+    }
+    node.engines.script(|s| (s.crash_after, s.dies_of) = (None, None));
+    assert!(m.shutdown(Duration::from_secs(60)).await);
+    drop(m);
+
+    let (m, _events) = node.manage(pools()).await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Suspect(why));
+    m.preload(&late).await.unwrap();
+    until(&m, &late, PoolSnapshot::ready).await;
+    let away = suspected.elapsed();
+    assert!((Duration::from_secs(110)..Duration::from_secs(130)).contains(&away), "{away:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_waits_for_memory_that_has_not_come_back_whoever_holds_it() {
+    const GIB: u64 = 1 << 30;
+    let node = FakeNode::default();
+    let used = |bytes: u64| {
+        node.gpus.change(|i| {
+            i.devices.truncate(1);
+            let device = &mut i.devices[0];
+            (device.vram_total, device.vram_used, device.vram_free) = (10 * GIB, bytes, 10 * GIB - bytes);
+        });
+    };
+    used(0);
+    let big = PoolSpec { vram: Some(6 * GIB), ..on_first("big") };
+    let (m, _events) = node.manage(vec![big]).await;
+    let id: PoolId = "big".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    used(6 * GIB);
+    node.engines.crash_all();
+    let waits = until(&m, &id, |s| s.replicas[0].reason_code == "vram").await;
+    assert_eq!(node.engines.launches().len(), 1, "{waits:?}");
+    // It lags, and somebody else takes some of it meanwhile: less and less is free.
+    for held in [6, 7, 9, 5] {
+        used(held * GIB);
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(node.engines.launches().len(), 1, "with {held} GiB in use");
+    }
+    used(3 * GIB);
+    until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!(node.engines.launches().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn starts_on_one_device_take_turns_and_do_not_wait_for_another_one_s() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.load = Duration::from_secs(20));
+    let elsewhere = PoolSpec { devices: vec!["1".parse().unwrap()], ..spec("elsewhere") };
+    let (m, _events) = node.manage(vec![on_first("a"), on_first("b"), on_first("c"), elsewhere]).await;
+    for id in ["a", "b", "c", "elsewhere"] {
+        until(&m, &id.parse().unwrap(), PoolSnapshot::ready).await;
+    }
+    let launches: Vec<_> = node.engines.launches().iter().map(|(at, _)| *at).collect();
+    let gaps: Vec<_> = launches.windows(2).map(|w| (w[1] - w[0]).as_secs()).collect();
+    assert_eq!(gaps, [0, 20, 20]);
+}

@@ -6,8 +6,8 @@ use std::time::Duration;
 use pool_domain::lifecycle::Policy;
 use pool_domain::{BackoffPolicy, BreakerPolicy, PoolId};
 use pool_services::ports::StateLedger;
-use pool_services::{PoolControl, PoolSnapshot, PoolSpec};
-use pool_testkit::{FakeNode, spec, until};
+use pool_services::{DrainOptions, PoolControl, PoolSnapshot, PoolSpec};
+use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::time::{Instant, sleep};
 
 #[tokio::test(start_paused = true)]
@@ -99,4 +99,145 @@ async fn a_shutdown_waits_until_the_handoff_is_withdrawn() {
     node.ledger.set_slow(Duration::from_secs(3));
     assert!(m.shutdown(Duration::from_secs(600)).await);
     assert!(node.ledger.handoffs().is_empty());
+}
+
+const LONG: Duration = Duration::from_secs(3_600);
+
+fn id() -> PoolId {
+    "chat".parse().unwrap()
+}
+
+/// A daemon that had its one pool Ready and left it so.
+async fn ready_and_left(node: &FakeNode) {
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert!(m.leave(LONG).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handoff_that_was_written_though_the_disk_said_no_is_withdrawn() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.load = Duration::from_secs(10));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::live).await;
+    node.ledger.set_lying(true);
+    node.ledger.set_broken(true);
+    until(&m, &id(), PoolSnapshot::ready).await;
+    sleep(Duration::from_millis(1)).await;
+    assert_eq!(node.ledger.handoffs().len(), 1);
+    node.ledger.set_broken(false);
+    assert!(m.shutdown(LONG).await);
+    assert!(node.ledger.handoffs().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_does_not_say_how_busy_it_is_is_not_ended_because_a_new_daemon_cannot_ask_it() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.engines.script(|s| (s.decodes, s.busy) = (false, None));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert_eq!((node.engines.launches().len(), node.engines.signals()), (1, (0, 0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_became_idle_just_as_time_was_up_is_asked_once_more() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.engines.script(|s| s.decodes = false);
+    let health = Policy::default().health;
+    let patience = health.timeout * health.failures;
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    sleep(patience - Duration::from_millis(1)).await;
+    assert!(!m.pool(&id()).await.unwrap().ready());
+    node.engines.script(|s| s.decodes = true);
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert_eq!(node.engines.launches().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_pool_stays_down_also_if_its_engine_dies_while_it_is_being_adopted() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.ledger.set_hold(&id(), true).await.unwrap();
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    sleep(Duration::from_secs(1)).await;
+    node.engines.crash_all();
+    node.engines.script(|s| s.decodes = true);
+    sleep(LONG).await;
+    assert_eq!((m.pool(&id()).await.unwrap().replicas[0].state, node.engines.launches().len()), ("idle", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_held_pool_stays_down_also_if_its_engine_is_not_what_it_was() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.ledger.set_hold(&id(), true).await.unwrap();
+    let (m, _events) = node.manage(vec![PoolSpec { slots: 9, ..spec("chat") }]).await;
+    sleep(LONG).await;
+    assert_eq!((m.pool(&id()).await.unwrap().replicas[0].state, node.engines.launches().len()), ("idle", 1));
+    assert!(node.engines.running().is_empty());
+}
+
+/// A drain with a lease that does not end, and a daemon that goes during it.
+async fn draining_and_left(node: &FakeNode, deadline: Duration) {
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    let (_, _lease) = m.allocate_lease(&id()).unwrap();
+    m.drain(&id(), DrainOptions { deadline: Some(deadline), on_deadline: None }).await.unwrap();
+    until(&m, &id(), |s| s.replicas[0].state == "draining").await;
+    assert!(m.leave(LONG).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_drain_ends_in_time_though_the_next_daemon_gets_no_answer() {
+    let node = FakeNode::default();
+    let began = Instant::now();
+    draining_and_left(&node, Duration::from_secs(5)).await;
+    node.engines.script(|s| (s.decodes, s.busy) = (false, Some(4)));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), |s| s.replicas[0].state == "idle").await;
+    assert!(began.elapsed() <= Duration::from_secs(7), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resume_during_the_adoption_calls_the_drain_off() {
+    let node = FakeNode::default();
+    draining_and_left(&node, Duration::from_secs(60)).await;
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    m.resume(&id()).await.unwrap();
+    sleep(LONG).await;
+    assert!(m.pool(&id()).await.unwrap().ready());
+    assert_eq!(node.engines.launches().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_engine_had_that_is_gone_is_not_promised_any_more() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.engines.crash_all();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    assert_eq!(m.node().await.unwrap().devices.iter().map(|(_, promised)| promised).sum::<u64>(), 0);
+    until(&m, &id(), PoolSnapshot::ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fence_outlives_the_daemon() {
+    let node = FakeNode::default();
+    node.gpus.change(|i| i.devices = vec![gpu(0, 24 << 30)]);
+    node.engines.script(|s| (s.leaves_child, s.killable) = (true, false));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    node.engines.crash_all();
+    until(&m, &id(), |s| s.replicas[0].state == "fenced").await;
+    assert!(m.leave(LONG).await);
+    node.engines.script(|s| (s.leaves_child, s.killable) = (false, true));
+    let (m, _events) = node.manage(vec![spec("a"), spec("chat")]).await;
+    let newcomer: PoolId = "a".parse().unwrap();
+    sleep(LONG).await;
+    assert_eq!(m.pool(&newcomer).await.unwrap().replicas[0].reason_code, "devices");
+    assert_eq!(node.engines.launches().len(), 1, "not for a moment");
+    node.engines.leftovers_end();
+    until(&m, &newcomer, PoolSnapshot::ready).await;
 }

@@ -12,7 +12,8 @@ use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, Mod
 use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::ports::{Holder, Listener, Residency};
 use pool_services::{
-    Activation, ControlError, DrainOptions, OperationState, PoolControl, PoolManager, PoolSnapshot, PoolSpec,
+    Activation, ControlError, DrainOptions, LeaseRequest, OperationState, PoolControl, PoolManager, PoolSnapshot,
+    PoolSpec,
 };
 use pool_testkit::{FakeNode, gpu, spec};
 use tokio::time::Instant;
@@ -41,7 +42,7 @@ async fn ready_only_with_a_proof_and_a_handoff_while_it_stands() {
     let id: PoolId = "chat".parse().unwrap();
     let warming = until(&m, &id, PoolSnapshot::live).await;
     assert!(!warming.ready() && node.ledger.handoffs().is_empty());
-    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unready(_))));
+    assert!(matches!(m.allocate_lease(&id), Err(ControlError::Unready { .. })));
     let ready = until(&m, &id, PoolSnapshot::ready).await;
     assert_eq!((ready.replicas[0].proof, ready.replicas[0].slots_total), ("simulated", 4));
     tokio::time::sleep(Duration::from_millis(1)).await;
@@ -176,20 +177,6 @@ async fn a_killed_engine_comes_back_with_a_higher_generation() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_hang_is_seen_within_45_s() {
-    let node = FakeNode::default();
-    let (m, _events) = node.manage(vec![spec("chat")]).await;
-    let id: PoolId = "chat".parse().unwrap();
-    until(&m, &id, PoolSnapshot::ready).await;
-    node.engines.script(|s| s.decodes = false);
-    let began = Instant::now();
-    until(&m, &id, |s| state(s) == "suspect").await;
-    let ended = until(&m, &id, |s| s.last_error().is_some() && !s.live()).await;
-    assert!(began.elapsed() <= Duration::from_secs(45), "{:?}", began.elapsed());
-    assert_eq!(ended.last_error().unwrap().class, FailureClass::Hang);
-}
-
-#[tokio::test(start_paused = true)]
 async fn an_illness_is_told_once_and_one_that_passes_is_no_failure() {
     let node = FakeNode::default();
     let (m, mut events) = node.manage(vec![spec("chat")]).await;
@@ -208,23 +195,6 @@ async fn an_illness_is_told_once_and_one_that_passes_is_no_failure() {
     }
     let count = |code| told.iter().filter(|t| **t == code).count();
     assert_eq!((count("suspected"), count("engine_failed")), (2, 1), "{told:?}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well() {
-    let node = FakeNode::default();
-    node.engines.script(|s| s.health_takes = Duration::from_secs(3));
-    let (m, _events) = node.manage(vec![spec("chat")]).await;
-    let id: PoolId = "chat".parse().unwrap();
-    until(&m, &id, PoolSnapshot::ready).await;
-    // Perhaps it works for somebody else, and so long: nobody can tell.
-    node.engines.script(|s| {
-        s.busy = None;
-        s.decodes = false;
-    });
-    tokio::time::sleep(LONG).await;
-    let well = m.pool(&id).await.unwrap();
-    assert!(well.ready() && well.last_error().is_none(), "{well:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -422,9 +392,9 @@ async fn an_on_demand_pool_starts_when_somebody_asks() {
     let id: PoolId = "chat".parse().unwrap();
     tokio::time::sleep(LONG).await;
     assert_eq!(state(&m.pool(&id).await.unwrap()), "idle");
-    assert!(matches!(m.lease(&id, LONG).await, Err(ControlError::Unready(_))));
+    assert!(matches!(m.lease(&id, LeaseRequest::default()).await, Err(ControlError::Unready { .. })));
     until(&m, &id, PoolSnapshot::ready).await;
-    let lease = m.lease(&id, Duration::from_secs(60)).await.unwrap();
+    let lease = m.lease(&id, LeaseRequest::default()).await.unwrap();
     assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 1);
     tokio::time::sleep(Duration::from_secs(61)).await;
     assert_eq!(m.pool(&id).await.unwrap().replicas[0].active_leases, 0, "an expired lease is free");

@@ -16,6 +16,29 @@ fn crashing() -> (FakeNode, PoolId) {
     (node, "chat".parse().unwrap())
 }
 
+#[tokio::test(start_paused = true)]
+async fn the_last_error_is_known_after_a_restart_of_the_daemon() {
+    for in_order in [true, false] {
+        let (node, id) = crashing();
+        node.engines.script(|s| s.crash_after = Some(Duration::from_secs(5)));
+        let (m, _events) = node.manage(vec![spec("chat")]).await;
+        let failed = until(&m, &id, |s| s.last_error().is_some() && s.replicas[0].state == "waiting").await;
+        let was = failed.last_error().unwrap().clone();
+        assert_eq!((was.class.code(), was.detail.as_str()), ("crash", "the engine ended with exit status 1"));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let on_demand = PoolSpec { activation: Activation::OnDemand, ..spec("chat") };
+        let m = another(&node, m, in_order, vec![on_demand]).await;
+        let known = m.pool(&id).await.unwrap();
+        assert_eq!(known.last_error(), Some(&was), "before anything ran");
+        // It stands until there is a newer one.
+        node.engines.script(|s| (s.crash_after, s.dies_of) = (None, None));
+        m.preload(&id).await.unwrap();
+        assert_eq!(until(&m, &id, PoolSnapshot::ready).await.last_error(), Some(&was));
+        node.engines.script(|s| s.decodes = false);
+        until(&m, &id, |s| s.last_error().is_some_and(|e| e.class.code() == "hang")).await;
+    }
+}
+
 /// The next daemon on the same node, after the first one was stopped in order or has died.
 async fn another(node: &FakeNode, first: PoolManager, in_order: bool, pools: Vec<PoolSpec>) -> PoolManager {
     if in_order {
@@ -80,7 +103,7 @@ async fn a_person_who_asks_does_not_wait_and_demand_does() {
     node.engines.script(|s| s.crash_after = None);
     let rests = m.pool(&id).await.unwrap();
     assert_eq!((rests.replicas[0].state, rests.replicas[0].backoff_failures), ("idle", 3));
-    assert!(m.lease(&id, LONG).await.is_err());
+    assert!(m.lease(&id, pool_services::LeaseRequest::default()).await.is_err());
     let waits = until(&m, &id, |s| s.replicas[0].state == "waiting").await;
     assert_eq!(waits.replicas[0].reason_code, "backoff");
     m.stop(&id).await.unwrap();

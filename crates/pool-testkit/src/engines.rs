@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
+use pool_domain::liveness::{Signals, SlotWork, Work};
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
-    PrepareRequest, PreparedEngine, RunningEngine, Up,
+    PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -49,6 +50,18 @@ pub struct Script {
     pub memory: EngineMemory,
     /// Requests it says it works on; unset = it does not say.
     pub busy: Option<u16>,
+    /// Whether what it says that it works on gets anywhere.
+    pub progresses: bool,
+    /// Whether it says so only of what has been decoded, not of prompts.
+    pub coarse: bool,
+    /// Whether it answers about its work at all.
+    pub tells: bool,
+    /// It has no room for a unit of work.
+    pub declines: bool,
+    /// How long a unit of work takes.
+    pub work_takes: Duration,
+    /// What it says about its health, other than what it does.
+    pub health: Option<Up>,
     /// How long an answer about health takes.
     pub health_takes: Duration,
     /// Ports that are taken.
@@ -72,6 +85,12 @@ impl Default for Script {
             killable: true,
             memory: EngineMemory::Fixed(0),
             busy: Some(0),
+            progresses: true,
+            coarse: false,
+            tells: true,
+            declines: false,
+            work_takes: Duration::ZERO,
+            health: None,
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
         }
@@ -102,6 +121,9 @@ pub struct FakeEngines {
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
     nonces: AtomicU64,
+    asked: AtomicU64,
+    worked: AtomicU64,
+    steps: AtomicU64,
     unknown: Mutex<Vec<String>>,
 }
 
@@ -133,6 +155,12 @@ impl FakeEngines {
 
     fn at(&self, addr: SocketAddr) -> Option<Arc<FakeEngine>> {
         lock(&self.by_addr).get(&addr).filter(|e| e.exit.borrow().is_none()).cloned()
+    }
+
+    /// Units of work that were asked for, and those that were done.
+    #[must_use]
+    pub fn worked(&self) -> (u64, u64) {
+        (self.asked.load(Ordering::Relaxed), self.worked.load(Ordering::Relaxed))
     }
 
     /// Ends every running main process, as SIGKILL from outside would.
@@ -356,8 +384,14 @@ impl EngineHost for FakeEngines {
 #[async_trait]
 impl EngineProbe for FakeEngines {
     async fn up(&self, endpoint: &Endpoint) -> Up {
-        let takes = lock(&self.script).health_takes;
+        let (takes, says) = {
+            let script = lock(&self.script);
+            (script.health_takes, script.health.clone())
+        };
         tokio::time::sleep(takes).await;
+        if let Some(says) = says {
+            return says;
+        }
         match self.at(endpoint.addr) {
             Some(e) if e.script.serves && e.began.elapsed() >= e.script.load => Up::Serving,
             Some(_) => Up::Loading(None),
@@ -373,15 +407,31 @@ impl EngineProbe for FakeEngines {
             Err(Failure::new(FailureClass::WrongServer, format!("it serves {said}")))
         }
     }
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
+    async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         // Asked of the script, not of the launch, so that a running engine can be told to hang.
-        if self.script_for(&endpoint.model).decodes && self.at(endpoint.addr).is_some() {
-            Ok(())
-        } else {
-            std::future::pending().await
+        let Script { decodes, declines, work_takes, .. } = self.script_for(&endpoint.model);
+        if declines {
+            return Ok(Worked::Declined);
         }
+        if !decodes || self.at(endpoint.addr).is_none() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(work_takes).await;
+        self.worked.fetch_add(1, Ordering::Relaxed);
+        Ok(Worked::Done)
     }
-    async fn busy(&self, _: &Endpoint) -> Option<u16> {
-        lock(&self.script).busy
+    async fn signals(&self, _: &Endpoint) -> Work {
+        let Script { busy, progresses, coarse, tells, .. } = lock(&self.script).clone();
+        if !tells {
+            std::future::pending::<()>().await;
+        }
+        let Some(running) = busy.map(u32::from) else { return Work::Untold };
+        let step = if progresses { self.steps.fetch_add(1, Ordering::Relaxed) } else { 0 };
+        let decoded = if coarse { 0 } else { 1 + step };
+        let slots = (0..running).map(|slot| SlotWork { slot, task: u64::from(slot), prompt: 0, decoded }).collect();
+        // As a kind that counts what it did for others and for the canary alike.
+        let counters = vec![self.worked.load(Ordering::Relaxed)];
+        Work::Told(Signals { running, waiting: 0, counters, slots, prefill_told: !coarse })
     }
 }

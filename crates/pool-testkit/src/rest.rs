@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceHealth, DeviceMask, DeviceSnapshot, Failure, FailureClass, Generation, ModelProfile, ModelRef, PoolId,
     ReplicaKey, Tick,
@@ -16,6 +17,7 @@ use pool_services::ports::{
     EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
     StoredPool,
 };
+use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -170,6 +172,8 @@ async fn slowly(takes: Duration) {
 struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
     pasts: BTreeMap<ReplicaKey, Past>,
+    last_errors: BTreeMap<ReplicaKey, LastError>,
+    suspicions: Suspicions,
     past_writes: u64,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
@@ -177,6 +181,7 @@ struct Facts {
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
     stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
+    lies: bool,
     refuses_pools: bool,
     takes: Duration,
 }
@@ -201,6 +206,11 @@ impl FakeLedger {
     /// Whether later writes fail, as on a full disk.
     pub fn set_broken(&self, broken: bool) {
         self.facts().broken = broken;
+    }
+
+    /// Whether writes that fail are there all the same, as after an `fsync` that failed.
+    pub fn set_lying(&self, lies: bool) {
+        self.facts().lies = lies;
     }
 
     /// Whether later writes of what pools are to be fail.
@@ -249,6 +259,9 @@ impl FakeLedger {
     fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
         let mut facts = self.facts();
         if facts.broken {
+            if facts.lies {
+                f(&mut facts);
+            }
             return Err(LedgerError { what: "a fact", source: std::io::ErrorKind::StorageFull.into() });
         }
         f(&mut facts);
@@ -270,10 +283,27 @@ impl StateLedger for FakeLedger {
     async fn past(&self, key: &ReplicaKey, _: Tick) -> Past {
         self.facts().pasts.get(key).copied().unwrap_or_default()
     }
-    async fn note_past(&self, key: &ReplicaKey, past: Past, _: Tick) -> Result<(), LedgerError> {
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
+        self.facts().last_errors.get(key).cloned()
+    }
+    async fn suspicions(&self) -> Suspicions {
+        self.facts().suspicions.clone()
+    }
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+        self.slowly().await;
+        self.write(|f| f.suspicions.clone_from(suspicions))
+    }
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        _: Tick,
+    ) -> Result<(), LedgerError> {
         self.slowly().await;
         self.write(|f| {
             f.pasts.insert(key.clone(), past);
+            f.last_errors.extend(last_error.map(|e| (key.clone(), e.clone())));
             f.past_writes += 1;
         })
     }

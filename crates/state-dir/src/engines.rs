@@ -1,5 +1,7 @@
-//! The engines on record, one file each.
+//! The engines on record, each in two files of the same content with a checksum. A file that is torn or was changed is no
+//! record; then the other one is.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -10,11 +12,12 @@ use pool_domain::{Generation, ReplicaId, ReplicaKey, ResolvedMask, Tick};
 use pool_services::Workload;
 use pool_services::ports::{Endpoint, EngineRecord, Phase};
 use serde::{Deserialize, Serialize};
-use tracing::error;
+use tracing::{error, warn};
 
 use crate::files;
 
-const VERSION: u32 = 1;
+/// 1 had no checksum.
+const VERSION: u32 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Written {
@@ -147,41 +150,58 @@ fn name(key: &ReplicaKey) -> String {
 
 /// Writes a record, durably.
 pub(crate) fn store(dir: &Path, record: &EngineRecord) -> io::Result<()> {
-    files::write_json(dir, &name(&record.key), &Written::from(record))
+    files::write_sealed(dir, &name(&record.key), &Written::from(record))
 }
 
 /// Removes the record of a generation, or of one before it.
 pub(crate) fn forget(dir: &Path, key: &ReplicaKey, generation: Generation) -> io::Result<()> {
-    match read_one(&dir.join(name(key))) {
+    match read(dir, &name(key)) {
         Ok(Some(record)) if record.generation > generation => Ok(()),
-        _ => files::remove(dir, &name(key)),
+        // One that is left by a crash in between names an engine that is gone, which is found out.
+        _ => files::both(&name(key)).iter().try_for_each(|name| files::remove(dir, name)),
     }
 }
 
 /// Every record. One that cannot be read is told and left out: its engine is then one that no record names, which is
 /// ended by what its lock tells of it, or fences its devices.
 pub(crate) fn load_all(dir: &Path) -> io::Result<Vec<EngineRecord>> {
-    let mut records = Vec::new();
+    let mut names = BTreeSet::new();
     for entry in fs::read_dir(dir)? {
-        let path = entry?.path();
-        match read_one(&path) {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        names.insert(name.strip_suffix(".copy").map(ToOwned::to_owned).unwrap_or(name));
+    }
+    let mut records = Vec::new();
+    for name in names {
+        match read(dir, &name) {
             Ok(found) => records.extend(found),
-            Err(error) => error!(file = %path.display(), %error, "the record of an engine cannot be read"),
+            Err(error) => error!(file = name, %error, "the record of an engine cannot be read"),
         }
     }
     records.sort_by(|a, b| a.key.cmp(&b.key));
     Ok(records)
 }
 
-fn read_one(path: &Path) -> io::Result<Option<EngineRecord>> {
-    let bytes = match fs::read(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => other?,
-    };
-    let invalid = |why: String| io::Error::new(ErrorKind::InvalidData, why);
-    let written: Written = serde_json::from_slice(&bytes).map_err(|e| invalid(e.to_string()))?;
-    if written.version != VERSION {
-        return Err(invalid(format!("its version {} is unknown", written.version)));
+/// The first of its files that is whole: it was written first, so the other is never newer.
+fn read(dir: &Path, name: &str) -> io::Result<Option<EngineRecord>> {
+    let [main, copy] = files::both(name).map(|name| read_one(&dir.join(name)));
+    match (main, copy) {
+        (Ok(Some(record)), _) => Ok(Some(record)),
+        (Err(error), Ok(Some(record))) => {
+            warn!(file = name, %error, "the record of an engine cannot be read; its other copy is used");
+            Ok(Some(record))
+        }
+        (Ok(None), copy) => copy,
+        (Err(error), _) => Err(error),
     }
+}
+
+fn read_one(path: &Path) -> io::Result<Option<EngineRecord>> {
+    let Some(value) = files::read_sealed(path, true)? else { return Ok(None) };
+    let invalid = |why: String| io::Error::new(ErrorKind::InvalidData, why);
+    // The version first: a newer record may have any other shape.
+    if value["version"] != VERSION {
+        return Err(invalid(format!("its version {} is unknown", value["version"])));
+    }
+    let written: Written = serde_json::from_value(value).map_err(|e| invalid(e.to_string()))?;
     written.read().map(Some).map_err(invalid)
 }

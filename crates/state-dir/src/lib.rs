@@ -3,14 +3,16 @@
 //!
 //! ```text
 //! lock                       held for life, never unlinked
-//! ledger/<pool>.json         hold, generations and what is held against replicas, and <pool>.json.copy with the same content
+//! ledger/<pool>.json         hold, generations, what is held against replicas and their last failure
 //! engines/<pool>-<replica>.json   what a later daemon needs to find the engine and go on with it
 //! pools/<pool>.json          a pool that was declared over the API, or that stands in for one of the file; and a .copy
+//! devices.json               what is held against devices
 //! handoff/<pool>-<replica>.json   what a Ready replica tells consumers
 //! run/                       whatever engines need while they run
 //! ```
 //!
-//! Every file is replaced whole: written beside, fsynced, renamed, and the directory fsynced.
+//! Every file is replaced whole: written beside, fsynced, renamed, and the directory fsynced. The first three kinds have a
+//! checksum and a copy of the same content, `….json.copy`, written after them, which stands in for one that was torn.
 
 #![forbid(unsafe_code)]
 
@@ -20,6 +22,7 @@ mod lock_dir;
 mod past;
 mod record;
 mod stored;
+mod suspicions;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -28,10 +31,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
 use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
+use pool_services::snapshot::LastError;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tracing::error;
@@ -99,6 +105,7 @@ impl StateDir {
         };
         create_dir(&paths.root)?;
         let lock = take_lock(&paths.root)?;
+        reached(Point::AfterLock);
         for dir in [&paths.ledger, &paths.handoff, &paths.engines, &paths.pools, &paths.root.join("run")] {
             create_dir(dir)?;
             close_to_others(dir)?;
@@ -107,6 +114,7 @@ impl StateDir {
         clear(&paths.ledger, files::is_leftover)?;
         clear(&paths.engines, files::is_leftover)?;
         clear(&paths.pools, files::is_leftover)?;
+        clear(&paths.root, files::is_leftover)?;
         let lock_dir = lock_dir::create(&paths.root).map_err(|source| StateDirError::Io {
             what: "make a directory for the locks of",
             path: paths.root.clone(),
@@ -186,10 +194,36 @@ impl StateLedger for StateDir {
         self.read(&key.pool).await.past(key.replica, &self.boot_id, now)
     }
 
-    async fn note_past(&self, key: &ReplicaKey, past: Past, now: Tick) -> Result<(), LedgerError> {
-        let (replica, boot_id) = (key.replica, self.boot_id.clone());
+    async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
+        self.read(&key.pool).await.last_error(key.replica)
+    }
+
+    async fn suspicions(&self) -> Suspicions {
+        let boot_id = self.boot_id.clone();
+        self.work(move |paths| suspicions::load(&paths.root, &boot_id)).await.unwrap_or_else(|error| {
+            error!(%error, "what is held against devices cannot be read; it is forgotten");
+            Suspicions::default()
+        })
+    }
+
+    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+        let (suspicions, boot_id) = (suspicions.clone(), self.boot_id.clone());
+        self.work(move |paths| suspicions::store(&paths.root, &suspicions, boot_id))
+            .await
+            .map_err(|source| LedgerError { what: "what is held against devices", source })
+    }
+
+    async fn note_past(
+        &self,
+        key: &ReplicaKey,
+        past: Past,
+        last_error: Option<&LastError>,
+        now: Tick,
+    ) -> Result<(), LedgerError> {
+        let (replica, boot_id, last_error) = (key.replica, self.boot_id.clone(), last_error.cloned());
         self.update("what is held against an engine", &key.pool, move |r| {
             r.note_past(replica, past, boot_id, now);
+            r.note_last_error(replica, last_error.as_ref());
             Ok(())
         })
         .await

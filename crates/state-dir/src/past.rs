@@ -1,7 +1,10 @@
 //! The wire form of what is held against a replica. Ticks mean something only with the boot they belong to.
 
+use std::time::{Duration, UNIX_EPOCH};
+
 use pool_domain::lifecycle::Past;
-use pool_domain::{BreakerState, Tick};
+use pool_domain::{BreakerState, FailureClass, Tick};
+use pool_services::snapshot::LastError;
 use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,5 +56,32 @@ impl PastRecord {
         let past =
             Past { failures: self.failures, breaker, not_before: self.not_before.map(Tick), restarts: self.restarts };
         if self.boot_id == boot_id { past } else { past.carried_over(Tick(self.noted), now) }
+    }
+}
+
+/// The last failure of a replica, as people are told of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ErrorRecord {
+    class: String,
+    detail: String,
+    /// Milliseconds since 1970.
+    at: u64,
+}
+
+impl From<&LastError> for ErrorRecord {
+    fn from(e: &LastError) -> Self {
+        let at = e.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        Self { class: e.class.code().to_owned(), detail: e.detail.clone(), at: u64::try_from(at).unwrap_or(u64::MAX) }
+    }
+}
+
+impl ErrorRecord {
+    /// `None` for a class that this version does not know.
+    pub(crate) fn read(&self) -> Option<LastError> {
+        Some(LastError {
+            class: FailureClass::from_code(&self.class)?,
+            detail: self.detail.clone(),
+            at: UNIX_EPOCH.checked_add(Duration::from_millis(self.at))?,
+        })
     }
 }

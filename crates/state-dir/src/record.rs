@@ -4,7 +4,6 @@
 //! are there. Reading takes the higher generation of the two, so one torn file loses no generation.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
@@ -12,12 +11,13 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::{Generation, PoolId, ReplicaId, Tick};
 use pool_services::ports::Handoff;
+use pool_services::snapshot::LastError;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::files;
-use crate::past::PastRecord;
+use crate::past::{ErrorRecord, PastRecord};
 
 const VERSION: u32 = 1;
 /// Figures remembered for a pool; each belongs to another model or other settings.
@@ -52,6 +52,8 @@ struct ReplicaRecord {
     generation: u64,
     #[serde(default)]
     past: Option<PastRecord>,
+    #[serde(default)]
+    last_error: Option<ErrorRecord>,
 }
 
 #[derive(Deserialize)]
@@ -89,6 +91,14 @@ impl PoolRecord {
 
     pub(crate) fn note_past(&mut self, replica: ReplicaId, past: Past, boot_id: String, now: Tick) {
         self.replicas.entry(replica.0).or_default().past = Some(PastRecord::new(past, boot_id, now));
+    }
+
+    pub(crate) fn last_error(&self, replica: ReplicaId) -> Option<LastError> {
+        self.replicas.get(&replica.0)?.last_error.as_ref()?.read()
+    }
+
+    pub(crate) fn note_last_error(&mut self, replica: ReplicaId, error: Option<&LastError>) {
+        self.replicas.entry(replica.0).or_default().last_error = error.map(ErrorRecord::from);
     }
 
     pub(crate) fn learnt(&self, key: &CorrectionKey) -> Option<Correction> {
@@ -159,16 +169,16 @@ pub(crate) fn load_for_update(dir: &Path, pool: &PoolId) -> io::Result<PoolRecor
 
 /// Writes a record, durably, into both files.
 pub(crate) fn store(dir: &Path, pool: &PoolId, record: &PoolRecord) -> io::Result<()> {
-    names(pool).iter().try_for_each(|name| files::write_json(dir, name, record))
+    files::write_sealed(dir, &name(pool), record)
 }
 
 /// A pool id may hold dots, so the copy is told by its end, which no record has.
-fn names(pool: &PoolId) -> [String; 2] {
-    [format!("{pool}.json"), format!("{pool}.json.copy")]
+fn name(pool: &PoolId) -> String {
+    format!("{pool}.json")
 }
 
 fn read_both(dir: &Path, pool: &PoolId) -> Result<PoolRecord, Unreadable> {
-    let [main, copy] = names(pool).map(|name| {
+    let [main, copy] = files::both(&name(pool)).map(|name| {
         let read = read_one(&dir.join(&name));
         if let Err(why) = &read {
             let reason = match why {
@@ -195,19 +205,16 @@ fn read_one(path: &Path) -> Result<Option<PoolRecord>, Unreadable> {
     read_versioned(path, VERSION)
 }
 
-/// Reads a record of this version; no file is no record.
+/// Reads a record of this version; no file is no record. The first versions began without a checksum.
 pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Result<Option<T>, Unreadable> {
-    let bytes = match fs::read(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(Unreadable::Broken)?,
-    };
+    let Some(value) = files::read_sealed(path, false).map_err(Unreadable::Broken)? else { return Ok(None) };
     let torn = |e: serde_json::Error| Unreadable::Broken(io::Error::new(ErrorKind::InvalidData, e));
     // The version first: a newer record may have any other shape.
-    let Versioned { version } = serde_json::from_slice(&bytes).map_err(torn)?;
+    let Versioned { version } = Versioned::deserialize(&value).map_err(torn)?;
     if version != known {
         return Err(Unreadable::Newer(version));
     }
-    serde_json::from_slice(&bytes).map(Some).map_err(torn)
+    serde_json::from_value(value).map(Some).map_err(torn)
 }
 
 /// A handoff as consumers read it.

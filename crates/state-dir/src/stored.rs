@@ -11,7 +11,6 @@ use std::path::Path;
 use pool_domain::PoolId;
 use pool_services::ports::StoredPool;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use tracing::{error, warn};
 
 use crate::files;
@@ -23,14 +22,6 @@ const COPY: &str = ".copy";
 #[derive(Debug, Serialize, Deserialize)]
 struct Written {
     version: u32,
-    /// Over all that follows.
-    checksum: String,
-    #[serde(flatten)]
-    content: Content,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Content {
     pool: String,
     revision: u64,
     document: String,
@@ -38,40 +29,24 @@ struct Content {
     previous: Option<String>,
 }
 
-impl Content {
-    fn checksum(&self) -> String {
-        let Self { pool, revision, document, file_digest, previous } = self;
-        // Lengths and presence count, so that no two contents look the same.
-        let text = format!("{pool:?} {revision} {document:?} {file_digest:?} {previous:?}");
-        let digest = Sha256::digest(text.as_bytes());
-        digest.iter().map(|b| format!("{b:02x}")).collect()
-    }
-}
-
 impl From<&StoredPool> for Written {
     fn from(p: &StoredPool) -> Self {
-        let content = Content {
+        Self {
+            version: VERSION,
             pool: p.pool.to_string(),
             revision: p.revision,
             document: p.document.clone(),
             file_digest: p.file_digest.clone(),
             previous: p.previous.clone(),
-        };
-        Self { version: VERSION, checksum: content.checksum(), content }
+        }
     }
-}
-
-fn invalid(why: impl ToString) -> Unreadable {
-    Unreadable::Broken(io::Error::new(ErrorKind::InvalidData, why.to_string()))
 }
 
 fn read_one(path: &Path) -> Result<Option<StoredPool>, Unreadable> {
-    let Some(Written { checksum, content, .. }) = read_versioned::<Written>(path, VERSION)? else { return Ok(None) };
-    if checksum != content.checksum() {
-        return Err(invalid("its checksum is another"));
-    }
-    let pool = content.pool.parse().map_err(|e: pool_domain::id::IdError| invalid(e))?;
-    let Content { revision, document, file_digest, previous, .. } = content;
+    let Some(written) = read_versioned::<Written>(path, VERSION)? else { return Ok(None) };
+    let Written { pool, revision, document, file_digest, previous, .. } = written;
+    let invalid = |e: pool_domain::id::IdError| io::Error::new(ErrorKind::InvalidData, e.to_string());
+    let pool = pool.parse().map_err(|e| Unreadable::Broken(invalid(e)))?;
     Ok(Some(StoredPool { pool, revision, document, file_digest, previous }))
 }
 
@@ -82,10 +57,11 @@ fn names(pool: &PoolId) -> [String; 2] {
 
 /// Writes a pool, durably. What a newer version wrote is not overwritten.
 pub(crate) fn store(dir: &Path, pool: &StoredPool) -> io::Result<()> {
-    let (written, [main, copy]) = (Written::from(pool), names(&pool.pool));
+    let [main, copy] = names(&pool.pool);
     if let Err(newer @ Unreadable::Newer(_)) = read_one(&dir.join(&main)) {
         return Err(newer.into());
     }
+    let written = files::sealed(&Written::from(pool))?;
     files::write_json(dir, &copy, &written)?;
     files::write_json(dir, &main, &written)
 }

@@ -4,6 +4,11 @@ use std::process::Command;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::{BreakerState, ReplicaId};
 
+use pool_domain::ResolvedMask;
+use pool_domain::lifecycle::{OnDeadline, Proof};
+use pool_services::Workload;
+use pool_services::ports::{Endpoint, Phase};
+
 use super::*;
 
 const CHILD_ENV: &str = "STATE_DIR_TEST_CHILD";
@@ -23,6 +28,30 @@ fn handoff() -> Handoff {
         device_mask: "GPU-1".into(),
         slots: 4,
         vram: 1 << 33,
+    }
+}
+
+fn engine(key: ReplicaKey, phase: pool_services::ports::Phase) -> EngineRecord {
+    use pool_domain::ResolvedMask;
+    use pool_services::Workload;
+    use pool_services::ports::Endpoint;
+    EngineRecord {
+        key,
+        generation: Generation(3),
+        nonce: "n".into(),
+        fingerprint: "f".into(),
+        endpoint: Endpoint {
+            addr: "127.0.0.1:42000".parse().unwrap(),
+            kind: "stub".into(),
+            model: "tiny".into(),
+            model_path: Some("/m".into()),
+            workload: Workload::Embed,
+        },
+        engine_version: "1".into(),
+        devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
+        bytes: vec![1, 2],
+        executable: Some("1:2".into()),
+        phase,
     }
 }
 
@@ -127,6 +156,63 @@ async fn either_file_torn_at_any_byte_loses_no_generation_and_no_hold() {
         assert_eq!(state.last_generation(&a).await, Generation(41), "{name} missing");
         state.intend(&a, Generation(41)).await.unwrap();
     }
+}
+
+/// Every file that differs from `whole` by one bit.
+fn flipped(whole: &[u8]) -> impl Iterator<Item = Vec<u8>> {
+    (0..whole.len() * 8).map(|bit| {
+        let mut other = whole.to_vec();
+        other[bit / 8] ^= 1 << (bit % 8);
+        other
+    })
+}
+
+#[tokio::test]
+async fn any_flipped_bit_of_either_file_loses_no_generation_and_no_hold() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.intend(&a, Generation(41)).await.unwrap();
+    state.set_hold(&a.pool, true).await.unwrap();
+    for name in ["chat.json", "chat.json.copy"] {
+        let path = dir.path().join("ledger").join(name);
+        let whole = fs::read(&path).unwrap();
+        for bits in flipped(&whole) {
+            fs::write(&path, &bits).unwrap();
+            let text = String::from_utf8_lossy(&bits);
+            assert_eq!(state.last_generation(&a).await, Generation(41), "{name}: {text}");
+            assert!(state.held(&a.pool).await, "{name}: {text}");
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn any_flipped_bit_of_an_engines_record_leaves_it_as_it_was_or_unread() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let record = engine(key("chat", 0), pool_services::ports::Phase::Stopping);
+    state.record(&record).await.unwrap();
+    let path = dir.path().join("engines/chat-r0.json");
+    let whole = fs::read(&path).unwrap();
+    for bits in flipped(&whole) {
+        fs::write(&path, &bits).unwrap();
+        let read = state.recorded().await;
+        assert!(read.is_empty() || read == [record.clone()], "{}", String::from_utf8_lossy(&bits));
+    }
+}
+
+#[tokio::test]
+async fn a_record_of_before_there_were_checksums_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let record = engine(key("chat", 0), pool_services::ports::Phase::Starting);
+    state.record(&record).await.unwrap();
+    let path = dir.path().join("engines/chat-r0.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(json.as_object_mut().unwrap().remove("sha256").is_some());
+    fs::write(&path, json.to_string()).unwrap();
+    assert_eq!(state.recorded().await, [record]);
 }
 
 #[tokio::test]
@@ -243,7 +329,7 @@ async fn what_is_held_against_a_replica_survives_a_restart_and_waits_go_on_after
     let state = StateDir::open(dir.path()).unwrap();
     let (a, b) = (key("chat", 0), key("chat", 1));
     state.intend(&a, Generation(3)).await.unwrap();
-    state.note_past(&a, in_trouble(), Tick(60_000)).await.unwrap();
+    state.note_past(&a, in_trouble(), None, Tick(60_000)).await.unwrap();
     state.intend(&a, Generation(4)).await.unwrap();
     drop(state);
     let mut state = StateDir::open(dir.path()).unwrap();
@@ -260,7 +346,7 @@ async fn what_is_held_against_a_replica_survives_a_restart_and_waits_go_on_after
     assert_eq!(state.past(&a, Tick(50)).await, left);
     for breaker in [BreakerState::HalfOpen { trips: 1 }, BreakerState::Closed { failed_starts: 1, early_crashes: 2 }] {
         let past = Past { breaker, ..Past::default() };
-        state.note_past(&b, past, Tick(0)).await.unwrap();
+        state.note_past(&b, past, None, Tick(0)).await.unwrap();
         assert_eq!(state.past(&b, Tick(9)).await, past);
     }
 }
@@ -270,10 +356,10 @@ async fn a_torn_file_keeps_what_the_other_holds_against_a_replica() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let a = key("chat", 0);
-    state.note_past(&a, in_trouble(), Tick(1)).await.unwrap();
+    state.note_past(&a, in_trouble(), None, Tick(1)).await.unwrap();
     let copy = dir.path().join("ledger/chat.json.copy");
     let older = fs::read(&copy).unwrap();
-    state.note_past(&a, Past { restarts: 13, ..in_trouble() }, Tick(2)).await.unwrap();
+    state.note_past(&a, Past { restarts: 13, ..in_trouble() }, None, Tick(2)).await.unwrap();
     // Cut between the two files: the first is the newer. Torn itself, the older one counts.
     fs::write(&copy, older).unwrap();
     assert_eq!(state.past(&a, Tick(3)).await.restarts, 13);
@@ -296,14 +382,12 @@ async fn a_record_of_before_there_was_a_past_is_read() {
     assert_eq!((state.last_generation(&a).await, state.past(&a, Tick(0)).await), (Generation(5), Past::default()));
 }
 
-#[tokio::test]
-async fn engines_on_record_survive_and_are_struck_out_by_their_generation() {
-    use pool_domain::lifecycle::{OnDeadline, Proof};
-    use pool_domain::{ResolvedMask, Tick};
-    use pool_services::Workload;
-    use pool_services::ports::{Endpoint, Phase};
-    let proof = Proof { residency: "simulated", model: "tiny".into(), slots: 4, first_unit_ms: 7 };
-    let record = |key: ReplicaKey, phase| EngineRecord {
+fn proof() -> Proof {
+    Proof { residency: "simulated", model: "tiny".into(), slots: 4, first_unit_ms: 7 }
+}
+
+fn record(key: ReplicaKey, phase: Phase) -> EngineRecord {
+    EngineRecord {
         key,
         generation: Generation(3),
         nonce: "n".into(),
@@ -320,14 +404,19 @@ async fn engines_on_record_survive_and_are_struck_out_by_their_generation() {
         bytes: vec![1, 2],
         executable: Some("1:2".into()),
         phase,
-    };
+    }
+}
+
+#[tokio::test]
+async fn engines_on_record_survive_and_are_struck_out_by_their_generation() {
+    let proof = proof();
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let (since, deadline) = (Tick(5), Tick(9));
     let draining =
         Phase::Draining { ready_since: since, proof: proof.clone(), deadline, on_deadline: OnDeadline::Abort };
     let phases = [Phase::Starting, Phase::Ready { since, proof }, draining, Phase::Stopping];
-    let all: Vec<EngineRecord> = (0..).zip(phases).map(|(n, phase)| record(key("chat", n), phase)).collect();
+    let all: Vec<EngineRecord> = (0..).zip(phases).map(|(n, phase)| engine(key("chat", n), phase)).collect();
     for record in &all {
         state.record(record).await.unwrap();
     }
@@ -356,6 +445,121 @@ fn locks_lie_outside_under_the_name_of_the_directory() {
     let link = two.path().join("link");
     std::os::unix::fs::symlink(one.path(), &link).unwrap();
     assert_eq!(StateDir::open(&link).unwrap().lock_dir(), locks);
+}
+
+#[tokio::test]
+async fn a_record_of_an_engine_torn_or_flipped_at_any_byte_is_lost_only_if_both_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    let older = record(a.clone(), Phase::Starting);
+    let newer = record(a.clone(), Phase::Ready { since: Tick(5), proof: proof() });
+    let path = |name: &str| dir.path().join("engines").join(name);
+    state.record(&older).await.unwrap();
+    let before = fs::read(path("chat-r0.json.copy")).unwrap();
+    state.record(&newer).await.unwrap();
+    for (hurt, other, left) in
+        [("chat-r0.json", Some(&before), &older), ("chat-r0.json", None, &newer), ("chat-r0.json.copy", None, &newer)]
+    {
+        // Cut between the two files, the second is the version before.
+        let copy = fs::read(path("chat-r0.json.copy")).unwrap();
+        if let Some(before) = other {
+            fs::write(path("chat-r0.json.copy"), before).unwrap();
+        }
+        let whole = fs::read(path(hurt)).unwrap();
+        let damaged = (0..whole.len() - 1).flat_map(|at| {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1 << (at % 8);
+            [whole[..at].to_vec(), flipped]
+        });
+        for bytes in damaged {
+            fs::write(path(hurt), &bytes).unwrap();
+            let found = state.recorded().await;
+            let whole_still = found.as_slice() == std::slice::from_ref(&newer);
+            assert!(
+                found.as_slice() == std::slice::from_ref(left) || whole_still,
+                "{hurt}: {}: {found:?}",
+                String::from_utf8_lossy(&bytes)
+            );
+        }
+        fs::write(path(hurt), &whole).unwrap();
+        fs::write(path("chat-r0.json.copy"), &copy).unwrap();
+    }
+    for name in ["chat-r0.json", "chat-r0.json.copy"] {
+        fs::write(path(name), "{").unwrap();
+    }
+    assert!(state.recorded().await.is_empty());
+    state.record(&newer).await.unwrap();
+    state.forget(&a, Generation(3)).await.unwrap();
+    assert_eq!(fs::read_dir(dir.path().join("engines")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_either_file_changes_no_generation() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    state.intend(&a, Generation(41)).await.unwrap();
+    for name in ["chat.json", "chat.json.copy"] {
+        let path = dir.path().join("ledger").join(name);
+        let whole = fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << bit;
+                fs::write(&path, &bytes).unwrap();
+                assert_eq!(state.last_generation(&a).await, Generation(41), "{}", String::from_utf8_lossy(&bytes));
+            }
+        }
+        fs::write(&path, &whole).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_last_error_survives_and_what_is_held_against_devices_until_a_reboot() {
+    use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
+    use pool_domain::{Failure, FailureClass};
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(dir.path()).unwrap();
+    let a = key("chat", 0);
+    assert_eq!((state.last_error(&a).await, state.suspicions().await), (None, Suspicions::default()));
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(1_763_900_000_123);
+    let Failure { class, detail } = Failure::new(FailureClass::Hang, "slot 0 stood still");
+    let error = LastError { class, detail, at };
+    state.note_past(&a, in_trouble(), Some(&error), Tick(1)).await.unwrap();
+    let mut held = Suspicions::default();
+    for (pool, at) in [("a", 5), ("b", 9)] {
+        let accusation = Accusation { pool: pool.parse().unwrap(), class: "driver_error", at: Tick(at) };
+        held.accuse("GPU-1", accusation, &SuspicionPolicy::default());
+    }
+    state.note_suspicions(&held).await.unwrap();
+    drop(state);
+    let mut state = StateDir::open(dir.path()).unwrap();
+    assert_eq!((state.last_error(&a).await, state.suspicions().await), (Some(error.clone()), held.clone()));
+    fs::write(dir.path().join("devices.json"), "torn").unwrap();
+    assert_eq!(state.suspicions().await, held);
+    state.boot_id = "another".into();
+    assert_eq!((state.last_error(&a).await, state.suspicions().await), (Some(error), Suspicions::default()));
+}
+
+#[test]
+fn what_is_below_it_is_closed_to_others_and_the_directory_itself_is_left_as_it_was() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let open = fs::Permissions::from_mode(0o755);
+    fs::set_permissions(dir.path(), open.clone()).unwrap();
+    for name in ["ledger", "run"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        fs::set_permissions(dir.path().join(name), open.clone()).unwrap();
+    }
+    let _state = StateDir::open(dir.path()).unwrap();
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(dir.path()), 0o755);
+    for name in ["ledger", "run", "engines", "handoff", "pools"] {
+        assert_eq!(mode(&dir.path().join(name)), 0o700, "{name}");
+    }
+    assert_eq!(mode(&dir.path().join("lock")), 0o600);
 }
 
 fn stored(pool: &str) -> StoredPool {
@@ -453,7 +657,7 @@ async fn of_a_forgotten_pool_only_its_generations_are_left() {
     let (chat, now) = (key("chat", 0), Tick(5));
     state.intend(&chat, Generation(3)).await.unwrap();
     state.set_hold(&chat.pool, true).await.unwrap();
-    state.note_past(&chat, in_trouble(), now).await.unwrap();
+    state.note_past(&chat, in_trouble(), None, now).await.unwrap();
     state.forget_pool(&chat.pool).await.unwrap();
     assert_eq!(state.last_generation(&chat).await, Generation(3));
     assert!(!state.held(&chat.pool).await);
@@ -461,24 +665,4 @@ async fn of_a_forgotten_pool_only_its_generations_are_left() {
     // One that never was leaves no file.
     state.forget_pool(&"none".parse().unwrap()).await.unwrap();
     assert!(!dir.path().join("ledger/none.json").exists());
-}
-
-#[test]
-fn what_is_below_it_is_closed_to_others_and_the_directory_itself_is_left_as_it_was() {
-    use std::os::unix::fs::PermissionsExt;
-
-    let dir = tempfile::tempdir().unwrap();
-    let open = fs::Permissions::from_mode(0o755);
-    fs::set_permissions(dir.path(), open.clone()).unwrap();
-    for name in ["ledger", "run"] {
-        fs::create_dir(dir.path().join(name)).unwrap();
-        fs::set_permissions(dir.path().join(name), open.clone()).unwrap();
-    }
-    let _state = StateDir::open(dir.path()).unwrap();
-    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    assert_eq!(mode(dir.path()), 0o755);
-    for name in ["ledger", "run", "engines", "handoff"] {
-        assert_eq!(mode(&dir.path().join(name)), 0o700, "{name}");
-    }
-    assert_eq!(mode(&dir.path().join("lock")), 0o600);
 }

@@ -105,6 +105,7 @@ pub(crate) struct Job {
 impl Job {
     pub(crate) fn start(task: Task, slot: Slot) -> Self {
         slot.engine.counters.prompt_tokens.fetch_add(task.prompt_tokens, Relaxed);
+        slot.come_to(task.prompt_tokens, 0);
         let words = Words::for_prompt(&task.prompt).take(usize::try_from(task.tokens).unwrap_or(usize::MAX));
         let now = Instant::now();
         Self { task, slot, words, started: now, last: now, predicted: 0 }
@@ -126,6 +127,7 @@ impl Job {
         let micros = u64::try_from((now - self.last).as_micros()).unwrap_or(u64::MAX);
         self.last = now;
         self.slot.engine.counters.predicted_tokens.fetch_add(1, Relaxed);
+        self.slot.come_to(self.task.prompt_tokens, self.predicted);
         self.slot.engine.counters.predicted_micros.fetch_add(micros, Relaxed);
         Some(word)
     }

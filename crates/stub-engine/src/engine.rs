@@ -2,7 +2,7 @@
 
 use std::future::pending;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -18,11 +18,44 @@ pub(crate) struct Engine {
     pub(crate) args: Args,
     pub(crate) counters: Counters,
     started: Instant,
-    busy: Box<[AtomicBool]>,
+    slots: Box<[SlotState]>,
     /// One permit for each slot that is not busy; waiters are served in order.
     free: Arc<Semaphore>,
     arrived: AtomicU64,
     deaths: mpsc::UnboundedSender<Death>,
+}
+
+/// How far the request in a slot has come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    pub(crate) task: u64,
+    pub(crate) prompt: u64,
+    pub(crate) decoded: u64,
+}
+
+/// The same as the slot keeps it; a task of 0 means that there is none.
+#[derive(Debug, Default)]
+struct SlotState {
+    task: AtomicU64,
+    prompt: AtomicU64,
+    decoded: AtomicU64,
+}
+
+impl SlotState {
+    fn progress(&self) -> Option<Progress> {
+        let [task, prompt, decoded] = [&self.task, &self.prompt, &self.decoded].map(|n| n.load(Relaxed));
+        (task > 0).then_some(Progress { task, prompt, decoded })
+    }
+
+    /// Takes the slot, if it is free.
+    fn begin(&self, task: u64) -> bool {
+        let free = self.task.compare_exchange(0, task, Relaxed, Relaxed).is_ok();
+        if free {
+            self.prompt.store(0, Relaxed);
+            self.decoded.store(0, Relaxed);
+        }
+        free
+    }
 }
 
 /// What `/metrics` counts.
@@ -51,7 +84,7 @@ impl Engine {
             args,
             counters: Counters::default(),
             started: Instant::now(),
-            busy: (0..slots).map(|_| AtomicBool::new(false)).collect(),
+            slots: (0..slots).map(|_| SlotState::default()).collect(),
             free: Arc::new(Semaphore::new(slots)),
             arrived: AtomicU64::new(0),
             deaths,
@@ -81,9 +114,9 @@ impl Engine {
         (self.args.ctx_size / self.args.slots).max(1)
     }
 
-    /// Which slots are busy, in order.
-    pub(crate) fn busy_slots(&self) -> impl Iterator<Item = bool> {
-        self.busy.iter().map(|busy| busy.load(Relaxed))
+    /// How far the request of each slot has come, in order.
+    pub(crate) fn progress(&self) -> impl Iterator<Item = Option<Progress>> {
+        self.slots.iter().map(SlotState::progress)
     }
 
     /// Takes in a request that needs the model: waits for a slot, or runs into the fault that was asked for.
@@ -94,7 +127,7 @@ impl Engine {
             let _ = self.deaths.send(faults::crash(&self.args));
             pending::<()>().await;
         }
-        let slot = self.slot().await;
+        let slot = self.slot(number).await;
         if self.args.hang_after_requests.is_some_and(|good| number > good) {
             // A decode that hangs keeps its slot even when the client has long gone.
             tokio::spawn(async move {
@@ -106,7 +139,7 @@ impl Engine {
         slot
     }
 
-    async fn slot(self: &Arc<Self>) -> Slot {
+    async fn slot(self: &Arc<Self>, task: u64) -> Slot {
         let free = Arc::clone(&self.free);
         let permit = match Arc::clone(&free).try_acquire_owned() {
             Ok(permit) => permit,
@@ -119,8 +152,17 @@ impl Engine {
                 }
             }
         };
-        let index = self.busy.iter().position(|busy| !busy.swap(true, Relaxed)).unwrap_or(0);
+        let index = self.slots.iter().position(|slot| slot.begin(task)).unwrap_or(0);
         Slot { engine: Arc::clone(self), index, _permit: permit }
+    }
+}
+
+impl Slot {
+    /// Notes how far its request has come.
+    pub(crate) fn come_to(&self, prompt: u64, decoded: u64) {
+        let slot = &self.engine.slots[self.index];
+        slot.prompt.store(prompt, Relaxed);
+        slot.decoded.store(decoded, Relaxed);
     }
 }
 
@@ -135,7 +177,7 @@ pub(crate) struct Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         // Before the permit, which is dropped after this: whoever gets it finds a free slot.
-        self.engine.busy[self.index].store(false, Relaxed);
+        self.engine.slots[self.index].task.store(0, Relaxed);
     }
 }
 

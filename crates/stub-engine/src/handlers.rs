@@ -87,8 +87,16 @@ async fn props(State(engine): Shared) -> Json<Value> {
 
 async fn slots(State(engine): Shared) -> Json<Value> {
     let context = engine.slot_context();
-    let slots = engine.busy_slots().enumerate();
-    Json(slots.map(|(id, busy)| json!({ "id": id, "n_ctx": context, "is_processing": busy })).collect())
+    let slots = engine.progress().enumerate().map(|(id, at)| {
+        let mut slot = json!({ "id": id, "n_ctx": context, "is_processing": at.is_some() });
+        if let Some(at) = at {
+            slot["id_task"] = json!(at.task);
+            slot["n_prompt_tokens_processed"] = json!(at.prompt);
+            slot["next_token"] = json!([{ "n_decoded": at.decoded }]);
+        }
+        slot
+    });
+    Json(slots.collect())
 }
 
 async fn metrics(State(engine): Shared) -> impl IntoResponse {
@@ -96,7 +104,7 @@ async fn metrics(State(engine): Shared) -> impl IntoResponse {
     let predicted = counters.predicted_tokens.load(Relaxed);
     let seconds = counters.predicted_micros.load(Relaxed) as f64 / 1e6;
     let speed = if seconds > 0.0 { predicted as f64 / seconds } else { 0.0 };
-    let busy = engine.busy_slots().filter(|busy| *busy).count();
+    let busy = engine.progress().flatten().count();
     let metrics = [
         (
             "prompt_tokens_total",

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::args::Args;
 use crate::death::Death;
@@ -55,7 +55,7 @@ async fn live(args: Args) -> io::Result<Death> {
     let args = engine.args.clone();
     tokio::select! {
         biased;
-        _ = terminate.recv(), if !args.ignore_sigterm => Ok(Death::Exit(0)),
+        () = asked_to_stop(&mut terminate, args.ignore_sigterm) => Ok(Death::Exit(0)),
         _ = interrupt.recv() => Ok(Death::Exit(0)),
         Some(death) = deaths.recv() => Ok(death),
         // Before the crash, so that it is never seen to crash unready.
@@ -64,6 +64,13 @@ async fn live(args: Args) -> io::Result<Death> {
         result = axum::serve(listener, handlers::router(Arc::clone(&engine), api_key)).into_future() => {
             result.map(|()| Death::Exit(1))
         }
+    }
+}
+
+/// Who is deaf says how often that was of use.
+async fn asked_to_stop(terminate: &mut Signal, deaf: bool) {
+    while terminate.recv().await.is_some() && deaf {
+        log::info(format_args!("SIGTERM is ignored"));
     }
 }
 

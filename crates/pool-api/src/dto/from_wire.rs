@@ -2,15 +2,13 @@
 
 use std::time::SystemTime;
 
-use pool_domain::failure::Exit;
 use pool_domain::lifecycle::State;
 use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
-use pool_services::control::Lease;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 use thiserror::Error;
 
-use super::{DeviceView, LastErrorView, LeaseView, NodeView, OperationView, PoolView, ReplicaView};
+use super::{DeviceView, LastErrorView, NodeView, OperationView, PoolView, ReplicaView};
 
 /// An answer that is well formed but means nothing here.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -26,15 +24,15 @@ fn wrong(field: &'static str, text: &str) -> DtoError {
     DtoError { field, message: format!("`{text}` is unknown here") }
 }
 
-fn time(field: &'static str, text: &str) -> Result<SystemTime, DtoError> {
+pub(super) fn time(field: &'static str, text: &str) -> Result<SystemTime, DtoError> {
     humantime::parse_rfc3339(text).map_err(|_| DtoError { field, message: format!("`{text}` is no RFC 3339 time") })
 }
 
-fn pool_id(text: &str) -> Result<PoolId, DtoError> {
+pub(super) fn pool_id(text: &str) -> Result<PoolId, DtoError> {
     text.parse().map_err(|_| wrong("pool_id", text))
 }
 
-fn replica_id(text: &str) -> Result<ReplicaId, DtoError> {
+pub(super) fn replica_id(text: &str) -> Result<ReplicaId, DtoError> {
     text.strip_prefix('r').and_then(|n| n.parse().ok()).map(ReplicaId).ok_or_else(|| wrong("replica_id", text))
 }
 
@@ -52,24 +50,7 @@ const PROOFS: &[&str] = &["vram", "simulated", "served"];
 const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
-    use FailureClass as C;
-    Ok(match text {
-        "crash" => C::Crash(Exit::Unknown),
-        "host_oom" => C::HostOom,
-        "vram_oom" => C::VramOom,
-        "hang" => C::Hang,
-        "start_timeout" => C::StartTimeout,
-        "health" => C::Health,
-        "driver_error" => C::DriverError,
-        "gpu_lost" => C::GpuLost,
-        "cpu_fallback" => C::CpuFallback,
-        "mask_breach" => C::MaskBreach,
-        "wrong_server" => C::WrongServer,
-        "port_conflict" => C::PortConflict,
-        "artifact" => C::Artifact,
-        "config" => C::Config,
-        _ => return Err(wrong("last_error.class", text)),
-    })
+    FailureClass::from_code(text).ok_or_else(|| wrong("last_error.class", text))
 }
 
 impl TryFrom<LastErrorView> for LastError {
@@ -125,6 +106,7 @@ impl TryFrom<PoolView> for PoolSnapshot {
             model_id: p.model_id,
             aliases: p.aliases,
             hold: p.hold,
+            leases_waiting: p.leases_waiting,
             replicas: p.replicas.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
     }
@@ -197,20 +179,6 @@ impl TryFrom<OperationView> for Operation {
             state,
             progress: o.progress,
             started_at: time("started_at", &o.started_at)?,
-        })
-    }
-}
-
-impl TryFrom<LeaseView> for Lease {
-    type Error = DtoError;
-    fn try_from(l: LeaseView) -> Result<Self, DtoError> {
-        Ok(Self {
-            id: l.lease_id,
-            pool_id: pool_id(&l.pool_id)?,
-            replica_id: replica_id(&l.replica_id)?,
-            generation: Generation(l.generation),
-            endpoint: l.endpoint.url,
-            expires_at: time("expires_at", &l.expires_at)?,
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod declare;
 mod from_wire;
+mod leases;
 mod plan;
 mod problem;
 mod to_wire;
@@ -12,9 +13,11 @@ use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
 pub use from_wire::DtoError;
+pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
 };
+pub(crate) use problem::FORM;
 pub use problem::{Code, Problem};
 
 macro_rules! dtos {
@@ -132,10 +135,14 @@ dtos! {
         slots_free: u32,
         /// Leases held.
         active_leases: u32,
+        /// Those who wait for a slot.
+        leases_waiting: u32,
         /// At least one process exists.
         live: bool,
         /// At least one replica is Ready.
         ready: bool,
+        /// How many replicas are ready, of those in `replicas`.
+        ready_replicas: u32,
         /// At least one replica is being drained.
         draining: bool,
         /// Demand does not wake it.
@@ -186,6 +193,8 @@ dtos! {
         live: bool,
         /// At least one replica is Ready.
         ready: bool,
+        /// How many replicas are ready, of those in `replicas`.
+        ready_replicas: u32,
         /// At least one replica is being drained.
         draining: bool,
         /// State as one word.
@@ -281,26 +290,6 @@ dtos! {
         /// When it began.
         started_at: String,
     }
-    /// Where a lease is used.
-    EndpointView {
-        /// Base URL of the engine.
-        url: String,
-    }
-    /// The right to use one slot.
-    LeaseView {
-        /// Never used twice.
-        lease_id: String,
-        /// The pool.
-        pool_id: String,
-        /// The replica.
-        replica_id: String,
-        /// Its generation.
-        generation: u64,
-        /// Where to send requests.
-        endpoint: EndpointView,
-        /// When it ends by itself.
-        expires_at: String,
-    }
 }
 
 /// Body of `drain`. What is left out is as the pool's spec says.
@@ -314,16 +303,6 @@ pub struct DrainBody {
     /// What happens then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_deadline: Option<OnDeadlineText>,
-}
-
-/// Body of `leases`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
-#[serde(deny_unknown_fields)]
-pub struct LeaseBody {
-    /// After this it ends by itself: 1 ms to 24 h, 60 s when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ttl_ms: Option<u64>,
 }
 
 /// Body of a verb that takes nothing.

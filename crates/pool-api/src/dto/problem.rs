@@ -106,11 +106,16 @@ codes! {
     PoolDraining = "POOL_DRAINING", SERVICE_UNAVAILABLE, true;
     /// The breaker is open.
     PoolUnavailable = "POOL_UNAVAILABLE", SERVICE_UNAVAILABLE, true;
+    /// Others hold the GPU memory that it needs.
+    InsufficientVram = "INSUFFICIENT_VRAM", SERVICE_UNAVAILABLE, true;
     /// The daemon is starting or stopping.
     Unavailable = "UNAVAILABLE", SERVICE_UNAVAILABLE, true;
     /// A bug.
     Internal = "INTERNAL", INTERNAL_SERVER_ERROR, false;
 }
+
+/// What helps with a request that is not of the form.
+pub(crate) const FORM: &str = "GET /openapi.json describes what this request takes";
 
 const SOON: Duration = Duration::from_secs(1);
 
@@ -125,7 +130,7 @@ impl Problem {
             code: code.as_str().into(),
             retriable: code.retriable(),
             retry_after_ms: None,
-            hint: None,
+            hint: code.hint().map(str::to_owned),
         }
         .with_status(code.status())
         .with_retry(code.retriable().then_some(SOON))
@@ -154,6 +159,7 @@ impl Problem {
     /// The inner error it stands for. `subject` is what was asked about.
     #[must_use]
     pub fn into_control(self, subject: &str) -> ControlError {
+        let retry_after = Duration::from_millis(self.retry_after_ms.unwrap_or_default());
         match self.code.as_str() {
             "POOL_NOT_FOUND" => ControlError::PoolNotFound(subject.to_owned()),
             "OPERATION_NOT_FOUND" => ControlError::OperationNotFound(subject.to_owned()),
@@ -161,13 +167,16 @@ impl Problem {
             "DEVICE_NOT_FOUND" => ControlError::DeviceNotFound(subject.to_owned()),
             "POOL_IN_FILE" => ControlError::PoolInFile(subject.to_owned()),
             "CONFLICT" => ControlError::Conflict(self.detail),
-            "POOL_SATURATED" => ControlError::Saturated,
-            "POOL_UNREADY" => ControlError::Unready(
-                self.detail.strip_prefix("the pool is not ready: ").map(str::to_owned).unwrap_or(self.detail),
-            ),
+            "POOL_SATURATED" => ControlError::Saturated { retry_after },
+            "POOL_UNREADY" => ControlError::Unready {
+                why: self.detail.strip_prefix("the pool is not ready: ").map(str::to_owned).unwrap_or(self.detail),
+                retry_after: Some(retry_after),
+            },
             "POOL_DRAINING" => ControlError::Draining,
-            "POOL_UNAVAILABLE" => ControlError::Unavailable {
-                retry_after: Duration::from_millis(self.retry_after_ms.unwrap_or_default()),
+            "POOL_UNAVAILABLE" => ControlError::Unavailable { retry_after },
+            "INSUFFICIENT_VRAM" => ControlError::InsufficientVram {
+                detail: self.detail,
+                retry_after: self.retry_after_ms.map(Duration::from_millis),
             },
             "UNAVAILABLE" => ControlError::Unreachable(self.detail),
             _ => ControlError::Refused { code: self.code, detail: self.detail },
@@ -185,7 +194,9 @@ impl From<ControlError> for Problem {
             ControlError::OperationNotFound(_) => {
                 Self::new(Code::OperationNotFound, text).with_hint("GET /v1/operations lists recent operations")
             }
-            ControlError::LeaseNotFound(_) => Self::new(Code::LeaseNotFound, text),
+            ControlError::LeaseNotFound(_) => {
+                Self::new(Code::LeaseNotFound, text).with_hint("GET /v1/leases lists those that are held")
+            }
             ControlError::DeviceNotFound(_) => {
                 Self::new(Code::DeviceNotFound, text).with_hint("GET /v1/node lists the devices")
             }
@@ -193,10 +204,12 @@ impl From<ControlError> for Problem {
                 "change the file and POST /v1/config/reload, or POST …/reload, which holds until the file changes",
             ),
             ControlError::Conflict(_) => Self::new(Code::Conflict, text),
-            ControlError::Saturated => Self::new(Code::PoolSaturated, text),
-            ControlError::Unready(_) => {
-                Self::new(Code::PoolUnready, text).with_hint("preload the pool, or read its state and reason")
-            }
+            ControlError::Saturated { retry_after } => Self::new(Code::PoolSaturated, text)
+                .with_retry(Some(retry_after))
+                .with_hint("ask again then, or wait for a slot with wait_ms"),
+            ControlError::Unready { retry_after, .. } => Self::new(Code::PoolUnready, text)
+                .with_retry(retry_after.or(Some(SOON)))
+                .with_hint("preload the pool, or read its state and reason; wait_ms waits for its start"),
             ControlError::Draining => {
                 Self::new(Code::PoolDraining, text).with_hint("resume or preload the pool to use it again")
             }
@@ -205,12 +218,19 @@ impl From<ControlError> for Problem {
                     .with_retry(Some(retry_after))
                     .with_hint("read the pool's last_error; POST …/breaker/reset tries at once")
             }
+            ControlError::InsufficientVram { retry_after, .. } => {
+                Self::new(Code::InsufficientVram, text).with_retry(Some(retry_after.unwrap_or(SOON))).with_hint(
+                    "stop or drain a pool that stays, or give it less memory; GET /v1/pools tells who holds what",
+                )
+            }
             ControlError::Unreachable(_) => Self::new(Code::Unavailable, text),
             ControlError::Refused { code, detail } => {
                 let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
-                p.hint = known.and_then(Code::hint).map(str::to_owned);
                 p.code = code;
+                if known == Some(Code::InvalidParams) {
+                    return p.with_hint(FORM);
+                }
                 if known.is_none() { p.with_status(StatusCode::BAD_GATEWAY) } else { p }
             }
             other => Self::new(Code::Internal, other.to_string()),

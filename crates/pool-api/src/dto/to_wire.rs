@@ -3,16 +3,15 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use pool_domain::DeviceSnapshot;
-use pool_services::control::Lease;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 
 use super::{
-    BackoffView, DeviceView, EndpointView, HealthView, LastErrorView, LeaseView, MigView, NodeView, OperationView,
-    PerfView, PoolView, ReplicaHealthView, ReplicaView,
+    BackoffView, DeviceView, HealthView, LastErrorView, MigView, NodeView, OperationView, PerfView, PoolView,
+    ReplicaHealthView, ReplicaView,
 };
 
-fn time(t: SystemTime) -> String {
+pub(super) fn time(t: SystemTime) -> String {
     // humantime refuses to format times before 1970; nothing here is older.
     humantime::format_rfc3339_millis(t.max(UNIX_EPOCH)).to_string()
 }
@@ -87,8 +86,10 @@ impl From<&PoolSnapshot> for PoolView {
             slots_total: ready().map(|r| r.slots_total).sum(),
             slots_free: ready().map(|r| r.slots_total.saturating_sub(r.active_leases)).sum(),
             active_leases: p.replicas.iter().map(|r| r.active_leases).sum(),
+            leases_waiting: p.leases_waiting,
             live: p.live(),
             ready: p.ready(),
+            ready_replicas: p.ready_replicas(),
             draining: p.draining(),
             hold: p.hold,
             state: lead.as_ref().map(|l| l.state.clone()).unwrap_or_default(),
@@ -111,6 +112,7 @@ impl From<&PoolSnapshot> for HealthView {
         Self {
             live: p.live(),
             ready: p.ready(),
+            ready_replicas: p.ready_replicas(),
             draining: p.draining(),
             state: lead.map(|l| l.state.to_owned()).unwrap_or_default(),
             reason: lead.map(|l| l.reason.clone()).unwrap_or_default(),
@@ -198,19 +200,6 @@ impl From<&Operation> for OperationView {
             outcome,
             problem,
             started_at: time(o.started_at),
-        }
-    }
-}
-
-impl From<&Lease> for LeaseView {
-    fn from(l: &Lease) -> Self {
-        Self {
-            lease_id: l.id.clone(),
-            pool_id: l.pool_id.to_string(),
-            replica_id: l.replica_id.to_string(),
-            generation: l.generation.0,
-            endpoint: EndpointView { url: l.endpoint.clone() },
-            expires_at: time(l.expires_at),
         }
     }
 }

@@ -39,12 +39,17 @@ pub struct Metrics {
     readiness: Counters,
     starts: Counters,
     restarts: Counters,
+    evictions: Counters,
+    idle_stops: Counters,
     exits: Counters,
     breaker_opens: Counters,
     drains: Counters,
     reloads: Counters,
     granted: Counters,
     refused: Counters,
+    queued: Counters,
+    ended: Counters,
+    renewed: Counters,
     start_duration: Histograms,
     drain_duration: Histograms,
 }
@@ -66,12 +71,17 @@ impl Default for Metrics {
         let readiness = counters(names::READINESS_TRANSITIONS);
         let starts = counters(names::STARTS);
         let restarts = counters(names::RESTARTS);
+        let evictions = counters(names::EVICTIONS);
+        let idle_stops = counters(names::IDLE_STOPS);
         let exits = counters(names::EXITS);
         let breaker_opens = counters(names::BREAKER_OPENS);
         let drains = counters(names::DRAINS);
         let reloads = counters(names::RELOADS);
         let granted = counters(names::LEASES_GRANTED);
         let refused = counters(names::LEASES_REFUSED);
+        let queued = counters(names::LEASES_QUEUED);
+        let ended = counters(names::LEASES_ENDED);
+        let renewed = counters(names::LEASES_RENEWED);
         let start_duration = Histograms::new_with_constructor(Buckets);
         register(&mut r, names::START_DURATION, start_duration.clone());
         let drain_duration = Histograms::new_with_constructor(Buckets);
@@ -82,12 +92,17 @@ impl Default for Metrics {
             readiness,
             starts,
             restarts,
+            evictions,
+            idle_stops,
             exits,
             breaker_opens,
             drains,
             reloads,
             granted,
             refused,
+            queued,
+            ended,
+            renewed,
             start_duration,
             drain_duration,
         }
@@ -134,9 +149,18 @@ impl Metrics {
             EventKind::Reloaded => count(&self.reloads, &of(key, &[("outcome", "reloaded")])),
             EventKind::ReloadUndone { .. } => count(&self.reloads, &of(key, &[("outcome", "undone")])),
             EventKind::ReloadBroken => count(&self.reloads, &of(key, &[("outcome", "broken")])),
-            EventKind::LeaseGranted => count(&self.granted, &of(key, &[])),
-            EventKind::LeaseRefused { reason } => count(&self.refused, &of(key, &[("reason", reason)])),
-            EventKind::Suspected { .. }
+            EventKind::LeaseGranted { .. } => count(&self.granted, &of(key, &[])),
+            EventKind::LeaseQueued { .. } => count(&self.queued, &of(key, &[])),
+            EventKind::LeaseRenewed { .. } => count(&self.renewed, &of(key, &[])),
+            EventKind::LeaseReleased { .. } => count(&self.ended, &of(key, &[("how", "released")])),
+            EventKind::LeaseExpired { .. } => count(&self.ended, &of(key, &[("how", "expired")])),
+            EventKind::LeaseRevoked { .. } => count(&self.ended, &of(key, &[("how", "revoked")])),
+            EventKind::LeaseRefused { reason, .. } => count(&self.refused, &of(key, &[("reason", reason)])),
+            EventKind::Evicted { .. } => count(&self.evictions, &of(key, &[])),
+            EventKind::IdleStopped { .. } => count(&self.idle_stops, &of(key, &[])),
+            EventKind::EvictionPlanned { .. }
+            | EventKind::BroughtBack
+            | EventKind::Suspected { .. }
             | EventKind::RestartPlanned { .. }
             | EventKind::BreakerHalfOpen
             | EventKind::BreakerClosed
@@ -193,6 +217,9 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     let pool = |p: &PoolSnapshot| vec![("pool_id", p.pool_id.to_string())];
     s.gauge(names::POOL_READY, pools, |p| vec![(pool(p), flag(p.ready()))]);
     s.gauge(names::POOL_LIVE, pools, |p| vec![(pool(p), flag(p.live()))]);
+    s.gauge(names::LEASES_WAITING, pools, |p| vec![(pool(p), f64::from(p.leases_waiting))]);
+    s.gauge(names::POOL_READY_REPLICAS, pools, |p| vec![(pool(p), f64::from(p.ready_replicas()))]);
+    s.gauge(names::POOL_REPLICAS, pools, |p| vec![(pool(p), number(p.replicas.len() as u64))]);
     s.gauge(names::POOL_HOLD, pools, |p| vec![(pool(p), flag(p.hold))]);
 
     let replicas: Vec<(ReplicaKey, &ReplicaSnapshot)> = pools

@@ -36,6 +36,8 @@ metrics! {
         "Times a replica became ready or stopped being ready";
     STARTS = "engine_starts_total", "counter", REPLICA, "Engine processes launched";
     RESTARTS = "engine_restarts_total", "counter", REPLICA, "Starts after a failure";
+    EVICTIONS = "evictions_total", "counter", REPLICA, "Times an idle engine was told to give way to another pool";
+    IDLE_STOPS = "idle_stops_total", "counter", REPLICA, "Times an engine was stopped because nobody used it";
     EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
@@ -44,12 +46,18 @@ metrics! {
         "Reloads that ended: in the new spec, in the old one as it was, or in neither";
     LEASES_REFUSED = "leases_refused_total", "counter", &["pool_id", "replica_id", "reason"],
         "Leases refused, by reason";
+    LEASES_QUEUED = "leases_queued_total", "counter", REPLICA, "Leases that had to be waited for";
+    LEASES_ENDED = "leases_ended_total", "counter", &["pool_id", "replica_id", "how"],
+        "Leases that ended: released, expired or revoked with their engine; guards within the process are not counted";
+    LEASES_RENEWED = "leases_renewed_total", "counter", REPLICA, "Renewals of leases";
     START_DURATION = "engine_start_duration_seconds", "histogram", REPLICA,
         "Time from the start attempt to the proof that the engine serves";
     DRAIN_DURATION = "drain_duration_seconds", "histogram", &["pool_id", "replica_id", "outcome"],
         "Time a drain took";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
     POOL_LIVE = "pool_live", "gauge", POOL, "1 when at least one process exists";
+    POOL_READY_REPLICAS = "pool_ready_replicas", "gauge", POOL, "Replicas that are ready";
+    POOL_REPLICAS = "pool_replicas", "gauge", POOL, "Replicas that there are";
     POOL_HOLD = "pool_hold", "gauge", POOL, "1 when demand does not wake the pool";
     REPLICA_STATE = "replica_state", "gauge", &["pool_id", "replica_id", "state"],
         "1 for the state a replica is in, 0 for the others";
@@ -59,6 +67,7 @@ metrics! {
         "Starts after a failure, over restarts of the daemon";
     BACKOFF_FAILURES = "backoff_failures", "gauge", REPLICA, "Failures the backoff counts";
     HEALTH_FAILURES = "consecutive_health_failures", "gauge", REPLICA, "Failed health checks in a row";
+    LEASES_WAITING = "leases_waiting", "gauge", POOL, "Those who wait for a slot";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
     SLOTS = "slots", "gauge", REPLICA, "Requests an engine takes at once";
     GPU_TOTAL = "gpu_memory_total_bytes", "gauge", DEVICE, "GPU memory";

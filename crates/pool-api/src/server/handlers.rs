@@ -7,21 +7,20 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use pool_domain::PoolId;
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 
 use super::AppState;
 use super::extract::{Answer, Body, Id, Params, Pool, PoolParams, WaitParams, invalid_params};
 use super::specs::etag;
 use crate::dto::{
-    DrainBody, EmptyBody, HealthView, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody, PlacementView,
-    PlanBody, PlanView, PoolView, Problem,
+    DrainBody, EmptyBody, HealthView, NodeView, OperationView, PlacementBody, PlacementView, PlanBody, PlanView,
+    PoolView, Problem,
 };
 
 pub(super) type App = State<Arc<AppState>>;
 
-const DEFAULT_TTL_MS: u64 = 60_000;
-const MAX_TTL_MS: u64 = 24 * 3600 * 1000;
+/// The longest deadline of a drain: a week.
+const MAX_DEADLINE_MS: u64 = 7 * 24 * 3600 * 1000;
 
 /// The node and its devices.
 #[utoipa::path(get, path = "/v1/node", tag = "node", responses((status = 200, body = NodeView)))]
@@ -107,7 +106,7 @@ pub(super) async fn drain(
     Params(q): Params<WaitParams>,
     Body(b): Body<DrainBody>,
 ) -> Answer {
-    if b.deadline_ms.is_some_and(|ms| ms > 7 * MAX_TTL_MS) {
+    if b.deadline_ms.is_some_and(|ms| ms > MAX_DEADLINE_MS) {
         return Err(invalid_params("deadline_ms is longer than a week"));
     }
     let options =
@@ -202,41 +201,6 @@ pub(super) async fn operation(
         None => s.control.operation(&id).await?,
     };
     Ok(Json((&op).into()))
-}
-
-#[allow(clippy::result_large_err, reason = "an error that becomes an answer at once")]
-fn ttl(b: &LeaseBody) -> Result<Duration, Problem> {
-    match b.ttl_ms.unwrap_or(DEFAULT_TTL_MS) {
-        ms @ 1..=MAX_TTL_MS => Ok(Duration::from_millis(ms)),
-        ms => Err(invalid_params(format!("ttl_ms {ms} is outside 1 to {MAX_TTL_MS}"))),
-    }
-}
-
-async fn take(control: &dyn PoolControl, id: &PoolId, ttl: Duration) -> Answer {
-    let lease = control.lease(id, ttl).await?;
-    let location = format!("/v1/leases/{}", lease.id);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(LeaseView::from(&lease))).into_response())
-}
-
-/// Take a slot. Nothing queues: no free slot is POOL_SATURATED.
-#[utoipa::path(post, path = "/v1/pools/{id}/leases", tag = "leases", request_body = LeaseBody,
-    params(("id" = String, Path)), responses(
-    (status = 201, description = "Granted", body = LeaseView),
-    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
-    (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
-    (status = 429, description = "POOL_SATURATED", body = Problem, content_type = "application/problem+json"),
-    (status = 503, description = "POOL_UNREADY, POOL_DRAINING or POOL_UNAVAILABLE", body = Problem,
-        content_type = "application/problem+json")))]
-pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody>) -> Answer {
-    take(&*s.control, &id, ttl(&b)?).await
-}
-
-/// Give a slot back; releasing what is already released is fine.
-#[utoipa::path(delete, path = "/v1/leases/{id}", tag = "leases", params(("id" = String, Path)), responses(
-    (status = 204, description = "Given back, or not held any more")))]
-pub(super) async fn release(State(s): App, Id(id): Id) -> Result<StatusCode, Problem> {
-    s.control.release(&id).await?;
-    Ok(StatusCode::NO_CONTENT)
 }
 
 const METRICS_TYPE: [(HeaderName, &str); 1] =

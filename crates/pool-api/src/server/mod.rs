@@ -4,6 +4,7 @@ mod extract;
 mod guard;
 mod handlers;
 mod health;
+mod leases;
 mod openapi;
 mod specs;
 
@@ -157,8 +158,10 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/pools/{id}/stop", post(handlers::stop))
         .route("/v1/pools/{id}/breaker/reset", post(handlers::reset_breaker))
         .route("/v1/devices/{uuid}/unfence", post(handlers::unfence))
-        .route("/v1/pools/{id}/leases", post(handlers::lease))
-        .route("/v1/leases/{id}", delete(handlers::release))
+        .route("/v1/pools/{id}/leases", post(leases::lease))
+        .route("/v1/leases", get(leases::leases))
+        .route("/v1/leases/{id}", delete(leases::release))
+        .route("/v1/leases/{id}/renew", post(leases::renew))
         .route("/v1/operations", get(handlers::operations))
         .route("/v1/operations/{id}", get(handlers::operation))
         .route("/metrics", get(handlers::metrics))

@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{handlers, health, specs};
+use super::{handlers, health, leases, specs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -37,8 +37,10 @@ use super::{handlers, health, specs};
         handlers::stop,
         handlers::reset_breaker,
         handlers::unfence,
-        handlers::lease,
-        handlers::release,
+        leases::lease,
+        leases::renew,
+        leases::leases,
+        leases::release,
         handlers::operations,
         handlers::operation,
         handlers::metrics,

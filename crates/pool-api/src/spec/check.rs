@@ -44,10 +44,6 @@ fn wrong<T>(field: &'static str, message: impl Into<String>) -> Result<T, SpecEr
     Err(SpecError { field, message: message.into() })
 }
 
-fn unsupported(field: &'static str, given: bool) -> Result<(), SpecError> {
-    if given { wrong(field, "is not supported yet: leave it out") } else { Ok(()) }
-}
-
 fn time(text: Option<DurationText>, default: Duration) -> Duration {
     text.map_or(default, DurationText::into_value)
 }
@@ -69,7 +65,6 @@ impl PoolSpec {
     /// # Errors
     /// When values contradict each other, can never take effect, or ask for what this version does not do.
     pub fn check(self, defaults: &Defaults) -> Result<pool_services::PoolSpec, SpecError> {
-        self.refuse_unsupported()?;
         let engine = match self.engine {
             Some(e) => e.into_value(),
             None => default_engine()?,
@@ -139,14 +134,6 @@ impl PoolSpec {
             drain_deadline: time(drain.deadline, DRAIN_DEADLINE),
             reload: reload(self.reload.unwrap_or_default())?,
         })
-    }
-
-    fn refuse_unsupported(&self) -> Result<(), SpecError> {
-        if let Some(h) = &self.health {
-            unsupported("health.busy_stall", h.busy_stall.is_some())?;
-            unsupported("health.canary", h.canary.is_some())?;
-        }
-        Ok(())
     }
 }
 
@@ -231,11 +218,29 @@ fn health(t: HealthTable) -> Result<Policy, SpecError> {
         interval: some_time("health.interval", t.interval, health.interval)?,
         timeout: some_time("health.timeout", t.timeout, health.timeout)?,
         failures: t.failures.unwrap_or(health.failures),
+        busy_stall: some_time("health.busy_stall", t.busy_stall, health.busy_stall)?,
+        canary: t.canary.unwrap_or(health.canary),
     };
     if health.failures < 2 {
         return wrong("health.failures", "must be at least 2: one slow answer is no failure");
     }
     Ok(Policy { start, health, ..Policy::default() })
+}
+
+/// Less, and nothing could start.
+const LEAST_MEMORY: u64 = 16 << 20;
+const NOFILE: std::ops::RangeInclusive<u64> = 64..=1 << 20;
+
+fn isolation(t: IsolationTable) -> Result<Isolation, SpecError> {
+    let memory_max = t.memory_max.map(SizeText::into_value);
+    if memory_max.is_some_and(|bytes| bytes < LEAST_MEMORY) {
+        return wrong("isolation.memory_max", "is less than 16 MiB, in which no engine can start");
+    }
+    if let Some(nofile) = t.nofile.filter(|n| !NOFILE.contains(n)) {
+        return wrong("isolation.nofile", format!("{nofile} is outside {} to {}", NOFILE.start(), NOFILE.end()));
+    }
+    let run_as = t.run_as.map(|text| text.parse().or_else(|e: RunAsError| wrong("isolation.run_as", e.to_string())));
+    Ok(Isolation { run_as: run_as.transpose()?, memory_max, nofile: t.nofile })
 }
 
 fn reload(t: ReloadTable) -> Result<ReloadPolicy, SpecError> {
@@ -253,22 +258,6 @@ fn reload(t: ReloadTable) -> Result<ReloadPolicy, SpecError> {
         return wrong("reload.probation", "is longer than a day");
     }
     Ok(policy)
-}
-
-/// Less, and nothing could start.
-const LEAST_MEMORY: u64 = 16 << 20;
-const NOFILE: std::ops::RangeInclusive<u64> = 64..=1 << 20;
-
-fn isolation(t: IsolationTable) -> Result<Isolation, SpecError> {
-    let memory_max = t.memory_max.map(SizeText::into_value);
-    if memory_max.is_some_and(|bytes| bytes < LEAST_MEMORY) {
-        return wrong("isolation.memory_max", "is less than 16 MiB, in which no engine can start");
-    }
-    if let Some(nofile) = t.nofile.filter(|n| !NOFILE.contains(n)) {
-        return wrong("isolation.nofile", format!("{nofile} is outside {} to {}", NOFILE.start(), NOFILE.end()));
-    }
-    let run_as = t.run_as.map(|text| text.parse().or_else(|e: RunAsError| wrong("isolation.run_as", e.to_string())));
-    Ok(Isolation { run_as: run_as.transpose()?, memory_max, nofile: t.nofile })
 }
 
 fn stop(t: &DrainTable) -> StopPolicy {

@@ -112,10 +112,12 @@ tables! {
         timeout: DurationText,
         /// Misses in a row that end it, at least 2; default 3.
         failures: u32,
-        /// Not supported yet.
+        /// Longest time a busy engine may show no progress while it may read a prompt, where its kind does not tell how
+        /// far; default `"5m"`. Everything else that stands still is ended by `failures` misses.
         busy_stall: DurationText,
-        /// Not supported yet.
-        canary: DurationText,
+        /// Whether an idle engine is asked for one token each `interval`; default true. With `false` an idle engine that
+        /// hangs is found only by the next request.
+        canary: bool,
     }
     /// `[pool.drain]`: how a drain goes unless it says otherwise.
     DrainTable {

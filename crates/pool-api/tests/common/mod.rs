@@ -16,7 +16,7 @@ use pool_domain::{
     DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
     failure::Exit,
 };
-use pool_services::control::{Lease, PlacementRequest, PlanRequest};
+use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
     ControlError, Declared, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl,
@@ -79,6 +79,7 @@ pub(crate) fn chat() -> PoolSnapshot {
         model_id: "tiny".into(),
         aliases: vec!["gpt".into()],
         hold: false,
+        leases_waiting: 2,
         replicas: vec![replica(0), replica(1)],
     }
 }
@@ -216,16 +217,32 @@ impl PoolControl for Fake {
         let op = self.operation(id).await?;
         Ok(Operation { state: OperationState::Succeeded("drained".into()), ..op })
     }
-    async fn lease(&self, id: &PoolId, ttl: Duration) -> Result<Lease, ControlError> {
+    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {
         self.check(id)?;
+        if request.ttl.is_zero() {
+            return Err(ControlError::Refused { code: "INVALID_PARAMS".into(), detail: "ttl".into() });
+        }
         Ok(Lease {
+            // What it was asked for is seen again.
+            slot: u16::try_from(request.wait.as_secs()).unwrap(),
+            engine: request.key.map(|k| k.to_string()).unwrap_or_default(),
+            engine_version: request.prefer.map(|p| p.to_string()).unwrap_or_default(),
+            device_mask: "GPU-1".into(),
+            holder: request.holder,
             id: "l-1".into(),
             pool_id: id.clone(),
             replica_id: ReplicaId(0),
             generation: Generation(7),
             endpoint: "http://127.0.0.1:42000".into(),
-            expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + ttl,
+            expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + request.ttl,
         })
+    }
+    async fn renew(&self, lease: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+        self.release(lease).await?;
+        self.lease(&id("chat"), LeaseRequest::lasting(ttl.unwrap_or(Duration::from_secs(9)))).await
+    }
+    async fn leases(&self) -> Result<Vec<Lease>, ControlError> {
+        Ok(vec![self.lease(&id("chat"), LeaseRequest::default()).await?])
     }
     async fn plan(&self, what: PlanRequest) -> Result<PlanReport, ControlError> {
         let estimate = DeviceEstimate { weights: 1, kv: 2, compute: 3, runtime: 4, margin: 5 };

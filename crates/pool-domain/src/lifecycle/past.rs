@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Policy, Replica, State};
+use super::{Policy, Replica, Wait};
 use crate::{Backoff, BreakerState, CircuitBreaker, Generation, Tick};
 
 /// The failures of a replica and what they earned, as they are kept on disk.
@@ -58,19 +58,27 @@ impl Replica {
         }
     }
 
-    /// Whether it rests, and what it earned for its last failure is not over yet.
-    pub(super) fn rests_until(&self, now: Tick) -> Option<Tick> {
-        let closed = matches!(self.breaker.state(), BreakerState::Closed { .. });
-        self.not_before.filter(|until| self.state == State::Idle && closed && *until > now)
+    /// What it earned for its last failure, if that is not over yet and longer than the breaker's pause, which waits by
+    /// itself.
+    pub(super) fn waits_for(&self, now: Tick) -> Option<Wait> {
+        let until = self.not_before.filter(|until| *until > now)?;
+        Some(match self.breaker.open_until() {
+            Some(open) => Wait::Breaker { until: until.max(open) },
+            None => Wait::Backoff { until },
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Command, Event, Fact, OnDeadline, Proof, Wait};
+    use super::super::{Command, Event, Fact, OnDeadline, Proof, State, Wait};
     use super::*;
     use crate::failure::Exit;
-    use crate::{Draw, Failure};
+    use crate::{BackoffPolicy, BreakerPolicy, Draw, Failure};
+
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
 
     fn step(r: &mut Replica, now: u64, event: Event) {
         let _ = r.step(event, Tick(now), Draw::new(1.0), &Policy::default());
@@ -135,6 +143,34 @@ mod tests {
         step(&mut r, 32_000, event);
         step(&mut r, 92_000, Event::Timer);
         assert_eq!((r.state.code(), r.breaker.code()), ("ready", "closed"));
+    }
+
+    #[test]
+    fn an_open_breaker_does_not_shorten_the_backoff_of_the_next_daemon_either() {
+        let policy = Policy { breaker: BreakerPolicy::new(1, 1, s(1), s(2), s(60)).unwrap(), ..Policy::default() };
+        let policy = Policy { backoff: BackoffPolicy::new(s(40), s(60), 2.0, 0.0, s(600)).unwrap(), ..policy };
+        let mut r = Replica::new(Generation(0));
+        let _ = r.step(Event::Command(Command::Start), Tick(0), Draw::new(1.0), &policy);
+        let failed = Event::Engine(r.generation, Fact::Unstartable(Failure::crash(Exit::Code(1))));
+        let _ = r.step(failed, Tick(0), Draw::new(1.0), &policy);
+        let mut r = Replica::resume(r.generation, r.past(), Tick(10), &policy);
+        let _ = r.step(Event::Command(Command::Wake), Tick(10), Draw::new(1.0), &policy);
+        assert!(matches!(r.state, State::Waiting { why: Wait::Breaker { until: Tick(40_000) }, .. }), "{r:?}");
+    }
+
+    #[test]
+    fn nor_does_it_start_sooner_when_its_engine_is_still_being_ended() {
+        let mut r = again(&failed(3), 1_000);
+        let generation = r.generation;
+        step(&mut r, 1_000, Event::Command(Command::Adopt { generation, ready_since: None }));
+        step(
+            &mut r,
+            1_000,
+            Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }),
+        );
+        step(&mut r, 1_000, Event::Command(Command::Wake));
+        step(&mut r, 1_500, Event::Engine(generation, Fact::Gone));
+        assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
     }
 
     #[test]

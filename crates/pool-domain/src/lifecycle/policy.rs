@@ -22,6 +22,11 @@ pub struct HealthPolicy {
     pub timeout: Duration,
     /// Misses in a row that end the engine; the second already makes it Suspect.
     pub failures: u32,
+    /// Longest time a busy engine may show no progress where nothing would tell of it: while it reads a prompt, on a kind
+    /// that does not say how far.
+    pub busy_stall: Duration,
+    /// Whether an idle engine is asked for one unit of work. Without, it may hang unseen until somebody needs it.
+    pub canary: bool,
 }
 
 /// How an engine is stopped.
@@ -56,8 +61,15 @@ impl Default for StartPolicy {
 
 impl Default for HealthPolicy {
     fn default() -> Self {
-        // Three misses, ten seconds apart, each at most five seconds: a hang is seen within 45 s.
-        Self { interval: Duration::from_secs(10), timeout: Duration::from_secs(5), failures: 3 }
+        // Three misses, begun ten seconds apart, the last answered or not within five: a hang is seen within 45 s, also
+        // if what stands still moved for the last time just after a check.
+        Self {
+            interval: Duration::from_secs(10),
+            timeout: Duration::from_secs(5),
+            failures: 3,
+            busy_stall: Duration::from_secs(300),
+            canary: true,
+        }
     }
 }
 

@@ -46,8 +46,10 @@ pub enum Wait {
     },
     /// Memory on a device.
     Vram {
-        /// Why not now.
+        /// Why not now, and who gives way or stays.
         detail: String,
+        /// When it may become possible, if time alone can bring it.
+        possible_at: Option<Tick>,
     },
 }
 
@@ -318,7 +320,7 @@ impl fmt::Display for Wait {
             Self::Backoff { .. } => f.write_str("waiting for the backoff delay"),
             Self::Breaker { .. } => f.write_str("waiting because the circuit breaker is open"),
             Self::Devices { detail } => write!(f, "waiting for devices: {detail}"),
-            Self::Vram { detail } => write!(f, "waiting for GPU memory: {detail}"),
+            Self::Vram { detail, .. } => write!(f, "waiting for GPU memory: {detail}"),
         }
     }
 }
@@ -332,6 +334,15 @@ impl Wait {
             Self::Breaker { .. } => "breaker",
             Self::Devices { .. } => "devices",
             Self::Vram { .. } => "vram",
+        }
+    }
+
+    /// When a start may be possible, as far as that is known.
+    #[must_use]
+    pub fn possible_at(&self) -> Option<Tick> {
+        match self {
+            Self::Vram { possible_at, .. } => *possible_at,
+            _ => self.until(),
         }
     }
 

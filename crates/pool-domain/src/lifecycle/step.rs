@@ -88,9 +88,18 @@ impl Replica {
 
     /// A start that nobody asked for by hand.
     fn wake(&mut self, cx: &Cx<'_>) -> Vec<Action> {
-        if let Some(until) = self.rests_until(cx.now) {
-            self.state = State::Waiting { since: cx.now, why: Wait::Backoff { until } };
-            return Vec::new();
+        if let Some(why) = self.waits_for(cx.now) {
+            match &mut self.state {
+                State::Idle => {
+                    self.state = State::Waiting { since: cx.now, why };
+                    return Vec::new();
+                }
+                State::Stopping { then: then @ Then::Idle, .. } | State::Fenced { then: then @ Then::Idle, .. } => {
+                    *then = Then::Wait(why);
+                    return Vec::new();
+                }
+                _ => {}
+            }
         }
         match &self.state {
             State::Failed { .. } | State::Draining { .. } => Vec::new(),
@@ -237,6 +246,11 @@ impl Replica {
                     self.breaker.inconclusive(cx.now);
                     self.state = State::Waiting { since: cx.now, why };
                     vec![Action::CancelWork]
+                }
+                // It waits on, for another reason.
+                State::Waiting { why: Wait::Devices { .. } | Wait::Vram { .. }, since } => {
+                    self.state = State::Waiting { since, why };
+                    Vec::new()
                 }
                 _ => Vec::new(),
             },
@@ -491,7 +505,7 @@ impl Replica {
 
     fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
         let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
-        self.not_before = self.breaker.open_until().is_none().then(|| cx.now + delay);
+        self.not_before = Some(cx.now + delay);
         Then::Wait(match self.breaker.open_until() {
             // The longer of the two holds: a driver in trouble may need longer than a breaker's first pause.
             Some(until) => Wait::Breaker { until: until.max(cx.now + delay) },

@@ -50,7 +50,7 @@ fn fact() -> impl Strategy<Value = Fact> {
     prop_oneof![
         4 => Just(Fact::Staged),
         4 => Just(Fact::Prepared),
-        1 => Just(Fact::Blocked(Wait::Vram { detail: "full".into() })),
+        1 => Just(Fact::Blocked(Wait::Vram { detail: "full".into(), possible_at: None })),
         1 => failure().prop_map(Fact::Unstartable),
         4 => Just(Fact::Launched),
         1 => failure().prop_map(Fact::LaunchFailed),

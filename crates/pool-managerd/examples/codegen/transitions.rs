@@ -32,7 +32,7 @@ fn states() -> Vec<State> {
         Wait::Backoff { until: at },
         Wait::Breaker { until: at },
         Wait::Devices { detail: String::new() },
-        Wait::Vram { detail: String::new() },
+        Wait::Vram { detail: String::new(), possible_at: None },
     ] {
         all.push(State::Waiting { since: at, why });
     }
@@ -93,7 +93,7 @@ fn events() -> Vec<(&'static str, Event)> {
         command("adopt", Command::Adopt { generation: GENERATION, ready_since: None }),
         fact("staged", Fact::Staged),
         fact("prepared", Fact::Prepared),
-        fact("blocked", Fact::Blocked(Wait::Vram { detail: String::new() })),
+        fact("blocked", Fact::Blocked(Wait::Vram { detail: String::new(), possible_at: None })),
         fact("unstartable", Fact::Unstartable(crash())),
         fact("unstartable for good", Fact::Unstartable(config())),
         fact("launched", Fact::Launched),

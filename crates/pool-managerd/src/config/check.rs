@@ -151,6 +151,8 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
         engine_ports,
         on_exit: raw.on_exit,
         shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
+        max_lease_ttl: max_lease_ttl(&raw.max_lease_ttl, source)?,
+        min_ready_time: duration(&raw.min_ready_time, source, At::Key(&at("min_ready_time")))?,
         log: raw.log.unwrap_or(match raw.profile {
             Profile::Home => LogFormat::Pretty,
             Profile::Cloud => LogFormat::Json,
@@ -363,6 +365,18 @@ fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
         return Err(format!("`{text}` runs backwards"));
     }
     Ok(first..=last)
+}
+
+fn max_lease_ttl(text: &str, source: &Source) -> Result<Duration, ConfigError> {
+    const BOUNDS: std::ops::RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(7 * 24 * 3600);
+    let at = [Step::Key("node"), Step::Key("max_lease_ttl")];
+    let ttl = duration(text, source, At::Key(&at))?;
+    if BOUNDS.contains(&ttl) {
+        return Ok(ttl);
+    }
+    Err(source
+        .error(At::Key(&at), format!("`{text}` is outside one second to seven days"))
+        .hinting("write for example \"1h\": a lease can be renewed as often as its client likes"))
 }
 
 fn duration(text: &str, source: &Source, at: At<'_>) -> Result<Duration, ConfigError> {

@@ -70,6 +70,10 @@ pub struct Node {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: Duration,
+    /// Longest lease.
+    pub max_lease_ttl: Duration,
+    /// How long a replica that became Ready neither stops unused nor gives way to others.
+    pub min_ready_time: Duration,
     /// How the log looks.
     pub log: LogFormat,
 }

@@ -111,6 +111,12 @@ pub struct RawNode {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: String,
+    /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
+    /// the daemon count as taken.
+    pub max_lease_ttl: String,
+    /// An engine that became ready less than this ago neither stops because nobody uses it nor gives way to another pool: two
+    /// pools that take turns must not load all the time.
+    pub min_ready_time: String,
     /// `pretty` or `json`; by default what the profile says.
     pub log: Option<LogFormat>,
 }
@@ -128,6 +134,8 @@ impl Default for RawNode {
             engine_ports: "42000-42999".into(),
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
+            max_lease_ttl: "1h".into(),
+            min_ready_time: "60s".into(),
             log: None,
         }
     }

@@ -7,6 +7,8 @@
     reason = "a test outside the daemon has no tokio clock; bounds are wall time"
 )]
 
+pub mod stream;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -149,7 +151,7 @@ impl Daemon {
 
     /// With the config that lies in the directory.
     pub fn start_in_place(dir: tempfile::TempDir) -> Self {
-        Self::spawn(dir, binary())
+        Self::start_as(binary(), dir)
     }
 
     /// In a session of its own: SIGHUP means another thing to a daemon that was started from a terminal, as a person's
@@ -160,10 +162,11 @@ impl Daemon {
         let daemon = binary();
         let mut command = Command::new("setsid");
         command.arg(daemon.get_program()).envs(daemon.get_envs().filter_map(|(k, v)| Some((k, v?))));
-        Self::spawn(dir, command)
+        Self::start_as(command, dir)
     }
 
-    fn spawn(dir: tempfile::TempDir, mut command: Command) -> Self {
+    /// By a command of the caller's, to which what it serves is added.
+    pub fn start_as(mut command: Command, dir: tempfile::TempDir) -> Self {
         let mut child = command
             .args(["serve", "--listen", "127.0.0.1:0", "--config"])
             .arg(dir.path().join("pool-managerd.toml"))
@@ -203,7 +206,7 @@ impl Daemon {
         (code, self.into_dir())
     }
 
-    fn into_dir(mut self) -> tempfile::TempDir {
+    pub fn into_dir(mut self) -> tempfile::TempDir {
         std::mem::replace(&mut self.dir, tempfile::tempdir().unwrap())
     }
 
@@ -245,6 +248,10 @@ impl Daemon {
 
     pub fn post(&self, path: &str, body: &str) -> Answer {
         request(&self.addr, "POST", path, Some(body))
+    }
+
+    pub fn delete(&self, path: &str) -> Answer {
+        request(&self.addr, "DELETE", path, None)
     }
 
     pub fn pool(&self, id: &str) -> Value {
@@ -299,6 +306,8 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
             signal(self.child.id(), "TERM");
+            // It may have been stopped, and would not hear.
+            signal(self.child.id(), "CONT");
             let _ = self.child.wait();
         }
     }
@@ -332,7 +341,7 @@ pub fn write_config(dir: &Path, config: &str) -> PathBuf {
 
 /// A range of ports per test process below the ephemeral ones, so that daemons side by side rarely meet; where they do,
 /// the daemon tries another port, as it would anywhere.
-fn engine_ports() -> String {
+pub fn engine_ports() -> String {
     let first = 10_000 + (std::process::id() % 340) * 64;
     format!("{first}-{}", first + 63)
 }

@@ -1,6 +1,7 @@
 //! The conductor of a pool: the only writer of its hold and its operations. It commands the drivers of its replicas
 //! and sums up what they publish.
 
+mod idle;
 mod operations;
 mod reload;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, OnDeadline};
-use pool_domain::{ReplicaKey, Tick};
+use pool_domain::{ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::Admission;
@@ -20,6 +21,7 @@ use crate::declared::Source;
 use crate::driver::{DriverCommand, Published};
 use crate::events::EventKind;
 use crate::hold::Hold;
+use crate::lease_desk::Desk;
 use crate::node::Node;
 use crate::roster::{Roster, Seat};
 use crate::snapshot::PoolSnapshot;
@@ -38,6 +40,10 @@ pub(crate) enum Wish {
     /// Somebody wants a lease of a pool that rests.
     Demand,
     ResetBreaker,
+    /// Another pool needs the memory of this replica: stop it if nobody uses it.
+    GiveWay(ReplicaId),
+    /// This replica gave way for nothing.
+    ComeBack(ReplicaId),
     /// The daemon ends: stop without leaving a hold.
     Shutdown,
     /// The daemon ends and its engines live on.
@@ -65,6 +71,17 @@ pub(crate) struct PoolFacts {
     pub(crate) operations: VecDeque<Operation>,
     /// When each replica's next start is due, where one is planned.
     pub(crate) next_starts: Vec<Option<Tick>>,
+}
+
+impl PoolFacts {
+    /// The picture with what changes with every millisecond.
+    pub(crate) fn at(&self, now: Tick) -> PoolSnapshot {
+        let mut snapshot = self.snapshot.clone();
+        for (r, due) in snapshot.replicas.iter_mut().zip(&self.next_starts) {
+            r.next_start_in_ms = due.map(|due| u64::try_from(due.since(now).as_millis()).unwrap_or(u64::MAX));
+        }
+        snapshot
+    }
 }
 
 /// A replica of the pool; its driver ends with this.
@@ -117,12 +134,15 @@ pub(crate) struct Conductor {
     pub(crate) node: Node,
     pub(crate) members: Vec<Member>,
     pub(crate) bell: Arc<Notify>,
+    pub(crate) desk: Desk,
     pub(crate) commands: mpsc::Receiver<ConductorCommand>,
     pub(crate) facts: watch::Sender<PoolFacts>,
     pub(crate) roster: watch::Sender<Arc<Roster>>,
     pub(crate) hold: Hold,
     /// Operations begun so far.
     pub(crate) begun: u64,
+    /// When somebody last asked for the pool.
+    pub(crate) asked: Tick,
     /// The pool is ending: nothing is started any more.
     pub(crate) ending: bool,
     /// Its drivers have ended and left their engines as they are.
@@ -136,7 +156,7 @@ impl Conductor {
             self.command_all(Command::Wake).await;
         }
         loop {
-            let late = self.reload_deadline();
+            let (look_at, late) = (self.look_at(), self.reload_deadline());
             let mut found = None;
             tokio::select! {
                 biased;
@@ -144,6 +164,8 @@ impl Conductor {
                 verdict = Self::verdict(&mut self.running) => found = Some(verdict),
                 () = self.node.clock.sleep_until(late) => self.reload_is_late(),
                 command = self.commands.recv() => match command {
+                    Some(ConductorCommand { wish: Wish::GiveWay(id), .. }) => self.give_way(id).await,
+                    Some(ConductorCommand { wish: Wish::ComeBack(id), .. }) => self.come_back(id).await,
                     Some(ConductorCommand { wish, answer }) => {
                         let result = self.carry_out(wish).await;
                         let written = self.hold.tried();
@@ -155,6 +177,7 @@ impl Conductor {
                     }
                     None => return,
                 },
+                () = self.node.clock.sleep_until(look_at) => self.stop_if_unused().await,
             }
             self.advance(found).await;
             self.heed_probation().await;
@@ -214,13 +237,22 @@ impl Conductor {
                 "remove"
             }
             Wish::Preload => {
+                self.asked = self.node.clock.now();
                 self.hold.set(false);
                 self.command_all(Command::Start).await;
                 "preload"
             }
             Wish::Demand => {
-                if !self.hold.held() {
-                    self.command_all(Command::Wake).await;
+                // What somebody stopped is not woken by somebody else.
+                if self.hold.held() {
+                    return Err(ControlError::Draining);
+                }
+                self.asked = self.node.clock.now();
+                self.command_all(Command::Wake).await;
+                let starts = |o: &&Operation| o.verb == "preload" && o.state == OperationState::Running;
+                // All that ask wait for one start.
+                if let Some(start) = self.facts.borrow().operations.iter().find(starts) {
+                    return Ok(start.clone());
                 }
                 "preload"
             }
@@ -239,7 +271,11 @@ impl Conductor {
                 self.hold.set(true);
                 "stop"
             }
+            Wish::GiveWay(_) | Wish::ComeBack(_) => {
+                return Err(ControlError::Conflict("it is told, and answers nobody".into()));
+            }
             Wish::Resume => {
+                self.asked = self.node.clock.now();
                 // What a running drain has stopped already comes back, too.
                 let drains = |o: &Operation| o.verb == "drain" && o.state == OperationState::Running;
                 let draining = self.facts.borrow().operations.iter().any(drains);
@@ -264,7 +300,7 @@ impl Conductor {
         }
         match wish {
             Wish::Preload | Wish::Resume => Err(ControlError::Conflict("the pool is being reloaded".into())),
-            Wish::Demand => Err(ControlError::Unready("it is being reloaded".into())),
+            Wish::Demand => Err(ControlError::unready("it is being reloaded")),
             Wish::Drain(_) => {
                 self.give_up_reload("a drain was asked for");
                 Ok(())
@@ -277,7 +313,7 @@ impl Conductor {
                 self.drop_reload();
                 Ok(())
             }
-            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker => Ok(()),
+            Wish::Reload(_) | Wish::Rollback | Wish::ResetBreaker | Wish::GiveWay(_) | Wish::ComeBack(_) => Ok(()),
         }
     }
 

@@ -95,6 +95,10 @@ fn judge(o: &mut Operation, replicas: &[&Published]) {
         "preload" | "declare" => {
             let ready = count(State::ready);
             o.progress = format!("{ready} of {} ready", replicas.len());
+            if replicas.len() > 1 {
+                let each = |r: &&Published| format!("{} {}", r.snapshot.id, r.snapshot.state);
+                o.progress = format!("{}: {}", o.progress, replicas.iter().map(each).collect::<Vec<_>>().join(", "));
+            }
             if ready == replicas.len() {
                 o.state = OperationState::Succeeded("ready".into());
             } else if let Some(r) = replicas
@@ -102,6 +106,9 @@ fn judge(o: &mut Operation, replicas: &[&Published]) {
                 .find(|r| matches!(r.state, State::Failed { .. } | State::Waiting { why: Wait::Breaker { .. }, .. }))
             {
                 o.state = OperationState::Failed(r.snapshot.reason.clone());
+            } else if let Some(r) = replicas.iter().find(|r| r.state == State::Idle && o.verb == "preload") {
+                // Nobody asked for it any more, or another needed its memory.
+                o.state = OperationState::Failed(format!("{} was stopped before all were ready", r.snapshot.id));
             }
         }
         // Their plans say how they stand.

@@ -262,8 +262,8 @@ impl Conductor {
             }
             Step::Add(new) => {
                 for (id, place) in new {
-                    let (spec, bell, hold) = (&reload.to.spec, &self.bell, self.hold.held());
-                    let birth = Birth { spec, id: *id, place: *place, bell, serves: false, found: None, hold };
+                    let (spec, bell, desk, hold) = (&reload.to.spec, &self.bell, &self.desk, self.hold.held());
+                    let birth = Birth { spec, id: *id, place: *place, bell, desk, serves: false, found: None, hold };
                     let member = self.node.replica(birth).await;
                     self.members.push(member);
                 }

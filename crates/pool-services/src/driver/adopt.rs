@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
+use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 
 use super::work::prove;
 use super::{Driver, Grant, Report};
 use crate::admission::SlotGuard;
+use crate::lease_desk::at;
 use crate::ports::{
-    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine,
+    Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine, Up,
 };
 
 /// Between two questions of one check, and of how busy an engine is.
@@ -21,6 +24,8 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 pub(crate) struct Found {
     pub(crate) record: EngineRecord,
     pub(crate) outcome: Result<Arc<dyn RunningEngine>, NotAdopted>,
+    /// Nothing is left of it: what it had may have been given to others already.
+    pub(crate) gone: bool,
 }
 
 impl Driver {
@@ -28,7 +33,7 @@ impl Driver {
     /// without it.
     /// `hold`: the pool is not to run.
     pub(crate) fn take_over(&mut self, found: Found, hold: bool) {
-        let Found { record, outcome } = found;
+        let Found { record, outcome, gone: _ } = found;
         let changed = record.fingerprint != self.spec.fingerprint(self.place);
         let (engine, refused) = match outcome {
             Ok(engine) => (Some(engine), changed.then(|| config("the pool was changed while no daemon ran"))),
@@ -40,7 +45,7 @@ impl Driver {
             Phase::Starting | Phase::Stopping => None,
         };
         let generation = record.generation;
-        let end = record.phase == Phase::Stopping || hold && record.phase == Phase::Starting;
+        let end = record.phase == Phase::Stopping || hold && (record.phase == Phase::Starting || refused.is_some());
         let drain = match &record.phase {
             // Without a hold it was a reload that was not committed: it is undone.
             Phase::Draining { deadline, on_deadline, .. } if hold => Some((*deadline, *on_deadline)),
@@ -66,13 +71,27 @@ impl Driver {
         self.attempt.engine = engine;
         self.attempt.record = Some(record);
         self.attempt.refused = refused;
-        self.step(Event::Command(Command::Adopt { generation, ready_since }));
-        if end && self.attempt.refused.is_none() {
-            let on_deadline = OnDeadline::Force;
-            self.step(Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline }));
-        }
         self.attempt.drain = drain;
+        self.step(Event::Command(Command::Adopt { generation, ready_since }));
+        if end {
+            self.stop_adopted();
+        }
+        reached(Point::AfterTakeOver);
         self.publish();
+    }
+
+    fn stop_adopted(&mut self) {
+        self.attempt.drain = None;
+        let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
+        self.step(Event::Command(stop));
+    }
+
+    /// An engine that was to end anyway is not started again because it did, or because it is not what it was.
+    pub(super) fn ends_while_adopted(&mut self, fact: &Fact) {
+        let ends = matches!(fact, Fact::Exited(_) | Fact::Unproved(_) | Fact::NotAdopted(_));
+        if ends && self.attempt.drain.is_some() && matches!(self.replica.state, State::Adopting { .. }) {
+            self.stop_adopted();
+        }
     }
 
     /// Whether the engine still is what it was.
@@ -97,9 +116,15 @@ impl Driver {
         };
         self.watch_exit(Arc::clone(&engine));
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
-        let patience = self.policy.health.timeout * self.policy.health.failures;
+        let again = self.policy.health.timeout;
+        let patience = again * self.policy.health.failures;
+        // The end of a drain does not wait for a proof.
+        let ends_in = match self.attempt.drain {
+            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < patience),
+            _ => None,
+        };
         self.run_work(async move {
-            let check = async {
+            let check = || async {
                 loop {
                     match prove(&ports, &engine, &endpoint, &devices, false).await {
                         // The driver may have to come up first, as this daemon had.
@@ -110,17 +135,27 @@ impl Driver {
                     }
                 }
             };
+            let asked = async {
+                let first = tokio::time::timeout(ends_in.unwrap_or(patience), check()).await;
+                // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
+                if first.is_ok() || ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await {
+                    return first;
+                }
+                // It was until just now, perhaps.
+                tokio::time::timeout(again, check()).await
+            };
             let checked = tokio::select! {
                 biased;
                 // Of its end the watch tells, and knows why.
                 _ = engine.exited() => std::future::pending().await,
-                checked = tokio::time::timeout(patience, check) => checked,
+                checked = asked => checked,
             };
             Report::Fact(match checked {
                 Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
                 Ok(Err(failure)) => Fact::Unproved(failure),
-                // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
-                Err(_) if busy(&*ports.probe, &endpoint).await > 0 => Fact::Adopted(Some(recorded)),
+                Err(_) if ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await => {
+                    Fact::Adopted(Some(recorded))
+                }
                 Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
             })
         });
@@ -131,28 +166,25 @@ impl Driver {
         if !self.replica.state.ready() {
             return;
         }
-        self.count_strange_requests();
         if let Some((deadline, on_deadline)) = self.attempt.drain.take() {
             let deadline = deadline.since(self.clock.now());
             self.step(Event::Command(Command::Drain { deadline, on_deadline }));
         }
     }
 
-    /// Requests that run since before this daemon have no lease here. Their slots count as taken until the engine says
-    /// that it has less to do, so that nothing is granted twice and a drain waits for them.
-    fn count_strange_requests(&self) {
-        let slots = self.replica.state.proof().map_or(0, |p| p.slots);
-        let mut guards: Vec<SlotGuard> = (0..slots).map_while(|_| self.admission.acquire().ok()).collect();
-        let (probe, admission) = (Arc::clone(&self.ports.probe), Arc::clone(&self.admission));
+    /// Requests that run since before this daemon have no lease here, and clients may hold leases that this daemon does
+    /// not know. The slots count as taken, at the desk, which is told what the engine says of how busy it is.
+    pub(super) fn watch_strange_slots(&self, guards: Vec<SlotGuard>) {
         let Some((_, endpoint)) = self.running() else { return };
+        let (probe, desk, at) =
+            (Arc::clone(&self.ports.probe), self.desk.clone(), at(&self.key, self.replica.generation));
         tokio::spawn(async move {
-            while !guards.is_empty() {
-                let ours = usize::from(admission.in_use()).saturating_sub(guards.len());
-                let strange = usize::from(busy(&*probe, &endpoint).await).saturating_sub(ours);
-                guards.retain(SlotGuard::valid);
-                guards.truncate(strange);
-                if !guards.is_empty() {
-                    tokio::time::sleep(ASK_AGAIN).await;
+            desk.adopted(at, guards).await;
+            loop {
+                tokio::time::sleep(ASK_AGAIN).await;
+                let busy = busy_if_told(&*probe, &endpoint).await;
+                if desk.busy(at, busy).await == 0 {
+                    return;
                 }
             }
         });
@@ -204,9 +236,26 @@ impl Driver {
     }
 }
 
-async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
+/// Whether it says that it serves, and not that it is idle. Who does not say is taken for busy, as in every check.
+async fn may_be_busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> bool {
+    let asked = async {
+        let idle = matches!(probe.signals(endpoint).await, Work::Told(signals) if signals.running == 0);
+        !idle && matches!(probe.up(endpoint).await, Up::Serving | Up::Overloaded(_))
+    };
+    tokio::time::timeout(PROBE_TIMEOUT, asked).await.unwrap_or(false)
+}
+
+/// Requests that an engine says it works on.
+pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
     // Who does not say has nothing that could be waited for.
-    tokio::time::timeout(PROBE_TIMEOUT, probe.busy(endpoint)).await.ok().flatten().unwrap_or(0)
+    busy_if_told(probe, endpoint).await.unwrap_or(0)
+}
+
+async fn busy_if_told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<u16> {
+    match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
+        Ok(Work::Told(signals)) => Some(u16::try_from(signals.running).unwrap_or(u16::MAX)),
+        Ok(Work::Untold | Work::Silent) | Err(_) => None,
+    }
 }
 
 fn config(why: &str) -> Failure {

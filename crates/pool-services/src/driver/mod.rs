@@ -2,13 +2,14 @@
 //! and carries out the actions that come back; work that takes time runs in tasks that report with their generation.
 
 mod adopt;
+mod health;
 mod memory;
 mod scribe;
 mod tell;
 mod work;
 
-pub(crate) use adopt::Found;
-pub(crate) use memory::Memory;
+pub(crate) use adopt::{Found, busy};
+pub(crate) use memory::{Memory, Remembered};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
@@ -16,6 +17,7 @@ use scribe::Scribe;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -25,11 +27,12 @@ use tokio_util::sync::CancellationToken;
 use crate::admission::Admission;
 use crate::clock::Clock;
 use crate::events::EventSink;
+use crate::lease_desk::Desk;
 use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
 };
-use crate::snapshot::ReplicaSnapshot;
+use crate::snapshot::{LastError, ReplicaSnapshot};
 use crate::spec::PoolSpec;
 
 /// The ports, shared by every task.
@@ -49,7 +52,7 @@ pub(crate) struct Ports {
     pub(crate) ledger: Arc<dyn StateLedger>,
     /// Not a port: a bug on purpose.
     #[cfg(feature = "planted-bugs")]
-    pub(crate) ignore_generations: bool,
+    pub(crate) bug: Option<crate::planted::Bug>,
 }
 
 /// What a start needs from the node.
@@ -74,12 +77,23 @@ pub(crate) struct Grant {
     pub(crate) context: Option<u64>,
 }
 
+impl Grant {
+    /// Bytes by device.
+    pub(crate) fn pairs(&self) -> Vec<(String, u64)> {
+        self.devices.uuids.iter().cloned().zip(self.bytes.iter().copied()).collect()
+    }
+}
+
 /// Commands from above.
 #[derive(Debug)]
 pub(crate) enum DriverCommand {
     Verb(Command),
     Grant(Grant),
     Deny(Generation, Denied),
+    /// It waits on, for this.
+    Waits(Generation, Wait),
+    /// Stop if nobody uses it.
+    GiveWay,
     /// What it waited for may be there.
     Unblock,
     /// A person says that nothing of the engine is left.
@@ -151,6 +165,8 @@ struct Attempt {
     engine: Option<Arc<dyn RunningEngine>>,
     /// What is written down of it.
     record: Option<EngineRecord>,
+    /// It is of an earlier daemon: who uses its slots is not known.
+    strange: bool,
     /// Why an engine that was found is not taken over.
     refused: Option<Failure>,
     /// The drain it was in when it was found: its end and what happens then.
@@ -167,12 +183,15 @@ pub(crate) struct DriverParts {
     pub(crate) clock: Clock,
     pub(crate) seed: u64,
     pub(crate) admission: Arc<Admission>,
+    pub(crate) desk: Desk,
     pub(crate) commands: mpsc::Receiver<DriverCommand>,
     pub(crate) published: watch::Sender<Published>,
     /// Rung at every change: the pool's conductor and the node's steward.
     pub(crate) bells: [Arc<Notify>; 2],
     pub(crate) events: EventSink,
     pub(crate) replica: Replica,
+    /// Its newest failure of before this daemon.
+    pub(crate) last_error: Option<LastError>,
     /// Where its past is kept.
     pub(crate) memory: Memory,
     /// Cancelled when there is no time left: whatever runs is ended at once.
@@ -189,6 +208,7 @@ pub(crate) struct Driver {
     clock: Clock,
     rng: fastrand::Rng,
     admission: Arc<Admission>,
+    desk: Desk,
     commands: mpsc::Receiver<DriverCommand>,
     reports_tx: mpsc::Sender<(Generation, Report)>,
     reports: mpsc::Receiver<(Generation, Report)>,
@@ -201,7 +221,8 @@ pub(crate) struct Driver {
     scribe: Scribe,
     /// Wall times of what is shown to people.
     last_check: Option<SystemTime>,
-    failed_at: Option<SystemTime>,
+    /// The newest failure, also one of before this daemon.
+    last_error: Option<LastError>,
     accused: Option<Accused>,
     attempt_began: pool_domain::Tick,
     verbs: u64,
@@ -209,7 +230,7 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
+pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
             id: key.replica,
@@ -232,7 +253,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica) -> Published {
             next_start_in_ms: None,
             proof: "",
             first_unit_ms: None,
-            last_error: None,
+            last_error,
             consecutive_failures: 0,
             last_check_at: None,
             vram_reserved: 0,
@@ -263,6 +284,7 @@ impl Driver {
             clock: parts.clock,
             rng: fastrand::Rng::with_seed(parts.seed),
             admission: parts.admission,
+            desk: parts.desk,
             commands: parts.commands,
             reports_tx,
             reports,
@@ -273,7 +295,7 @@ impl Driver {
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
-            failed_at: None,
+            last_error: parts.last_error,
             accused: None,
             attempt_began: now,
             verbs: 0,
@@ -325,6 +347,10 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                if matches!(command, Command::Start | Command::Resume) {
+                    // The last wish wins, also over a drain that goes on once its engine is adopted.
+                    self.attempt.drain = None;
+                }
                 self.step(Event::Command(command));
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
@@ -342,6 +368,17 @@ impl Driver {
                     Denied::Never(failure) => Fact::Unstartable(failure),
                 };
                 self.step(Event::Engine(generation, fact));
+            }
+            DriverCommand::Waits(generation, why) => self.step(Event::Engine(generation, Fact::Blocked(why))),
+            DriverCommand::GiveWay => {
+                self.verbs += 1;
+                // From here on nobody gets a lease: either one was there before, or there will be none.
+                if matches!(self.replica.state, State::Ready { .. } | State::Suspect { .. })
+                    && self.admission.close_if_unused()
+                {
+                    let stop = Command::Drain { deadline: std::time::Duration::ZERO, on_deadline: OnDeadline::Force };
+                    self.step(Event::Command(stop));
+                }
             }
             DriverCommand::GiveUp(failure) => {
                 self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
@@ -363,7 +400,11 @@ impl Driver {
 
     fn report(&mut self, generation: Generation, report: Report) {
         #[cfg(feature = "planted-bugs")]
-        let generation = if self.ports.ignore_generations { self.replica.generation } else { generation };
+        let generation = if self.ports.bug == Some(crate::planted::Bug::IgnoreGenerations) {
+            self.replica.generation
+        } else {
+            generation
+        };
         if generation != self.replica.generation {
             // A late launch cannot happen: its generation stays current until the launch was answered.
             return;
@@ -393,6 +434,7 @@ impl Driver {
                 Fact::Prepared
             }
             Report::Launched(engine) => {
+                reached(Point::AfterLaunch);
                 self.watch_exit(Arc::clone(&engine));
                 self.attempt.engine = Some(engine);
                 Fact::Launched
@@ -403,8 +445,12 @@ impl Driver {
             }
         };
         let adopted = matches!(fact, Fact::Adopted(_));
+        // One that was still starting when its record was written may have been leased since.
+        self.attempt.strange |= adopted;
+        self.ends_while_adopted(&fact);
         self.step(Event::Engine(generation, fact));
         if adopted {
+            reached(Point::AfterAdoptionProof);
             self.go_on();
         }
     }
@@ -415,10 +461,12 @@ impl Driver {
         let by_hand = event == Event::Command(Command::Unfence);
         let actions = self.replica.step(event, now, Draw::new(self.rng.f64()), &self.policy);
         if before.fails_anew(&self.replica) {
-            self.failed_at = Some(self.clock.wall());
+            let at = self.clock.wall();
+            let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
+            self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
         }
-        self.memory.keep(self.replica.past());
+        self.memory.keep(self.replica.past(), self.last_error.as_ref());
         self.tell(&before, now, by_hand);
         self.note_phase();
         for action in actions {
@@ -436,6 +484,14 @@ impl Driver {
     }
 
     fn act(&mut self, action: Action) {
+        #[cfg(feature = "planted-bugs")]
+        if matches!(
+            (self.ports.bug, &action),
+            (Some(crate::planted::Bug::NeverClose), Action::CloseAdmission)
+                | (Some(crate::planted::Bug::NeverRevoke), Action::RevokeLeases)
+        ) {
+            return;
+        }
         match action {
             Action::Stage => self.stage(),
             Action::Prepare => self.preflight(),
@@ -449,22 +505,33 @@ impl Driver {
             }
             Action::OpenAdmission => {
                 let slots = self.replica.state.proof().map_or(0, |p| p.slots);
-                self.admission.open(self.replica.generation, slots);
+                if std::mem::take(&mut self.attempt.strange) {
+                    self.watch_strange_slots(self.admission.open_taken(self.replica.generation, slots));
+                } else {
+                    self.admission.open(self.replica.generation, slots);
+                }
                 self.scribe.want(self.handoff());
             }
-            Action::CloseAdmission => self.admission.close(),
+            Action::CloseAdmission => {
+                self.admission.close();
+                if matches!(self.replica.state, State::Draining { .. }) {
+                    reached(Point::DrainBegun);
+                }
+            }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
+                reached(Point::AfterTerm);
             }
             Action::Kill => {
                 self.scribe.want(None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }
+                reached(Point::AfterKill);
             }
             Action::AwaitGone => self.await_gone(),
             Action::Adopt => self.check_adopted(),

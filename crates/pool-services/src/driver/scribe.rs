@@ -4,11 +4,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::{Generation, ReplicaKey};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::ports::{EngineRecord, Handoff, LedgerError, StateLedger};
+use crate::ports::{EngineRecord, Handoff, LedgerError, Phase, StateLedger};
 
 /// Between two tries to write what could not be written.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -19,6 +20,21 @@ enum Kept {
     Record(Box<EngineRecord>),
     /// Nothing of this generation, nor of those before.
     Nothing(Generation),
+}
+
+impl Kept {
+    /// The points before it is written and after.
+    fn points(&self) -> [Option<Point>; 2] {
+        match self {
+            Self::Record(record) => match record.phase {
+                Phase::Starting => [None, None],
+                Phase::Ready { .. } => [Some(Point::BeforeReadyRecord), Some(Point::AfterReadyRecord)],
+                Phase::Draining { .. } => [None, Some(Point::AfterDrainRecord)],
+                Phase::Stopping => [Some(Point::BeforeStopRecord), Some(Point::AfterStopRecord)],
+            },
+            Self::Nothing(_) => [Some(Point::BeforeForget), Some(Point::AfterForget)],
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -88,7 +104,8 @@ async fn write(
     mut wanted: watch::Receiver<Wish>,
     told: watch::Sender<u64>,
 ) {
-    let mut stands = Wish::default();
+    // The handoff is unset while nobody knows: what a disk refused may stand all the same.
+    let (mut written, mut stands) = (0, Some(None));
     let mut open = true;
     let well = |done: Result<(), LedgerError>| {
         if let Err(e) = &done {
@@ -98,25 +115,31 @@ async fn write(
     };
     loop {
         let wish = wanted.borrow_and_update().clone();
-        if wish.number != stands.number {
+        if wish.number != written {
+            let [before, after] = wish.kept.as_ref().map(Kept::points).unwrap_or_default();
+            before.into_iter().for_each(reached);
             let done = match &wish.kept {
                 Some(Kept::Record(record)) => ledger.record(record).await,
                 Some(Kept::Nothing(generation)) => ledger.forget(&key, *generation).await,
                 None => Ok(()),
             };
+            after.into_iter().for_each(reached);
             if well(done) {
-                (stands.number, stands.kept) = (wish.number, wish.kept.clone());
+                written = wish.number;
             }
             told.send_replace(wish.number);
         }
-        if wish.handoff != stands.handoff {
+        if stands.as_ref() != Some(&wish.handoff) {
             let done = match &wish.handoff {
-                Some(handoff) => ledger.publish_handoff(handoff).await,
+                Some(handoff) => {
+                    reached(Point::BeforeHandoff);
+                    let done = ledger.publish_handoff(handoff).await;
+                    reached(Point::AfterHandoff);
+                    done
+                }
                 None => ledger.withdraw_handoff(&key).await,
             };
-            if well(done) {
-                stands.handoff.clone_from(&wish.handoff);
-            }
+            stands = well(done).then(|| wish.handoff.clone());
         }
         // What was wished for meanwhile comes first.
         if wanted.has_changed().unwrap_or(false) {
@@ -128,7 +151,7 @@ async fn write(
         tokio::select! {
             biased;
             changed = wanted.changed() => open = changed.is_ok(),
-            () = tokio::time::sleep(TRY_AGAIN), if wish != stands => {}
+            () = tokio::time::sleep(TRY_AGAIN), if stands.is_none() || wish.number != written => {}
         }
     }
 }

@@ -1,13 +1,11 @@
 //! What a driver tells others: its picture and its events.
 
-use std::time::SystemTime;
-
 use pool_domain::lifecycle::{Replica, State, Then, Wait};
 use pool_domain::{Failure, Tick};
 
 use super::{Driver, Published};
 use crate::events::EventKind;
-use crate::snapshot::{LastError, ReplicaSnapshot};
+use crate::snapshot::ReplicaSnapshot;
 
 /// What is compared before and after a step.
 pub(super) struct Before {
@@ -157,11 +155,7 @@ impl Driver {
             next_start_in_ms: None,
             proof: r.state.proof().map_or("", |p| p.residency),
             first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
-            last_error: r.last_failure.as_ref().map(|(_, f)| LastError {
-                class: f.class.clone(),
-                detail: f.detail.clone(),
-                at: self.failed_at.unwrap_or(SystemTime::UNIX_EPOCH),
-            }),
+            last_error: self.last_error.clone(),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,
             context: grant.filter(|_| live).and_then(|g| g.context),
@@ -173,9 +167,8 @@ impl Driver {
 /// Known already while what failed is still being ended.
 fn next_start(state: &State) -> Option<Tick> {
     match state {
-        State::Waiting { why, .. }
-        | State::Stopping { then: Then::Wait(why), .. }
-        | State::Fenced { then: Then::Wait(why), .. } => why.until(),
+        State::Waiting { why, .. } => why.possible_at(),
+        State::Stopping { then: Then::Wait(why), .. } | State::Fenced { then: Then::Wait(why), .. } => why.until(),
         _ => None,
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
 use pool_domain::plan::{Demand, EngineMemory, Split};
@@ -16,6 +17,7 @@ use super::{Attempt, Driver, Grant, Report, Want};
 use crate::planning::demand;
 use crate::ports::{
     Endpoint, EngineRecord, LedgerError, Listener, PROBE_TIMEOUT, Phase, PrepareRequest, Residency, RunningEngine, Up,
+    Worked,
 };
 use crate::spec::PoolSpec;
 
@@ -124,9 +126,11 @@ impl Driver {
                 let detail = "the state directory cannot be written".to_owned();
                 Report::Fact(Fact::Blocked(Wait::Devices { detail }))
             };
+            reached(Point::BeforeIntent);
             if let Err(e) = ledger.intend(&key, generation).await {
                 return unwritten(e);
             }
+            reached(Point::AfterIntent);
             let prepared = match provisioner.prepare(&request).await {
                 Ok(prepared) => prepared,
                 Err(failure) => return Report::Fact(Fact::Unstartable(failure)),
@@ -150,6 +154,7 @@ impl Driver {
             {
                 return unwritten(e);
             }
+            reached(Point::AfterRecord);
             Report::Prepared(Box::new((prepared, record)))
         });
     }
@@ -167,6 +172,7 @@ impl Driver {
                 let failure = Failure::new(FailureClass::PortConflict, format!("port {} is taken", addr.port()));
                 Report::Fact(Fact::LaunchFailed(failure))
             } else {
+                reached(Point::BeforeLaunch);
                 match host.launch(&record, &prepared).await {
                     Ok(engine) => Report::Launched(engine),
                     Err(failure) => Report::Fact(Fact::LaunchFailed(failure)),
@@ -190,6 +196,7 @@ impl Driver {
             if let Some(engine) = engine {
                 engine.gone().await;
             }
+            reached(Point::AfterGone);
             let _ = tx.send((generation, Report::Fact(Fact::Gone))).await;
         });
     }
@@ -212,7 +219,7 @@ impl Driver {
                         // Something answers; whether it is the right thing, the proof decides.
                         Ok(Up::Serving | Up::Wrong(_)) => return Report::Fact(Fact::Serving),
                         Ok(Up::Loading(Some(share))) => loading.store(share.to_bits(), Ordering::Relaxed),
-                        Ok(Up::Loading(None) | Up::Refused | Up::Failed(_)) | Err(_) => {}
+                        Ok(Up::Loading(None) | Up::Refused | Up::Overloaded(_) | Up::Failed(_)) | Err(_) => {}
                     }
                     let longest = if engine.pid().is_some() { *LOOK.end() } else { LOOK_EXTERNAL };
                     tokio::time::sleep((began.elapsed() / 50).clamp(*LOOK.start(), longest)).await;
@@ -233,6 +240,7 @@ impl Driver {
         let (slots, external) = (self.spec.slots, engine.pid().is_none());
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
+            reached(Point::BeforeProof);
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
                 biased;
@@ -249,53 +257,6 @@ impl Driver {
                     let ends = tokio::time::timeout(LAST_WORDS, engine.exited()).await.is_ok();
                     if ends { std::future::pending().await } else { Report::Fact(Fact::Unproved(failure)) }
                 }
-            }
-        });
-    }
-
-    pub(super) fn watch_health(&mut self) {
-        let Some((_, endpoint)) = self.running() else { return };
-        let (probe, admission, policy) =
-            (Arc::clone(&self.ports.probe), Arc::clone(&self.admission), self.policy.health);
-        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
-        // A drain that was given up starts this again: the earlier watch must end first.
-        self.work.cancel();
-        self.work = CancellationToken::new();
-        let cancelled = self.work.clone();
-        tokio::spawn(async move {
-            let watch = async {
-                loop {
-                    tokio::time::sleep(policy.interval).await;
-                    let check = async {
-                        match probe.up(&endpoint).await {
-                            Up::Serving => {}
-                            other => {
-                                let detail = format!("health check: {other:?}").chars().take(200).collect::<String>();
-                                return Err(Failure::new(FailureClass::Health, detail));
-                            }
-                        }
-                        // Only an idle engine is asked to decode: busy is not dead.
-                        // Who does not say is taken for busy.
-                        let idle = admission.in_use() == 0 && probe.busy(&endpoint).await == Some(0);
-                        if idle { probe.work(&endpoint).await } else { Ok(()) }
-                    };
-                    let fact = match tokio::time::timeout(policy.timeout, check).await {
-                        Ok(Ok(())) => Fact::Healthy,
-                        Ok(Err(failure)) => Fact::Missed(failure),
-                        Err(_) => Fact::Missed(Failure::new(
-                            FailureClass::Hang,
-                            "it answers health checks but does not decode in time",
-                        )),
-                    };
-                    if tx.send((generation, Report::Checked(fact))).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::select! {
-                biased;
-                () = cancelled.cancelled() => {}
-                () = watch => {}
             }
         });
     }
@@ -351,18 +312,20 @@ pub(super) async fn prove(
     external: bool,
 ) -> Result<(Proof, Option<u64>), Failure> {
     let addr = endpoint.addr;
-    match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
-        Listener::Own => {}
-        Listener::Foreign => {
-            let detail = format!("port {} belongs to another process", endpoint.addr.port());
-            return Err(Failure::new(FailureClass::PortConflict, detail));
+    let listener = async {
+        match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
+            Listener::Own => Ok(()),
+            Listener::Foreign => {
+                let detail = format!("port {} belongs to another process", addr.port());
+                Err(Failure::new(FailureClass::PortConflict, detail))
+            }
+            Listener::None => Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port")),
         }
-        Listener::None => {
-            return Err(Failure::new(FailureClass::WrongServer, "nothing of the engine listens on its port"));
-        }
-    }
+    };
     let identity = async {
-        let (up, identity) = tokio::join!(ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        let (listener, up, identity) = tokio::join!(listener, ports.probe.up(endpoint), ports.probe.identify(endpoint));
+        // Whose socket it is counts before what it says.
+        listener?;
         match up {
             Up::Wrong(what) => Err(Failure::new(FailureClass::WrongServer, what)),
             _ => identity,
@@ -370,14 +333,18 @@ pub(super) async fn prove(
     };
     let work = async {
         let began = Instant::now();
-        ports.probe.work(endpoint).await.map(|()| u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX))
+        match ports.probe.work(endpoint).await? {
+            Worked::Done => Ok(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX)),
+            Worked::Declined => Err(Failure::new(FailureClass::Health, "it has no room for one unit of work")),
+        }
     };
     tokio::pin!(identity, work);
     let mut worked = None;
     let identity = tokio::select! {
         biased;
         identity = &mut identity => identity,
-        // A process of ours may be asked at once, somebody else's server only when it is known to be the right one.
+        // Where an engine of ours was started there is no harm in asking at once; what it answers counts only if it is the
+        // one. Somebody else's server is asked only when it is known to be the right one.
         done = &mut work, if !external => {
             worked = Some(done);
             identity.await

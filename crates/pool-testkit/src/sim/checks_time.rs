@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use pool_domain::{PoolId, ReplicaKey};
 
-use super::checks::{Invariant, View, lifts_hold, spec_of};
+use super::checks::{Invariant, View, spec_of};
 use super::schedule::Schedule;
-use super::truth::{Entry, Process, Scene, Verb, What};
+use super::truth::{Down, Entry, Process, Scene, Verb, What};
 
 /// After the deadline of a forced drain, everything is to be gone within this.
 const AFTER_DEADLINE: Duration = Duration::from_secs(2);
@@ -24,7 +24,7 @@ impl Invariant for DrainsEnd {
     fn name(&self) -> &'static str {
         "drains_end"
     }
-    fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
+    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
         match &entry.what {
             What::Asked(pool, Verb::Force(_), true) => {
                 self.closed.entry(pool.clone()).or_insert(entry.at);
@@ -40,13 +40,25 @@ impl Invariant for DrainsEnd {
                 self.due.remove(pool);
                 self.closed.remove(pool);
             }
-            What::Asking(pool, verb) if lifts_hold(*verb) => {
+            What::Asking(pool, verb) if verb.lifts_hold() => {
                 self.due.remove(pool);
                 self.closed.remove(pool);
             }
-            What::Started(_) => {
+            // What was not written down in time no later daemon can know.
+            What::Down(how) => {
+                let known = |asked: &Duration| *how != Down::Stopped && scene.written(*asked, entry.at);
+                self.due.retain(|_, (asked, _)| known(asked));
+                self.closed.retain(|_, asked| known(asked));
+            }
+            What::Wiped => {
                 self.due.clear();
                 self.closed.clear();
+            }
+            // Its engines are left as they are.
+            What::Leaving => self.due.clear(),
+            // While no daemon ran, nobody could see to it.
+            What::Started(_) => {
+                self.due.values_mut().for_each(|(_, due)| *due = (*due).max(entry.at + AFTER_DEADLINE));
             }
             What::Granted(pool, pid) if self.closed.contains_key(pool) => {
                 return Err(format!("a slot of {pool} was granted on process {pid} after its drain was answered"));
@@ -58,8 +70,11 @@ impl Invariant for DrainsEnd {
     fn look(&mut self, view: &View<'_>) -> Result<(), String> {
         for (pool, (asked, due)) in &self.due {
             let left = |p: &&Process| {
-                let by = (*due).max(p.at + AFTER_DEADLINE);
-                p.launch.key.pool == *pool && !p.launch.unkillable && view.now > by
+                let Some(known) = p.known else { return false };
+                let by = (*due).max(known + AFTER_DEADLINE);
+                // Who cannot be told from a stranger is not ended.
+                let reached = !p.disowned && (!p.forged || view.schedule.cgroups) && !p.launch.unkillable;
+                p.launch.key.pool == *pool && reached && view.now > by
             };
             if let Some(p) = view.scene.alive().find(left) {
                 let late = view.now - *due;
@@ -73,52 +88,43 @@ impl Invariant for DrainsEnd {
     }
 }
 
-/// A pool that was stopped starts nothing until it is preloaded or resumed, whoever asks for a lease.
+/// A pool that was stopped starts nothing until it is preloaded or resumed, whoever asks for a lease, also by a later daemon.
 #[derive(Debug, Default)]
 pub struct HeldStaysDown {
     since: BTreeMap<PoolId, Duration>,
-    /// Stopped while that could not be written down: a later manager cannot know.
-    unwritten: BTreeSet<PoolId>,
-    broken: bool,
-    writable_since: Duration,
+    /// Those of which a later daemon knows.
+    durable: BTreeSet<PoolId>,
 }
 
 impl Invariant for HeldStaysDown {
     fn name(&self) -> &'static str {
         "held_stays_down"
     }
-    fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
+    fn saw(&mut self, entry: &Entry, scene: &Scene, _: &Schedule) -> Result<(), String> {
         match &entry.what {
             What::Asked(pool, Verb::Force(_), true) => {
-                self.since.entry(pool.clone()).or_insert(entry.at);
-                if self.broken {
-                    self.unwritten.insert(pool.clone());
+                let since = self.since.entry(pool.clone()).or_insert(entry.at);
+                // With the answer it is on the disk, if that took it.
+                if scene.disk_well() {
+                    *since = (*since).min(entry.at);
+                    self.durable.insert(pool.clone());
                 }
             }
             // A drain that is given up leaves its engine serving, and so restarted.
-            What::Asked(pool, Verb::Abort(_), _) => {
-                self.since.remove(pool);
+            What::Asked(pool, Verb::Abort(_), _) => self.lift(pool),
+            What::Asking(pool, verb) if verb.lifts_hold() => self.lift(pool),
+            What::Down(_) => {
+                self.since.retain(|pool, since| self.durable.contains(pool) || scene.written(*since, entry.at));
+                self.durable.extend(self.since.keys().cloned());
             }
-            What::Asking(pool, verb) if lifts_hold(*verb) => {
-                self.since.remove(pool);
+            What::Wiped => {
+                self.since.clear();
+                self.durable.clear();
             }
-            What::Writable(yes) => {
-                self.broken = !yes;
-                if *yes {
-                    // Tried again every two seconds.
-                    self.writable_since = entry.at;
-                }
-            }
-            What::Started(_) => {
-                let written = !self.broken && entry.at > self.writable_since + Duration::from_secs(4);
-                for pool in std::mem::take(&mut self.unwritten).into_iter().filter(|_| !written) {
-                    self.since.remove(&pool);
-                }
-            }
-            What::Launching(key, _) => {
+            What::Launching { key, .. } => {
                 // One that was decided in the same moment may still come.
                 if let Some(since) = self.since.get(&key.pool).filter(|since| **since < entry.at) {
-                    return Err(format!("{key:?} is launched though it was stopped at {since:?}"));
+                    return Err(format!("{key} is launched though it was stopped at {since:?}"));
                 }
             }
             _ => {}
@@ -127,10 +133,53 @@ impl Invariant for HeldStaysDown {
     }
 }
 
+impl HeldStaysDown {
+    fn lift(&mut self, pool: &PoolId) {
+        self.since.remove(pool);
+        self.durable.remove(pool);
+    }
+}
+
+/// What is held against a replica, as far as it can be seen from outside.
+#[derive(Debug, Clone, Default)]
+struct Failures {
+    count: u32,
+    at: Duration,
+    /// When the last one could be seen.
+    seen: Duration,
+    /// As it was before the last one, which may be unknown to a later daemon.
+    before: Option<Box<Failures>>,
+}
+
+impl Failures {
+    fn and(self, p: &Process, at: Duration) -> Self {
+        let before = Self { before: None, ..self.clone() };
+        Self { count: self.count + 1, at, seen: at + p.launch.exit_lag, before: Some(Box::new(before)) }
+    }
+
+    /// What a later daemon knows at least. What ended while none ran it finds out when it starts.
+    fn known(self, scene: &Scene, now: Duration) -> Self {
+        if self.count == 0 || scene.written(self.seen, now) {
+            self
+        } else {
+            self.before.map_or_else(Self::default, |b| *b)
+        }
+    }
+}
+
+/// A process that ended by itself, for no reason that another rule excuses.
+fn fell<'a>(what: &What, scene: &'a Scene) -> Option<&'a Process> {
+    let What::Ended(pid) = what else { return None };
+    let fell = |p: &&Process| {
+        p.signalled.is_none() && p.told.is_none() && !p.disowned && !p.forged && !p.launch.foreign_listener
+    };
+    scene.processes.get(pid).filter(fell)
+}
+
 /// After an engine ended by itself the next start waits at least the backoff's shortest pause.
 #[derive(Debug, Default)]
 pub struct BackoffHolds {
-    failures: BTreeMap<ReplicaKey, (u32, Duration)>,
+    failures: BTreeMap<ReplicaKey, Failures>,
 }
 
 impl Invariant for BackoffHolds {
@@ -139,31 +188,136 @@ impl Invariant for BackoffHolds {
     }
     fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
         match &entry.what {
-            // A person may know better than a count.
-            What::Asking(pool, _) => self.failures.retain(|key, _| key.pool != *pool),
-            What::Started(_) => self.failures.clear(),
-            What::Ended(pid) => {
-                let Some(p) = scene.processes.get(pid).filter(|p| p.signalled.is_none() && !p.launch.foreign_listener)
-                else {
-                    return Ok(());
-                };
-                let Some(spec) = spec_of(schedule, &p.launch.key.pool) else { return Ok(()) };
-                let served = p.worked.map_or(Duration::ZERO, |since| entry.at.saturating_sub(since));
-                if served + p.launch.exit_lag + Duration::from_secs(1) >= spec.policy.backoff.reset_after() {
-                    self.failures.remove(&p.launch.key);
-                } else {
-                    let count = self.failures.get(&p.launch.key).map_or(0, |(n, _)| n + 1);
-                    self.failures.insert(p.launch.key.clone(), (count, entry.at));
+            // What was not seen before the daemon was told to end is no failure.
+            What::Asking(pool, Verb::Shutdown) => {
+                for (_, f) in self.failures.iter_mut().filter(|(key, f)| key.pool == *pool && f.seen >= entry.at) {
+                    *f = std::mem::take(f).before.map_or_else(Failures::default, |b| *b);
                 }
             }
-            What::Launching(key, _) => {
-                let (Some((n, at)), Some(spec)) = (self.failures.get(key), spec_of(schedule, &key.pool)) else {
+            // A person may know better than a count.
+            What::Asking(pool, verb) if !matches!(verb, Verb::Demand) => {
+                self.failures.retain(|key, _| key.pool != *pool);
+            }
+            What::Tampered(pool) => self.failures.retain(|key, _| key.pool != *pool),
+            What::Wiped => self.failures.clear(),
+            What::Down(_) => keep_known(&mut self.failures, scene, entry.at),
+            what @ What::Ended(_) => {
+                let Some(p) = fell(what, scene) else { return Ok(()) };
+                let Some(spec) = spec_of(schedule, &p.launch.key.pool) else { return Ok(()) };
+                let served = p.worked.map_or(Duration::ZERO, |since| entry.at.saturating_sub(since));
+                // Of what ends while no daemon runs the next one hears late: it counts as longer Ready.
+                let away = if scene.down.is_some() { LONGEST_AWAY } else { Duration::ZERO };
+                if served + p.launch.exit_lag + away + Duration::from_secs(1) >= spec.policy.backoff.reset_after() {
+                    self.failures.remove(&p.launch.key);
+                } else {
+                    let before = self.failures.remove(&p.launch.key).unwrap_or_default();
+                    self.failures.insert(p.launch.key.clone(), before.and(p, entry.at));
+                }
+            }
+            What::Launching { key, .. } => {
+                let (Some(f), Some(spec)) = (self.failures.get(key), spec_of(schedule, &key.pool)) else {
                     return Ok(());
                 };
-                let least = spec.policy.backoff.bounds(*n, 1.0).0;
-                if entry.at < *at + least {
-                    let after = entry.at - *at;
-                    return Err(format!("{key:?} is launched {after:?} after failure {n}, sooner than {least:?}"));
+                let Some(n) = f.count.checked_sub(1) else { return Ok(()) };
+                let least = spec.policy.backoff.bounds(n, 1.0).0;
+                if entry.at < f.at + least {
+                    let after = entry.at - f.at;
+                    return Err(format!("{key} is launched {after:?} after failure {n}, sooner than {least:?}"));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Longer than the daemon is ever away in one piece.
+const LONGEST_AWAY: Duration = Duration::from_secs(3_600);
+
+/// A daemon goes: what it had no time to write down is lost.
+fn keep_known(failures: &mut BTreeMap<ReplicaKey, Failures>, scene: &Scene, now: Duration) {
+    for f in failures.values_mut() {
+        *f = std::mem::take(f).known(scene, now);
+    }
+}
+
+/// After as many failed starts or early crashes in a row as the pool says, nothing is started for as long as it says.
+#[derive(Debug, Default)]
+pub struct BreakerHolds {
+    starts: BTreeMap<ReplicaKey, Failures>,
+    crashes: BTreeMap<ReplicaKey, Failures>,
+}
+
+impl BreakerHolds {
+    fn forget(&mut self, pool: &PoolId) {
+        self.starts.retain(|key, _| key.pool != *pool);
+        self.crashes.retain(|key, _| key.pool != *pool);
+    }
+}
+
+impl Invariant for BreakerHolds {
+    fn name(&self) -> &'static str {
+        "breaker_holds"
+    }
+    fn saw(&mut self, entry: &Entry, scene: &Scene, schedule: &Schedule) -> Result<(), String> {
+        match &entry.what {
+            // Whatever a person does, the count begins anew; so does it at an end that is nobody's fault.
+            What::Asking(pool, verb) if !matches!(verb, Verb::Demand) => self.forget(pool),
+            What::Tampered(pool) => self.forget(pool),
+            What::Wiped => (self.starts, self.crashes) = Default::default(),
+            What::Down(_) => {
+                keep_known(&mut self.starts, scene, entry.at);
+                keep_known(&mut self.crashes, scene, entry.at);
+            }
+            // Ready, perhaps.
+            What::Worked(pid) => {
+                if let Some(p) = scene.processes.get(pid) {
+                    self.starts.remove(&p.launch.key);
+                }
+            }
+            What::Ended(pid) => {
+                let Some(p) = scene.processes.get(pid) else { return Ok(()) };
+                let (key, worked) = (p.launch.key.clone(), p.worked);
+                let Some(spec) = spec_of(schedule, &key.pool) else { return Ok(()) };
+                if fell(&entry.what, scene).is_none() || scene.down.is_some() {
+                    self.starts.remove(&key);
+                    self.crashes.remove(&key);
+                    return Ok(());
+                }
+                // Whether what worked for a moment had become Ready cannot be seen from here.
+                let early = |since: Duration| {
+                    let served = entry.at.saturating_sub(since);
+                    let ready = served > Duration::from_secs(2) && since >= scene.up;
+                    let late = spec.policy.breaker.close_after().min(spec.policy.backoff.reset_after());
+                    ready && served + p.launch.exit_lag + Duration::from_secs(1) < late
+                };
+                match worked {
+                    None => {
+                        let before = self.starts.remove(&key).unwrap_or_default();
+                        self.starts.insert(key, before.and(p, entry.at));
+                    }
+                    Some(since) if early(since) => {
+                        self.starts.remove(&key);
+                        let before = self.crashes.remove(&key).unwrap_or_default();
+                        self.crashes.insert(key, before.and(p, entry.at));
+                    }
+                    Some(_) => {
+                        self.starts.remove(&key);
+                        self.crashes.remove(&key);
+                    }
+                }
+            }
+            What::Launching { key, .. } => {
+                let Some(spec) = spec_of(schedule, &key.pool) else { return Ok(()) };
+                let b = &spec.policy.breaker;
+                for (what, all, limit) in
+                    [("starts", &self.starts, b.failed_starts()), ("crashes", &self.crashes, b.early_crashes())]
+                {
+                    let Some(f) = all.get(key).filter(|f| f.count >= limit) else { continue };
+                    if entry.at < f.at + b.open_for() {
+                        let after = entry.at - f.at;
+                        return Err(format!("{key} is launched {after:?} after failure {} of its {what}", f.count));
+                    }
                 }
             }
             _ => {}
@@ -190,7 +344,7 @@ impl Invariant for NoBusyLoop {
         "no_busy_loop"
     }
     fn saw(&mut self, entry: &Entry, _: &Scene, _: &Schedule) -> Result<(), String> {
-        let What::Launching(key, _) = &entry.what else { return Ok(()) };
+        let What::Launching { key, .. } = &entry.what else { return Ok(()) };
         let recent = self.launches.entry(key.clone()).or_default();
         recent.retain(|at| *at + Duration::from_secs(1) > entry.at);
         recent.push(entry.at);

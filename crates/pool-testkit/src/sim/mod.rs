@@ -6,7 +6,10 @@
 //! [`script::Script`] or an [`schedule::Act`].
 
 pub mod checks;
+pub mod checks_life;
 pub mod checks_time;
+mod engines;
+mod ledger;
 pub mod run;
 pub mod schedule;
 pub mod script;
@@ -29,8 +32,61 @@ pub enum Plant {
     None,
     /// Drivers take facts of old generations for those of the current one.
     IgnoreGenerations,
+    /// Drivers go on granting when they should refuse.
+    NeverClose,
+    /// Drivers take no lease back.
+    NeverRevoke,
     /// The host says that nothing is left as soon as the main process ended.
     GoneTooEarly,
+    /// The host finds nothing of engines that live, so that a second one is launched.
+    AdoptsNothing,
+    /// The host finds nothing of engines that could not be ended.
+    FenceForgotten,
+    /// The host tells deaths late.
+    DeathsUnseen,
+    /// The host finds every port taken.
+    PortsNeverFree,
+    /// A unit of work is never done, and said to be.
+    WorkSkipped,
+    /// Every engine is said to be at work, and to get on with it.
+    AlwaysBusy,
+    /// Every engine is said to be idle.
+    BusyUnasked,
+    /// Devices are said to have twice their memory.
+    MemoryTwice,
+    /// The state directory loses the generations.
+    GenerationsForgotten,
+    /// The state directory loses what is held against a replica.
+    PastForgotten,
+    /// The state directory loses holds.
+    HoldForgotten,
+    /// The state directory loses the records of engines.
+    RecordsForgotten,
+    /// Handoffs are never withdrawn.
+    HandoffStays,
+}
+
+impl Plant {
+    /// Every bug there is.
+    pub const ALL: [Self; 17] = [
+        Self::IgnoreGenerations,
+        Self::NeverClose,
+        Self::NeverRevoke,
+        Self::GoneTooEarly,
+        Self::AdoptsNothing,
+        Self::FenceForgotten,
+        Self::DeathsUnseen,
+        Self::PortsNeverFree,
+        Self::WorkSkipped,
+        Self::AlwaysBusy,
+        Self::BusyUnasked,
+        Self::MemoryTwice,
+        Self::GenerationsForgotten,
+        Self::PastForgotten,
+        Self::HoldForgotten,
+        Self::RecordsForgotten,
+        Self::HandoffStays,
+    ];
 }
 
 /// What was wrong.

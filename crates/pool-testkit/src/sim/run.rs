@@ -1,31 +1,34 @@
 //! Carries a schedule out on paused time, and looks whether everything stays true.
+//!
+//! Every life of the daemon is a runtime of its own. To kill it is to drop that runtime: whatever its tasks awaited never
+//! comes. World, checks and clients live on.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::reserve::available;
-use pool_domain::{
-    DeviceHealth, DeviceMask, Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId,
-    ReplicaKey,
-};
+use pool_domain::{DeviceHealth, DeviceMask, Failure, FailureClass, PoolId, ReplicaKey};
 use pool_services::admission::SlotGuard;
+use pool_services::planted::Bug;
 use pool_services::{
-    Activation, ControlError, DrainOptions, NodeSnapshot, OperationState, PoolControl, PoolManager, PoolSnapshot,
-    PoolSpec,
+    Activation, ControlError, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl, PoolManager,
+    PoolSnapshot, PoolSpec,
 };
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 
 use super::checks::{self, Held, Invariant, View};
 use super::schedule::{Act, Schedule, SimPool, health};
-use super::truth::{Entry, Scene, Verb, What};
-use super::world::World;
+use super::truth::{Down, Entry, Scene, Verb, What};
+use super::world::{Disk, World};
 use super::{Outcome, Plant, Violation};
 
 /// How long anything may take in the end, beyond what a pool's own numbers allow.
 const SLACK: Duration = Duration::from_secs(60);
+/// How long a daemon may take to end in order.
+const SHUTDOWN: Duration = Duration::from_secs(120);
 
 /// Who looks, at what, and what was found.
 #[derive(Debug)]
@@ -36,6 +39,14 @@ struct Watch {
     inner: Mutex<Inner>,
 }
 
+/// Somebody who uses a slot, also when the daemon that granted it is gone.
+#[derive(Debug)]
+struct Client {
+    key: ReplicaKey,
+    pid: u32,
+    guard: Option<SlotGuard>,
+}
+
 #[derive(Debug)]
 struct Inner {
     invariants: Vec<Box<dyn Invariant>>,
@@ -43,7 +54,7 @@ struct Inner {
     seen: usize,
     life: u32,
     violation: Option<Violation>,
-    guards: Vec<(ReplicaKey, u32, SlotGuard)>,
+    clients: Vec<Client>,
 }
 
 impl Watch {
@@ -59,11 +70,12 @@ impl Watch {
 
     async fn look(&self, m: &PoolManager) {
         let (Ok(pools), Ok(node)) = (m.pools().await, m.node().await) else { return };
-        self.judge(&pools, &node);
+        self.judge(Some((&pools, &node)));
     }
 
-    fn judge(&self, pools: &[PoolSnapshot], node: &NodeSnapshot) {
-        let Inner { invariants, scene, seen, life, violation, guards } = &mut *self.lock();
+    /// Takes in what happened, and what is to be seen, if there is a manager.
+    fn judge(&self, seen_now: Option<(&[PoolSnapshot], &NodeSnapshot)>) {
+        let Inner { invariants, scene, seen, life, violation, clients } = &mut *self.lock();
         if violation.is_some() {
             return;
         }
@@ -75,12 +87,19 @@ impl Watch {
                 verdict = verdict.and(i.saw(&entry, scene, &self.schedule).map_err(|e| (i.name(), e)));
             }
         }
-        let leases: Vec<Held> =
-            guards.iter().map(|(key, pid, g)| Held { key: key.clone(), pid: *pid, valid: g.valid() }).collect();
         let now = self.world.now();
-        let view = View { now, life: *life, schedule: &self.schedule, scene, pools, node, leases: &leases };
-        for i in invariants.iter_mut() {
-            verdict = verdict.and(i.look(&view).map_err(|e| (i.name(), e)));
+        if let Some((pools, node)) = seen_now.filter(|_| !scene.leaving) {
+            let held = |c: &Client| {
+                let valid = c.guard.as_ref()?.valid();
+                Some(Held { key: c.key.clone(), pid: c.pid, valid })
+            };
+            let leases: Vec<Held> = clients.iter().filter_map(held).collect();
+            let handoffs = self.world.handoffs();
+            let (schedule, leases, handoffs) = (&self.schedule, &*leases, &*handoffs);
+            let view = View { now, life: *life, schedule, scene, pools, node, leases, handoffs };
+            for i in invariants.iter_mut() {
+                verdict = verdict.and(i.look(&view).map_err(|e| (i.name(), e)));
+            }
         }
         if let Err((invariant, detail)) = verdict {
             *violation = Some(Violation { invariant, detail, at: now });
@@ -90,7 +109,7 @@ impl Watch {
 }
 
 /// Looks at every picture that a pool publishes.
-fn follow(watch: &Arc<Watch>, m: &PoolManager, id: &PoolId) -> JoinHandle<()> {
+fn follow(watch: &Arc<Watch>, m: &PoolManager, id: &PoolId) {
     let (watch, m, id) = (Arc::clone(watch), m.clone(), id.clone());
     tokio::spawn(async move {
         let mut seen = 0;
@@ -101,7 +120,7 @@ fn follow(watch: &Arc<Watch>, m: &PoolManager, id: &PoolId) -> JoinHandle<()> {
             seen = pool.snapshot;
             watch.look(&m).await;
         }
-    })
+    });
 }
 
 struct Runner {
@@ -109,32 +128,87 @@ struct Runner {
     watch: Arc<Watch>,
     schedule: Schedule,
     plant: Plant,
-    manager: PoolManager,
-    followers: Vec<JoinHandle<()>>,
+    manager: Option<PoolManager>,
+    /// Steps taken.
+    at: usize,
+    /// Daemons so far.
+    lives: u32,
+    /// How far the end has come, which is not to be begun twice.
+    calm: bool,
     /// Whether each pool is to run in the end, where that is plain.
     wanted: BTreeMap<PoolId, Option<bool>>,
 }
 
-async fn manager(world: &Arc<World>, schedule: &Schedule, plant: Plant, life: u32) -> Option<PoolManager> {
-    let builder = PoolManager::builder()
-        .gpu(Arc::clone(&world.gpus) as _)
-        .models(Arc::clone(&world.models) as _)
-        .provisioner(Arc::clone(world) as _)
-        .host(Arc::clone(world) as _)
-        .probe(Arc::clone(world) as _)
-        .ledger(Arc::clone(&world.ledger) as _)
-        .engine_ports(schedule.ports.clone())
-        .pools(schedule.pools.iter().map(|p| p.spec.clone()).collect())
-        .seed(schedule.seed ^ u64::from(life));
-    let builder = if plant == Plant::IgnoreGenerations { builder.ignore_generations() } else { builder };
-    // Nobody reads the events: what does not fit is counted and lost.
-    builder.start().await.ok().map(|(m, _)| m)
-}
-
 impl Runner {
-    fn pool(&self, at: usize) -> (PoolId, &PoolSpec) {
+    fn pool(&self, at: usize) -> (PoolId, PoolSpec) {
         let spec = &self.schedule.pools[at % self.schedule.pools.len()].spec;
-        (spec.id.clone(), spec)
+        (spec.id.clone(), spec.clone())
+    }
+
+    fn ids(&self) -> Vec<PoolId> {
+        self.schedule.pools.iter().map(|p| p.spec.id.clone()).collect()
+    }
+
+    /// The daemon, which is started if there is none.
+    async fn up(&mut self) -> PoolManager {
+        if let Some(m) = &self.manager {
+            return m.clone();
+        }
+        self.world.reopen();
+        self.world.record(What::Started(self.lives));
+        let world = &self.world;
+        let mut builder = PoolManager::builder()
+            .gpu(Arc::clone(&world.gpus) as _)
+            .models(Arc::clone(world) as _)
+            .provisioner(Arc::clone(world) as _)
+            .host(Arc::clone(world) as _)
+            .probe(Arc::clone(world) as _)
+            .ledger(Arc::clone(world) as _)
+            .engine_ports(self.schedule.ports.clone())
+            .pools(self.schedule.pools.iter().map(|p| p.spec.clone()).collect())
+            .min_ready_time(self.schedule.min_ready_time)
+            .boot_ms(u64::try_from(world.uptime().as_millis()).unwrap_or(u64::MAX))
+            .seed(self.schedule.seed ^ u64::from(self.lives));
+        let bug = match self.plant {
+            Plant::IgnoreGenerations => Some(Bug::IgnoreGenerations),
+            Plant::NeverClose => Some(Bug::NeverClose),
+            Plant::NeverRevoke => Some(Bug::NeverRevoke),
+            _ => None,
+        };
+        if let Some(bug) = bug {
+            builder = builder.bug(bug);
+        }
+        // Nobody reads the events: what does not fit is counted and lost.
+        let Ok((manager, _)) = builder.start().await else {
+            self.watch.wrong("starts", "no manager could be built".into());
+            return std::future::pending().await;
+        };
+        self.lives += 1;
+        self.watch.lock().life = self.lives;
+        self.manager = Some(manager.clone());
+        for id in self.ids() {
+            follow(&self.watch, &manager, &id);
+        }
+        for pool in manager.pools().await.unwrap_or_default() {
+            let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
+            // A drain that may be given up may leave it running; one on demand may have been found so.
+            let asked = self.wanted.get(&pool.pool_id).copied().flatten();
+            let wanted = match (spec.activation, pool.hold) {
+                (Activation::Preload, false) => Some(true),
+                (_, true) if spec.on_deadline == OnDeadline::Force => asked.filter(|run| !run),
+                _ => None,
+            };
+            self.wanted.insert(pool.pool_id, wanted);
+        }
+        manager
+    }
+
+    /// The daemon is gone. Its clients do not know yet.
+    fn down(&mut self, how: Down) {
+        self.world.record(What::Down(how));
+        self.manager = None;
+        self.watch.lock().clients.iter_mut().for_each(|c| c.guard = None);
+        self.watch.judge(None);
     }
 
     async fn ask<T>(
@@ -149,105 +223,118 @@ impl Runner {
         answer.ok()
     }
 
-    async fn begin(&mut self, life: u32) {
-        self.world.record(What::Started(life));
-        self.watch.lock().life = life;
-        for f in self.followers.drain(..) {
-            f.abort();
-        }
-        for SimPool { spec, .. } in &self.schedule.pools {
-            self.followers.push(follow(&self.watch, &self.manager, &spec.id));
-        }
-    }
-
     /// Ends the manager in order; says what is left where nothing should be.
-    async fn shut_down(&mut self) {
-        let ids: Vec<PoolId> = self.schedule.pools.iter().map(|p| p.spec.id.clone()).collect();
+    async fn shut_down(&self, manager: &PoolManager) {
+        let ids = self.ids();
         for id in &ids {
             self.world.record(What::Asking(id.clone(), Verb::Shutdown));
         }
-        let in_time = self.manager.shutdown(Duration::from_secs(120)).await;
+        let in_time = manager.shutdown(SHUTDOWN).await;
         for id in &ids {
             self.world.record(What::Asked(id.clone(), Verb::Shutdown, in_time));
         }
-        self.watch.look(&self.manager).await;
-        let fenced = self.pictures().await.iter().any(|p| p.replicas.iter().any(|r| r.state == "fenced"));
-        let left = self.watch.lock().scene.alive().find(|p| in_time || !p.launch.unkillable).cloned();
+        self.watch.look(manager).await;
+        let fenced = pictures(manager).await.iter().any(|p| p.replicas.iter().any(|r| r.state == "fenced"));
+        let known = |p: &&super::truth::Process| !p.disowned && (in_time || !p.launch.unkillable);
+        let left = self.watch.lock().scene.alive().find(known).cloned();
         if !in_time && !fenced {
             self.watch.wrong("shutdown_ends", "it did not end within its deadline".into());
-        } else if let Some(p) = left {
-            self.watch.wrong("shutdown_ends", format!("it ended with in_time = {in_time}, and there is {p:?}"));
+        } else if let Some(p) = left.filter(|_| in_time) {
+            self.watch.wrong("shutdown_ends", format!("it ended in time, and there is {p:?}"));
         }
     }
 
-    async fn pictures(&self) -> Vec<PoolSnapshot> {
-        self.manager.pools().await.unwrap_or_default()
-    }
-
-    async fn act(&mut self, act: &Act) {
+    /// One act. `Break` when the daemon is gone, and its runtime with it.
+    async fn act(&mut self, act: &Act) -> ControlFlow<()> {
         let world = Arc::clone(&self.world);
         match *act {
             Act::Preload(at) => {
-                let id = self.pool(at).0;
-                self.ask(&id, Verb::Preload, self.manager.preload(&id)).await;
+                let (id, m) = (self.pool(at).0, self.up().await);
+                self.ask(&id, Verb::Preload, m.preload(&id)).await;
                 self.wanted.insert(id, Some(true));
             }
             Act::Drain(at, deadline, on_deadline) => {
-                let (id, spec) = self.pool(at);
+                let ((id, spec), m) = (self.pool(at), self.up().await);
                 let takes = deadline.unwrap_or(spec.drain_deadline);
                 let force = on_deadline.unwrap_or(spec.on_deadline) == OnDeadline::Force;
                 let verb = if force { Verb::Force(takes) } else { Verb::Abort(takes) };
-                self.ask(&id, verb, self.manager.drain(&id, DrainOptions { deadline, on_deadline })).await;
-                self.wanted.insert(id, force.then_some(false));
+                self.wanted.insert(id.clone(), force.then_some(false));
+                self.ask(&id, verb, m.drain(&id, DrainOptions { deadline, on_deadline })).await;
             }
             Act::Resume(at) => {
-                let (id, spec) = self.pool(at);
+                let ((id, spec), m) = (self.pool(at), self.up().await);
                 let wanted = (spec.activation == Activation::Preload).then_some(true);
-                self.ask(&id, Verb::Resume, self.manager.resume(&id)).await;
+                self.ask(&id, Verb::Resume, m.resume(&id)).await;
                 self.wanted.insert(id, wanted);
             }
             Act::Stop(at) => {
-                let id = self.pool(at).0;
-                self.ask(&id, Verb::Force(Duration::ZERO), self.manager.stop(&id)).await;
-                self.wanted.insert(id, Some(false));
+                let (id, m) = (self.pool(at).0, self.up().await);
+                self.wanted.insert(id.clone(), Some(false));
+                self.ask(&id, Verb::Force(Duration::ZERO), m.stop(&id)).await;
             }
             Act::Bounce(at) => {
-                let id = self.pool(at).0;
-                self.ask(&id, Verb::Force(Duration::ZERO), self.manager.stop(&id)).await;
-                self.ask(&id, Verb::Preload, self.manager.preload(&id)).await;
+                let (id, m) = (self.pool(at).0, self.up().await);
+                self.wanted.insert(id.clone(), Some(false));
+                self.ask(&id, Verb::Force(Duration::ZERO), m.stop(&id)).await;
+                self.ask(&id, Verb::Preload, m.preload(&id)).await;
                 self.wanted.insert(id, Some(true));
             }
             Act::Reset(at) => {
-                let id = self.pool(at).0;
-                self.ask(&id, Verb::Reset, self.manager.reset_breaker(&id)).await;
+                let (id, m) = (self.pool(at).0, self.up().await);
+                self.ask(&id, Verb::Reset, m.reset_breaker(&id)).await;
+            }
+            Act::Unfence(at) => {
+                let (uuid, m) = (world.uuid(at), self.up().await);
+                world.record(What::Unfenced(uuid.clone()));
+                // A device that is not there cannot be named.
+                let _ = m.unfence(&uuid).await;
             }
             Act::Take(at, n) => {
-                let id = self.pool(at).0;
+                let (id, m) = (self.pool(at).0, self.up().await);
                 for _ in 0..n {
-                    if let Ok((key, guard)) = self.manager.allocate_lease(&id) {
+                    if let Ok((key, guard)) = m.allocate_lease(&id) {
                         let pid = world.process_of(&key).unwrap_or(0);
-                        world.record(What::Granted(id.clone(), pid));
-                        self.watch.lock().guards.push((key, pid, guard));
+                        world.request(&id, pid, true);
+                        self.watch.lock().clients.push(Client { key, pid, guard: Some(guard) });
                     }
                 }
             }
-            Act::Release(n) => {
-                let mut at = 0;
-                self.watch.lock().guards.retain(|_| {
-                    at += 1;
-                    at % n != 0
-                });
-            }
+            Act::Release(n) => self.release(n),
             Act::Ask(at, ttl) => {
-                let (id, spec) = self.pool(at);
+                let ((id, spec), m) = (self.pool(at), self.up().await);
                 let demand = spec.activation == Activation::OnDemand;
-                if demand && !self.pictures().await.iter().any(|p| p.pool_id == id && p.hold) {
+                if demand && !pictures(&m).await.iter().any(|p| p.pool_id == id && p.hold) {
                     let plain = self.wanted.get(&id).copied().flatten();
                     self.wanted.insert(id.clone(), plain.filter(|w| *w));
                 }
-                self.ask(&id, Verb::Demand, self.manager.lease(&id, ttl)).await;
+                self.ask(&id, Verb::Demand, m.lease(&id, LeaseRequest::lasting(ttl))).await;
             }
-            Act::Restart => self.restart().await,
+            Act::Restart => {
+                let m = self.up().await;
+                self.shut_down(&m).await;
+                self.down(Down::Stopped);
+                return ControlFlow::Break(());
+            }
+            Act::Leave => {
+                let m = self.up().await;
+                world.record(What::Leaving);
+                if !m.leave(SHUTDOWN).await {
+                    self.watch.wrong("shutdown_ends", "it could not leave its engines in time".into());
+                }
+                self.down(Down::Left);
+                return ControlFlow::Break(());
+            }
+            Act::Kill | Act::Reboot | Act::Wipe => {
+                self.down(Down::Killed);
+                match act {
+                    Act::Reboot => world.reboot(),
+                    Act::Wipe => world.wipe(),
+                    _ => {}
+                }
+                return ControlFlow::Break(());
+            }
+            Act::Fuse(calls) => world.light(calls),
+            Act::Tamper(at) => world.tamper(&self.pool(at).0),
             Act::Sicken(at, seed) => {
                 let id = self.pool(at).0;
                 let rng = &mut fastrand::Rng::with_seed(seed);
@@ -257,58 +344,57 @@ impl Runner {
             }
             Act::Heal(at) => world.heal(&self.pool(at).0),
             Act::Crash(at) => world.crash(&self.pool(at).0),
-            Act::Health(at, n) => world.device(at, |d| d.shown.health = health(n)),
-            Act::Present(at, present) => world.device(at, |d| d.present = present),
-            Act::Foreign(at, gib) => world.device(at, |d| d.foreign = gib << 30),
+            Act::Health(at, n) => world.device(Some(at), |d| d.shown.health = health(n)),
+            Act::Present(at, present) => world.device(Some(at), |d| d.present = present),
+            Act::Foreign(at, gib) => world.device(Some(at), |d| d.foreign = gib << 30),
             Act::Ports(n) => world.take_ports(self.schedule.ports.clone().take(usize::from(n))),
             Act::Blind(blind) => world.blind(blind),
-            Act::LedgerBroken(broken) => {
-                world.record(What::Writable(!broken));
-                world.ledger.set_broken(broken);
-            }
-            Act::LedgerSlow(takes) => world.ledger.set_slow(takes),
-            Act::Models(n) => world.models.fail(match n {
-                0 => None,
-                1 => Some(Failure::new(FailureClass::Health, "the network is down")),
-                _ => Some(Failure::new(FailureClass::Artifact, "the model file is missing")),
+            Act::LedgerBroken(broken) => world.disk(|d| d.refuses = broken),
+            Act::LedgerSlow(takes) => world.disk(|d| d.takes = takes),
+            Act::Models(n) => world.models(|m| {
+                m.0 = match n {
+                    0 => None,
+                    1 => Some(Failure::new(FailureClass::Health, "the network is down")),
+                    _ => Some(Failure::new(FailureClass::Artifact, "the model file is missing")),
+                }
             }),
-            Act::ModelsSlow(takes) => world.models.set_slow(takes),
+            Act::ModelsSlow(takes) => world.models(|m| m.1 = takes),
             Act::Wait => {}
         }
+        ControlFlow::Continue(())
     }
 
-    async fn restart(&mut self) {
-        self.shut_down().await;
-        // What could not be killed keeps the next manager from its devices; no port can tell it so yet.
-        for SimPool { spec, .. } in &self.schedule.pools {
-            self.world.heal(&spec.id);
-        }
-        self.world.ledger.reopen();
-        let life = self.watch.lock().life + 1;
-        let Some(next) = manager(&self.world, &self.schedule, self.plant, life).await else { return };
-        self.manager = next;
-        self.begin(life).await;
-        for pool in self.pictures().await {
-            let spec = checks::spec_of(&self.schedule, &pool.pool_id);
-            let wanted = spec.is_some_and(|s| s.activation == Activation::Preload) && !pool.hold;
-            self.wanted.insert(pool.pool_id, Some(wanted));
+    /// Every `n`-th client is done.
+    fn release(&self, n: usize) {
+        let mut at = 0;
+        let done: Vec<Client> = {
+            let mut inner = self.watch.lock();
+            let (stay, go): (Vec<_>, Vec<_>) = std::mem::take(&mut inner.clients).into_iter().partition(|_| {
+                at += 1;
+                at % n != 0
+            });
+            inner.clients = stay;
+            go
+        };
+        for c in done {
+            // The request first: a slot that is free again has nobody in it.
+            self.world.request(&c.key.pool, c.pid, false);
         }
     }
 
     /// Faults stop and engines behave.
     fn calm(&self) {
         let world = &self.world;
+        world.help();
         for SimPool { spec, .. } in &self.schedule.pools {
             world.heal(&spec.id);
         }
         world.blind(false);
-        world.record(What::Writable(true));
-        world.ledger.set_broken(false);
-        world.ledger.set_slow(Duration::ZERO);
-        world.models.fail(None);
-        world.models.set_slow(Duration::ZERO);
+        world.disk(|d| *d = Disk::default());
+        world.models(|m| *m = (None, Duration::ZERO));
         world.take_ports([]);
-        world.each_device(|d| (d.present, d.foreign, d.shown.health) = (true, 0, DeviceHealth::Ok));
+        world.device(None, |d| (d.present, d.foreign, d.shown.health) = (true, 0, DeviceHealth::Ok));
+        self.release(1);
     }
 
     /// The longest that a pool's own numbers allow before it is Ready, with good engines.
@@ -336,10 +422,10 @@ impl Runner {
     }
 
     /// Why the node does not rest as it should: a pool that should run is not Ready, or something is under way.
-    async fn unrest(&self) -> Option<String> {
-        let node = self.manager.node().await.unwrap_or_default();
+    async fn unrest(&self, m: &PoolManager) -> Option<String> {
+        let node = m.node().await.unwrap_or_default();
         let mut waiting = Vec::new();
-        for pool in self.pictures().await {
+        for pool in pictures(m).await {
             let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
             let wanted = self.wanted.get(&pool.pool_id).copied().flatten();
             for r in &pool.replicas {
@@ -347,8 +433,9 @@ impl Runner {
                 if waits {
                     waiting.push(pool.pool_id.clone());
                 }
+                let yields = checks::yields(spec) && r.state == "idle";
                 let rests = match wanted {
-                    Some(true) => r.ready || r.state == "failed" || waits,
+                    Some(true) => r.ready || r.state == "failed" || waits || yields,
                     Some(false) => matches!(r.state, "idle" | "failed"),
                     None => r.ready || matches!(r.state, "idle" | "failed") || waits,
                 };
@@ -358,8 +445,7 @@ impl Runner {
                 }
             }
         }
-        let running = self
-            .manager
+        let running = m
             .operations()
             .await
             .unwrap_or_default()
@@ -368,10 +454,10 @@ impl Runner {
         running.map(|o| format!("operation {} of {} is still running: {}", o.verb, o.pool_id, o.progress))
     }
 
-    async fn settle(&self, what: &'static str) {
+    async fn settle(&self, m: &PoolManager, what: &'static str) {
         let end = self.world.now() + self.patience();
         let mut nap = Duration::from_millis(200);
-        while let Some(why) = self.unrest().await {
+        while let Some(why) = self.unrest(m).await {
             if self.world.now() > end {
                 self.watch.wrong(what, why);
                 return;
@@ -381,105 +467,114 @@ impl Runner {
         }
     }
 
-    async fn go(&mut self) {
-        self.begin(0).await;
-        for step in std::mem::take(&mut self.schedule.steps) {
-            self.world.record(What::Step(format!("{:?}", step.act)));
-            self.act(&step.act).await;
-            self.watch.look(&self.manager).await;
-            tokio::time::sleep(step.then).await;
-            self.watch.look(&self.manager).await;
+    /// What is left of this life. `Break` when the schedule is done.
+    async fn live(&mut self) -> ControlFlow<()> {
+        if self.at == 0 {
+            self.up().await;
         }
-        self.world.record(What::Step("calm".into()));
+        while let Some(step) = self.schedule.steps.get(self.at).cloned() {
+            self.at += 1;
+            self.world.record(What::Step(format!("{:?}", step.act)));
+            let gone = self.act(&step.act).await.is_break();
+            self.look().await;
+            if gone {
+                // What passes until the next step is a part of the next life.
+                self.schedule.steps.insert(self.at, super::schedule::Step { act: Act::Wait, then: step.then });
+                return ControlFlow::Continue(());
+            }
+            tokio::time::sleep(step.then).await;
+            self.look().await;
+        }
+        if !std::mem::replace(&mut self.calm, true) {
+            self.world.record(What::Step("calm".into()));
+        }
         self.calm();
-        self.watch.lock().guards.clear();
-        self.settle("settles").await;
-        let ids: Vec<PoolId> = self.schedule.pools.iter().map(|p| p.spec.id.clone()).collect();
-        for id in ids {
-            self.ask(&id, Verb::Preload, self.manager.preload(&id)).await;
+        let m = self.up().await;
+        self.settle(&m, "settles").await;
+        for id in self.ids() {
+            self.ask(&id, Verb::Preload, m.preload(&id)).await;
             self.wanted.insert(id, Some(true));
         }
-        self.settle("becomes_ready").await;
-        self.watch.look(&self.manager).await;
-        for pool in self.pictures().await {
+        self.settle(&m, "becomes_ready").await;
+        self.watch.look(&m).await;
+        for pool in pictures(&m).await {
             if let Some(r) = pool.replicas.iter().find(|r| r.state == "failed") {
                 self.watch.wrong("becomes_ready", format!("{} failed with good engines: {}", pool.pool_id, r.reason));
             }
         }
-        self.shut_down().await;
-        let handoffs = self.world.ledger.handoffs();
+        self.shut_down(&m).await;
+        let handoffs = self.world.handoffs();
         if !handoffs.is_empty() {
             self.watch.wrong("handoffs_end", format!("{handoffs:?}"));
         }
+        ControlFlow::Break(())
+    }
+
+    async fn look(&self) {
+        match &self.manager {
+            Some(m) => self.watch.look(m).await,
+            None => self.watch.judge(None),
+        }
+    }
+
+    /// One life, to its end, which may come at any moment. `Break` when there is to be no other.
+    async fn life(&mut self) -> ControlFlow<()> {
+        let (world, watch) = (Arc::clone(&self.world), Arc::clone(&self.watch));
+        world.enter();
+        let next = tokio::select! {
+            biased;
+            () = watch.found.notified() => ControlFlow::Break(()),
+            () = world.blown.notified() => {
+                self.down(Down::Killed);
+                ControlFlow::Continue(())
+            }
+            next = self.live() => next,
+        };
+        world.leave();
+        next
     }
 }
 
-/// A small model, as its header would tell.
-fn header() -> ModelProfile {
-    let kv = KvShape { heads_kv: 8, key_length: 128, value_length: 128, window: None };
-    let layer =
-        LayerProfile { bytes: 300 << 20, heads: 32, kv: Some(kv), feed_forward_length: 8192, ..Default::default() };
-    ModelProfile {
-        format: ModelFormat::Gguf,
-        architecture: "llama".into(),
-        layers: vec![layer; 8],
-        input_bytes: 100 << 20,
-        output_bytes: 100 << 20,
-        other_bytes: 0,
-        tied_embeddings: false,
-        embedding_bytes: 100 << 20,
-        embedding_length: 4096,
-        context_length: 32_768,
-        vocabulary: 32_000,
-        experts: 0,
-        experts_used: 0,
-        quantisation: "Q8_0".into(),
-        tensor_bytes: 3 << 30,
-        header_digest: "sha256:sim".into(),
-    }
+async fn pictures(m: &PoolManager) -> Vec<PoolSnapshot> {
+    m.pools().await.unwrap_or_default()
 }
 
-async fn run_paused(schedule: Schedule, plant: Plant) -> Outcome {
-    let world = World::new(schedule.devices.clone(), schedule.provable, plant);
-    world.models.set_profile(header());
-    let mut wanted = BTreeMap::new();
-    for SimPool { spec, well, memory } in &schedule.pools {
-        world.add_pool(&spec.id, well, *memory);
-        wanted.insert(spec.id.clone(), Some(spec.activation == Activation::Preload));
-    }
+/// Runs a schedule.
+///
+/// # Panics
+/// When no runtime can be built.
+#[must_use]
+pub fn run(schedule: Schedule, plant: Plant) -> Outcome {
+    let world = World::new(&schedule, plant);
     let inner = Inner {
         invariants: checks::all(),
         scene: Scene::default(),
         seen: 0,
         life: 0,
         violation: None,
-        guards: Vec::new(),
+        clients: Vec::new(),
     };
     let (found, inner) = (Notify::new(), Mutex::new(inner));
     let watch = Arc::new(Watch { world: Arc::clone(&world), schedule: schedule.clone(), found, inner });
-    if let Some(manager) = manager(&world, &schedule, plant, 0).await {
-        let (world, watch) = (Arc::clone(&world), Arc::clone(&watch));
-        let followers = Vec::new();
-        let mut runner = Runner { world, watch: Arc::clone(&watch), schedule, plant, manager, followers, wanted };
-        tokio::select! {
-            biased;
-            () = watch.found.notified() => {}
-            () = runner.go() => {}
+    let mut runner = Runner {
+        world: Arc::clone(&world),
+        watch: Arc::clone(&watch),
+        schedule,
+        plant,
+        manager: None,
+        at: 0,
+        lives: 0,
+        calm: false,
+        wanted: BTreeMap::new(),
+    };
+    loop {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        let runtime = runtime.expect("a runtime without input and output needs nothing");
+        if runtime.block_on(runner.life()).is_break() {
+            break;
         }
-    } else {
-        watch.wrong("starts", "no manager could be built".into());
     }
     let log: Vec<Entry> = world.log_from(0);
     let violation = watch.lock().violation.take();
     Outcome { violation, log, lasted: world.now() }
-}
-
-/// Runs a schedule in a runtime of its own.
-///
-/// # Panics
-/// When no runtime can be built.
-#[must_use]
-pub fn run(schedule: Schedule, plant: Plant) -> Outcome {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-    runtime.expect("a runtime without input and output needs nothing").block_on(run_paused(schedule, plant))
 }

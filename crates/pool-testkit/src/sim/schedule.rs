@@ -48,8 +48,22 @@ pub enum Act {
     Release(usize),
     /// Ask a pool for a lease over the wire.
     Ask(usize, Duration),
-    /// End the daemon in order and start it again.
+    /// End the daemon in order. Whoever needs one starts it again.
     Restart,
+    /// End it in order, and leave its engines.
+    Leave,
+    /// Kill it.
+    Kill,
+    /// Kill it at the n-th call of a port from now on.
+    Fuse(u32),
+    /// Start the machine anew.
+    Reboot,
+    /// Kill the daemon and delete its state directory.
+    Wipe,
+    /// Forge the records of a pool's engines.
+    Tamper(usize),
+    /// Say that nothing is left on a device.
+    Unfence(usize),
     /// A pool's engines behave worse in up to three ways; the seed says which.
     Sicken(usize, u64),
     /// They behave well again.
@@ -96,8 +110,14 @@ pub struct Schedule {
     pub devices: Vec<SimDevice>,
     /// Whether residency can be proved.
     pub provable: bool,
+    /// Whether the driver tells what others use.
+    pub tells_foreign: bool,
+    /// Whether engines have cgroups of their own.
+    pub cgroups: bool,
     /// Ports engines may have.
     pub ports: std::ops::RangeInclusive<u16>,
+    /// How long a replica that became Ready neither stops unused nor gives way.
+    pub min_ready_time: Duration,
     /// Its pools.
     pub pools: Vec<SimPool>,
     /// What happens.
@@ -129,7 +149,12 @@ fn policy(rng: &mut Rng) -> Policy {
         backoff: backoff.unwrap_or_default(),
         breaker: breaker.unwrap_or_default(),
         start: StartPolicy { stall: seconds(rng, 15..=40), max: seconds(rng, 60..=120) },
-        health: HealthPolicy { interval: seconds(rng, 2..=10), timeout: seconds(rng, 1..=5), failures: rng.u32(2..=4) },
+        health: HealthPolicy {
+            interval: seconds(rng, 2..=10),
+            timeout: seconds(rng, 1..=5),
+            failures: rng.u32(2..=4),
+            ..HealthPolicy::default()
+        },
         stop: StopPolicy { grace: seconds(rng, 0..=30), prove: seconds(rng, 2..=10) },
     }
 }
@@ -137,7 +162,7 @@ fn policy(rng: &mut Rng) -> Policy {
 fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
     let mut spec = PoolSpec {
         replicas: if one_in(rng, 3) { 2 } else { 1 },
-        activation: if one_in(rng, 3) { Activation::OnDemand } else { Activation::Preload },
+        activation: if rng.bool() { Activation::OnDemand } else { Activation::Preload },
         slots: rng.u16(1..=4),
         vram: Some(rng.u64(1..=9) * GIB),
         policy: policy(rng),
@@ -145,6 +170,12 @@ fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
         on_deadline: if one_in(rng, 4) { OnDeadline::Abort } else { OnDeadline::Force },
         ..spec(&format!("p{at}"))
     };
+    if spec.activation == Activation::OnDemand {
+        // Often more than fits beside others.
+        spec.vram = Some(rng.u64(3..=9) * GIB);
+        spec.idle_ttl = if rng.bool() { Some(seconds(rng, 1..=30)) } else { None };
+        spec.pin = one_in(rng, 6);
+    }
     let on = |text: String| text.parse().unwrap_or(DeviceMask::Auto);
     spec.devices = match rng.u32(0..6) {
         0 => vec![DeviceMask::All],
@@ -186,9 +217,18 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
         38..=41 => Act::Release(rng.usize(1..=3)),
         42..=45 => Act::Ask(at, millis(rng, 100..=30_000)),
         46 => Act::Restart,
-        47..=60 => Act::Sicken(at, rng.u64(..)),
-        61..=68 => Act::Heal(at),
-        69..=76 => Act::Crash(at),
+        47 => Act::Leave,
+        48..=49 => Act::Kill,
+        50..=53 => Act::Fuse(rng.u32(1..=60)),
+        54 => match rng.u32(0..4) {
+            0 => Act::Reboot,
+            1 => Act::Wipe,
+            2 => Act::Tamper(at),
+            _ => Act::Unfence(at),
+        },
+        55..=64 => Act::Sicken(at, rng.u64(..)),
+        65..=70 => Act::Heal(at),
+        71..=76 => Act::Crash(at),
         77..=79 => Act::Health(at, rng.u8(0..=3)),
         80..=81 => Act::Present(at, rng.bool()),
         82..=84 => Act::Foreign(at, rng.u64(0..=20)),
@@ -199,6 +239,28 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
         92..=93 => Act::Models(rng.u8(0..=2)),
         94 => Act::ModelsSlow(millis(rng, 0..=9_000)),
         _ => Act::Wait,
+    }
+}
+
+/// One act. Some bad moments are too short to be met by chance.
+fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
+    let first = Step { act: act(rng, ports), then: pause(rng) };
+    match first.act {
+        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 6) => {
+            let kill = Step { act: Act::Kill, then: millis(rng, 0..=300) };
+            let pool = rng.usize(0..12);
+            vec![
+                Step { then: millis(rng, 50..=5_000), ..first },
+                kill,
+                Step { act: Act::Ask(pool, millis(rng, 100..=9_000)), then: pause(rng) },
+            ]
+        }
+        Act::Drain(at, ..) if one_in(rng, 3) => {
+            let take = |then| Step { act: Act::Take(at, 1), then };
+            let soon = millis(rng, 0..=300);
+            vec![take(Duration::ZERO), Step { then: soon, ..first }, take(pause(rng))]
+        }
+        _ => vec![first],
     }
 }
 
@@ -226,11 +288,13 @@ impl Schedule {
         let devices: Vec<SimDevice> = (0..count).map(|at| device(rng, at)).collect();
         let pools = rng.usize(1..=4);
         let pools: Vec<SimPool> = (0..pools).map(|at| pool(rng, at, count, pools == 1)).collect();
+        let min_ready_time = seconds(rng, 0..=30);
         let ports = 42_000..=42_000 + rng.u16(7..=15);
         let width = ports.end() - ports.start() + 1;
         let steps = rng.usize(4..=28);
-        let steps = (0..steps).map(|_| Step { act: act(rng, width), then: pause(rng) }).collect();
-        Self { seed, devices, provable: rng.bool(), ports, pools, steps }
+        let steps = (0..steps).flat_map(|_| acts(rng, width)).collect();
+        let (provable, tells_foreign, cgroups) = (rng.bool(), rng.bool(), rng.bool());
+        Self { seed, devices, provable, tells_foreign, cgroups, ports, min_ready_time, pools, steps }
     }
 }
 
@@ -247,7 +311,11 @@ pub fn health(n: u8) -> DeviceHealth {
 
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "seed {}: residency {}", self.seed, if self.provable { "provable" } else { "claimed" })?;
+        let Self { seed, provable, tells_foreign, cgroups, min_ready_time, .. } = self;
+        writeln!(
+            f,
+            "seed {seed}: residency provable: {provable}, use by others told: {tells_foreign}, cgroups: {cgroups}, stays for {min_ready_time:?}"
+        )?;
         for d in &self.devices {
             let (total, kept) = (d.shown.vram_total / GIB, d.shown.vram_reserved / (1 << 20));
             writeln!(f, "  device {}: {total} GiB, {kept} MiB kept by the driver", d.shown.index)?;
@@ -255,12 +323,14 @@ impl fmt::Display for Schedule {
         for SimPool { spec, well, memory } in &self.pools {
             writeln!(
                 f,
-                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
+                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, idle {:?}, pin {}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
                 spec.id,
                 spec.replicas,
                 spec.devices,
                 spec.vram.map(|v| v / GIB),
                 spec.activation,
+                spec.idle_ttl,
+                spec.pin,
                 spec.slots,
                 spec.tensor_split,
                 well.load,

@@ -16,6 +16,8 @@ pub enum Health {
     Failing,
     /// That it is something else.
     Wrong,
+    /// That it serves and that it does not, in turns of this length.
+    Flapping(Duration),
 }
 
 /// Where it holds its memory.
@@ -70,8 +72,10 @@ pub struct Script {
     pub health: Health,
     /// Time an answer about its health takes.
     pub health_takes: Duration,
-    /// Requests it says it works on; unset = it does not say.
+    /// Requests of others that it says it works on as well; unset = it does not say how busy it is.
     pub busy: Option<u16>,
+    /// How long after its end its memory is free.
+    pub memory_lag: Duration,
     /// Where it holds its memory.
     pub held: Held,
 }
@@ -101,15 +105,17 @@ impl Script {
             health: Health::Fine,
             health_takes: Duration::ZERO,
             busy: Some(0),
+            memory_lag: Duration::ZERO,
             held: Held::There,
         }
     }
 
     /// What it says of its health once it serves.
     #[must_use]
-    pub fn up(&self) -> Up {
+    pub fn up(&self, now: Duration) -> Up {
         match self.health {
-            Health::Fine => Up::Serving,
+            Health::Flapping(turn) if now.as_millis() / turn.as_millis().max(1) % 2 == 1 => Up::Failed("503".into()),
+            Health::Fine | Health::Flapping(_) => Up::Serving,
             Health::Failing => Up::Failed("500".into()),
             Health::Wrong => Up::Wrong("a web server".into()),
         }
@@ -118,7 +124,7 @@ impl Script {
     /// One more thing is wrong with it; says what, as one word.
     pub fn sicken(&mut self, rng: &mut Rng) -> &'static str {
         let ms = |rng: &mut Rng, range: std::ops::Range<u64>| Duration::from_millis(rng.u64(range));
-        match rng.u32(0..22) {
+        match rng.u32(0..25) {
             0 => {
                 self.preflight = Some(Failure::new(FailureClass::DriverError, "the driver does not answer"));
                 "preflight_fails"
@@ -189,7 +195,11 @@ impl Script {
                 "hangs"
             }
             18 => {
-                self.health = if rng.bool() { Health::Failing } else { Health::Wrong };
+                self.health = match rng.u32(0..3) {
+                    0 => Health::Failing,
+                    1 => Health::Wrong,
+                    _ => Health::Flapping(ms(rng, 500..20_000)),
+                };
                 "health_fails"
             }
             19 => {
@@ -199,6 +209,15 @@ impl Script {
             20 => {
                 self.held = if rng.bool() { Held::Nowhere } else { Held::Elsewhere };
                 "residency_lies"
+            }
+            21 => {
+                let class = if rng.bool() { FailureClass::DriverError } else { FailureClass::GpuLost };
+                (self.dies_after, self.death) = (Some(ms(rng, 0..20_000)), Failure::new(class, "Xid 31"));
+                "dies_of_driver"
+            }
+            22 | 23 => {
+                self.memory_lag = ms(rng, 100..15_000);
+                "memory_returns_late"
             }
             _ => {
                 self.exit_lag = ms(rng, 1..3_000);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Outcome, Plant, Schedule, Violation, run};
 
 /// Lines of the record that are shown before a violation.
-const SHOWN: usize = 60;
+const SHOWN: usize = 400;
 
 /// A seed that fails, and the shortest schedule found that still does.
 #[derive(Debug, Clone)]

@@ -26,18 +26,45 @@ pub enum What {
     Asked(PoolId, Verb, bool),
     /// The manager was started; how often before.
     Started(u32),
-    /// Facts can be written or not.
-    Writable(bool),
+    /// It is told to leave its engines.
+    Leaving,
+    /// It is gone, and how.
+    Down(Down),
+    /// The machine was started anew.
+    Rebooted,
+    /// The state directory was deleted.
+    Wiped,
+    /// The records of a pool's engines were changed by somebody.
+    Tampered(PoolId),
+    /// A person says that nothing is left on a device.
+    Unfenced(String),
+    /// Facts can be written at once, or not so.
+    DiskWell(bool),
+    /// What strangers hold of each device, where the driver tells.
+    Foreign(Vec<(String, u64)>),
+    /// Whether the engines of a pool hang.
+    Hangs(PoolId, bool),
     /// From now on engines of this pool, or of all, may behave badly.
     Ill(Option<PoolId>),
     /// From now on they behave well again.
     Well(Option<PoolId>),
     /// A launch was asked of the host.
-    Launching(ReplicaKey, Generation),
+    Launching {
+        /// For whom.
+        key: ReplicaKey,
+        /// Which attempt.
+        generation: Generation,
+        /// Its devices with the bytes promised there.
+        devices: Vec<(String, u64)>,
+    },
+    /// It was refused, for something of an earlier engine is left.
+    Refused(ReplicaKey, Generation),
     /// It brought nothing.
     LaunchFailed(ReplicaKey, Generation),
     /// It brought a process.
     Launched(Launch),
+    /// The daemon that asked for it has it.
+    Answered(u32),
     /// A process said that it serves the right model.
     Identified(u32),
     /// A process finished one unit of work.
@@ -50,8 +77,21 @@ pub enum What {
     Ended(u32),
     /// Nothing of it is left.
     Gone(u32),
-    /// A slot was granted in process.
+    /// A slot was granted in process, and a request runs there.
     Granted(PoolId, u32),
+    /// Such a request is done.
+    Released(u32),
+}
+
+/// How a daemon goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Down {
+    /// Killed.
+    Killed,
+    /// In order, engines and all.
+    Stopped,
+    /// In order; its engines live on.
+    Left,
 }
 
 /// A process at its birth.
@@ -63,10 +103,8 @@ pub struct Launch {
     pub key: ReplicaKey,
     /// The start attempt.
     pub generation: Generation,
-    /// Its devices.
-    pub devices: Vec<String>,
-    /// Bytes on each of them that it was promised.
-    pub bytes: u64,
+    /// Its devices, with the bytes it was promised on each.
+    pub devices: Vec<(String, u64)>,
     /// Whether the generation was durable at that moment.
     pub durable: bool,
     /// Whether a stranger listens on its port: whatever becomes of it may be taken for that.
@@ -75,6 +113,16 @@ pub struct Launch {
     pub unkillable: bool,
     /// How late its end will be seen.
     pub exit_lag: Duration,
+    /// Requests of others that it says it works on; unset = it does not say how busy it is.
+    pub busy: Option<u16>,
+}
+
+impl Launch {
+    /// What it was promised on a device.
+    #[must_use]
+    pub fn on(&self, uuid: &str) -> Option<u64> {
+        self.devices.iter().find(|(u, _)| u == uuid).map(|(_, bytes)| *bytes)
+    }
 }
 
 /// A command.
@@ -102,6 +150,12 @@ impl Verb {
     pub fn ends(self) -> bool {
         matches!(self, Self::Force(_) | Self::Abort(_) | Self::Shutdown)
     }
+
+    /// Whether a pool that was stopped may start engines after it.
+    #[must_use]
+    pub fn lifts_hold(self) -> bool {
+        matches!(self, Self::Preload | Self::Resume)
+    }
 }
 
 /// One process.
@@ -113,10 +167,24 @@ pub struct Process {
     pub at: Duration,
     /// When its launch was asked for.
     pub began: Duration,
+    /// When a daemon could first do something about it.
+    pub known: Option<Duration>,
     /// It said that it serves the right model.
     pub identified: bool,
     /// It finished a unit of work, and when first.
     pub worked: Option<Duration>,
+    /// The same, and when last.
+    pub worked_last: Option<Duration>,
+    /// Requests that it works on, and when there last were any.
+    pub requests: u32,
+    /// When it last had a request.
+    pub busy_until: Option<Duration>,
+    /// When its pool was first told to end its engines.
+    pub told: Option<Duration>,
+    /// A person said that nothing is left of it, or that it is on no record any more.
+    pub disowned: bool,
+    /// It is not as it is recorded.
+    pub forged: bool,
     /// TERM or KILL was sent, and when first.
     pub signalled: Option<Duration>,
     /// Its main process ended.
@@ -127,8 +195,13 @@ pub struct Process {
     pub blameless: bool,
 }
 
+/// What a write takes on a disk that is well, with whatever leads to it.
+const SHORTLY: Duration = Duration::from_millis(200);
+/// Nothing is tried again later than this.
+const TRIED_AGAIN: Duration = Duration::from_secs(8);
+
 /// What exists, replayed from the record alone.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Scene {
     /// Every process ever.
     pub processes: BTreeMap<u32, Process>,
@@ -139,6 +212,36 @@ pub struct Scene {
     cured: BTreeMap<Option<PoolId>, Duration>,
     /// When each pool was last told to end its engines.
     told_to_end: BTreeMap<PoolId, Duration>,
+    /// Pools whose hold was lifted, which is not written down yet for all that is known.
+    lifting: BTreeSet<PoolId>,
+    /// Pools with a drain that may be given up, or was.
+    given_up: BTreeSet<PoolId>,
+    /// Since when facts can be written at once; never unset but at times.
+    disk_well: Option<Duration>,
+    /// Since when the daemon is gone, if it is.
+    pub down: Option<Duration>,
+    /// When it was started last.
+    pub up: Duration,
+    /// It leaves its engines: what it shows is what it saw last.
+    pub leaving: bool,
+}
+
+impl Default for Scene {
+    fn default() -> Self {
+        Self {
+            processes: BTreeMap::new(),
+            ill: BTreeSet::new(),
+            began: BTreeMap::new(),
+            cured: BTreeMap::new(),
+            told_to_end: BTreeMap::new(),
+            lifting: BTreeSet::new(),
+            given_up: BTreeSet::new(),
+            disk_well: Some(Duration::ZERO),
+            down: None,
+            up: Duration::ZERO,
+            leaving: false,
+        }
+    }
 }
 
 impl Scene {
@@ -155,6 +258,20 @@ impl Scene {
         }
     }
 
+    /// Whether all that was known before `when` is written down: at once on a disk that is well; once it is well again,
+    /// after the longest pause between two tries.
+    #[must_use]
+    pub fn written(&self, when: Duration, now: Duration) -> bool {
+        let since = |well: Duration| if well < when { when + SHORTLY } else { well.max(when) + TRIED_AGAIN };
+        self.disk_well.is_some_and(|well| now > since(well))
+    }
+
+    /// Whether facts can be written at once.
+    #[must_use]
+    pub fn disk_well(&self) -> bool {
+        self.disk_well.is_some()
+    }
+
     /// Takes in what happened.
     pub fn saw(&mut self, Entry { at, what }: &Entry) {
         let at = *at;
@@ -168,37 +285,103 @@ impl Scene {
             }
             What::Asking(pool, verb) | What::Asked(pool, verb, _) if verb.ends() => {
                 self.blame(Some(pool));
+                if matches!(verb, Verb::Abort(_)) {
+                    self.given_up.insert(pool.clone());
+                }
                 self.told_to_end.insert(pool.clone(), at);
+                for p in self.processes.values_mut().filter(|p| p.launch.key.pool == *pool) {
+                    p.told = p.told.or(Some(at));
+                }
             }
-            What::Launching(key, _) => {
+            What::Asking(pool, verb) if verb.lifts_hold() => {
+                self.given_up.remove(pool);
+                self.lifting.insert(pool.clone());
+            }
+            What::Asked(pool, verb, true) if verb.lifts_hold() && self.written(Duration::ZERO, at) => {
+                self.lifting.remove(pool);
+            }
+            What::DiskWell(true) => self.disk_well = self.disk_well.or(Some(at)),
+            What::DiskWell(false) => self.disk_well = None,
+            What::Leaving => self.leaving = true,
+            What::Down(_) => {
+                self.down = Some(at);
+                let lifting = std::mem::take(&mut self.lifting);
+                // The next daemon may find the hold that was lifted.
+                if !self.written(Duration::ZERO, at) {
+                    lifting.iter().for_each(|pool| self.blame(Some(pool)));
+                }
+                // A drain that was given up leaves an engine that serves, and a hold, which the next daemon follows.
+                self.given_up.clone().iter().for_each(|pool| self.blame(Some(pool)));
+            }
+            What::Started(_) => {
+                (self.down, self.up, self.leaving) = (None, at, false);
+                self.processes.values_mut().for_each(|p| p.known = p.known.or(Some(at)));
+            }
+            What::Answered(pid) => self.with(*pid, |p| p.known = Some(at)),
+            What::Rebooted => {
+                for p in self.processes.values_mut() {
+                    (p.ended, p.gone, p.requests) = (p.ended.or(Some(at)), p.gone.or(Some(at)), 0);
+                }
+            }
+            What::Wiped => {
+                self.blame(None);
+                self.processes.values_mut().for_each(|p| p.disowned |= p.gone.is_none());
+            }
+            What::Tampered(pool) => {
+                self.blame(Some(pool));
+                for p in self.processes.values_mut().filter(|p| p.launch.key.pool == *pool) {
+                    p.forged |= p.gone.is_none();
+                }
+            }
+            What::Unfenced(uuid) => {
+                self.processes.values_mut().for_each(|p| p.disowned |= p.gone.is_none() && p.launch.on(uuid).is_some());
+            }
+            What::Launching { key, .. } => {
                 self.began.insert(key.clone(), at);
             }
-            What::Launched(launch) => {
-                let (pool, began) = (&launch.key.pool, self.began.get(&launch.key).copied().unwrap_or(at));
-                let told = self.told_to_end.get(pool).is_some_and(|told| *told >= began);
-                let since = |whose: &Option<PoolId>| self.cured.get(whose).is_some_and(|cured| *cured >= began);
-                let ill = [None, Some(pool.clone())].iter().any(|whose| self.ill.contains(whose) || since(whose));
-                let blameless = !told && !ill;
-                let process = Process {
-                    began,
-                    launch: launch.clone(),
-                    at,
-                    identified: false,
-                    worked: None,
-                    signalled: None,
-                    ended: None,
-                    gone: None,
-                    blameless,
-                };
-                self.processes.insert(launch.pid, process);
-            }
+            What::Launched(launch) => self.born(launch, at),
             What::Identified(pid) => self.with(*pid, |p| p.identified = true),
-            What::Worked(pid) => self.with(*pid, |p| p.worked = p.worked.or(Some(at))),
+            What::Worked(pid) => {
+                self.with(*pid, |p| (p.worked, p.worked_last) = (p.worked.or(Some(at)), Some(at)));
+            }
+            What::Granted(_, pid) => self.with(*pid, |p| p.requests += 1),
+            What::Released(pid) => {
+                self.with(*pid, |p| (p.requests, p.busy_until) = (p.requests.saturating_sub(1), Some(at)));
+            }
             What::Term(pid) | What::Kill(pid) => self.with(*pid, |p| p.signalled = p.signalled.or(Some(at))),
-            What::Ended(pid) => self.with(*pid, |p| p.ended = p.ended.or(Some(at))),
+            What::Ended(pid) => self.with(*pid, |p| {
+                p.busy_until = if p.requests > 0 { Some(at) } else { p.busy_until };
+                (p.ended, p.requests) = (p.ended.or(Some(at)), 0);
+            }),
             What::Gone(pid) => self.with(*pid, |p| p.gone = p.gone.or(Some(at))),
             _ => {}
         }
+    }
+
+    fn born(&mut self, launch: &Launch, at: Duration) {
+        let (pool, began) = (&launch.key.pool, self.began.get(&launch.key).copied().unwrap_or(at));
+        let told = self.told_to_end.get(pool).filter(|told| **told >= began).copied();
+        let since = |whose: &Option<PoolId>| self.cured.get(whose).is_some_and(|cured| *cured >= began);
+        let ill = [None, Some(pool.clone())].iter().any(|whose| self.ill.contains(whose) || since(whose));
+        let process = Process {
+            began,
+            launch: launch.clone(),
+            at,
+            known: None,
+            identified: false,
+            worked: None,
+            worked_last: None,
+            requests: 0,
+            busy_until: None,
+            told,
+            disowned: false,
+            forged: false,
+            signalled: None,
+            ended: None,
+            gone: None,
+            blameless: told.is_none() && !ill,
+        };
+        self.processes.insert(launch.pid, process);
     }
 
     fn with(&mut self, pid: u32, change: impl FnOnce(&mut Process)) {
@@ -216,14 +399,25 @@ impl fmt::Display for Entry {
             What::Asking(pool, verb) => write!(f, "asking {pool}: {verb:?}"),
             What::Asked(pool, verb, ok) => write!(f, "answered {pool}: {verb:?} {}", if *ok { "yes" } else { "no" }),
             What::Started(life) => write!(f, "manager {life} starts"),
-            What::Writable(yes) => write!(f, "facts can be written: {yes}"),
+            What::Leaving => f.write_str("the manager is to leave its engines"),
+            What::Down(how) => write!(f, "the manager is gone: {how:?}"),
+            What::Rebooted => f.write_str("the machine was started anew"),
+            What::Wiped => f.write_str("the state directory was deleted"),
+            What::Tampered(pool) => write!(f, "the records of {pool} were forged"),
+            What::Unfenced(uuid) => write!(f, "a person says that nothing is left on {uuid}"),
+            What::DiskWell(yes) => write!(f, "the disk is well: {yes}"),
+            What::Foreign(of) => write!(f, "strangers hold {of:?}"),
+            What::Hangs(pool, yes) => write!(f, "engines of {pool} hang: {yes}"),
+            What::Refused(key, g) => write!(f, "launch of {key} generation {} refused: its lock is held", g.0),
+            What::Released(pid) => write!(f, "a request on process {pid} is done"),
             What::Ill(pool) => write!(f, "ill: {}", pool.as_ref().map_or("all", PoolId::as_str)),
             What::Well(pool) => write!(f, "well: {}", pool.as_ref().map_or("all", PoolId::as_str)),
-            What::Launching(key, g) => write!(f, "launch of {key:?} generation {} begins", g.0),
-            What::LaunchFailed(key, g) => write!(f, "launch of {key:?} generation {} failed", g.0),
+            What::Launching { key, generation, .. } => write!(f, "launch of {key} generation {} begins", generation.0),
+            What::LaunchFailed(key, g) => write!(f, "launch of {key} generation {} failed", g.0),
             What::Launched(l) => {
-                write!(f, "process {} of {:?} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices)
+                write!(f, "process {} of {} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices)
             }
+            What::Answered(pid) => write!(f, "process {pid} is known"),
             What::Identified(pid) => write!(f, "process {pid} named its model"),
             What::Worked(pid) => write!(f, "process {pid} did one unit of work"),
             What::Term(pid) => write!(f, "TERM to process {pid}"),

@@ -1,29 +1,25 @@
-//! The simulated node: devices, ports and engines, with a record of the truth.
+//! The simulated node: devices, ports, engines and a state directory, with a record of the truth. It outlives the daemon:
+//! every life of one is a runtime of its own, and what is under way here goes on in the next.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use async_trait::async_trait;
+use fastrand::Rng;
 use pool_domain::failure::Exit;
 use pool_domain::plan::EngineMemory;
-use pool_domain::{DeviceSnapshot, Failure, FailureClass, PoolId, ReplicaKey};
-use pool_services::ports::{
-    Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Holder, Identity, Listener, NotAdmitted,
-    NotAdopted, PrepareRequest, PreparedEngine, Residency, RunningEngine, StateLedger, Up,
-};
-use pool_services::spec::PoolSpec;
-use tokio::sync::watch;
+use pool_domain::{DeviceSnapshot, Failure, PoolId, ReplicaKey};
+use pool_services::ports::{Holder, Residency};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 
 use super::Plant;
+use super::ledger::Facts;
+use super::schedule::SimPool;
 use super::script::{Held, Script};
 use super::truth::{Entry, Launch, What};
-use crate::{FakeGpus, FakeLedger, FakeModels};
-
-/// The first pid; far from 0 so that nothing is right by accident.
-const FIRST_PID: u32 = 1_000;
+use crate::FakeGpus;
 
 /// One device as it really is.
 #[derive(Debug, Clone)]
@@ -37,85 +33,174 @@ pub struct SimDevice {
 }
 
 #[derive(Debug)]
-struct Engine {
-    launch: Launch,
-    addr: SocketAddr,
-    nonce: String,
-    script: Script,
-    began: Instant,
-    ended: bool,
+pub(super) struct Engine {
+    pub(super) launch: Launch,
+    pub(super) addr: SocketAddr,
+    pub(super) nonce: String,
+    pub(super) script: Script,
+    pub(super) began: Duration,
+    pub(super) ended: bool,
     /// KILL was sent and had no effect.
-    doomed: bool,
+    pub(super) doomed: bool,
     /// Nothing exists of it any more, whatever the host tells.
-    left: bool,
-    exit: watch::Sender<Option<Failure>>,
-    gone: watch::Sender<bool>,
+    pub(super) left: bool,
+    /// Its memory is free again.
+    pub(super) returned: bool,
+    /// Requests that it works on.
+    pub(super) requests: u16,
+    pub(super) exit: watch::Sender<Option<Failure>>,
+    pub(super) gone: watch::Sender<bool>,
 }
 
-#[derive(Debug, Default)]
-struct Inner {
-    healthy: BTreeMap<PoolId, Script>,
-    scripts: BTreeMap<PoolId, Script>,
-    memory: BTreeMap<PoolId, EngineMemory>,
-    engines: Vec<Engine>,
-    devices: Vec<SimDevice>,
-    taken_ports: BTreeSet<u16>,
+/// What is under way in the world, whoever looks.
+#[derive(Debug, Clone)]
+pub(super) enum Event {
+    /// The main process ends.
+    End(usize, Failure),
+    /// Its end is to be seen.
+    Seen(usize, Failure),
+    /// Its memory is free.
+    Returned(usize),
+}
+
+/// A disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Disk {
+    /// It takes nothing.
+    pub refuses: bool,
+    /// How long a write takes.
+    pub takes: Duration,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) rng: Rng,
+    pools: BTreeMap<PoolId, SimPool>,
+    pub(super) scripts: BTreeMap<PoolId, Script>,
+    pub(super) engines: Vec<Engine>,
+    pub(super) devices: Vec<SimDevice>,
+    pub(super) taken_ports: BTreeSet<u16>,
     /// Nobody can say who holds memory.
     blind: bool,
-    nonces: u64,
+    /// What strangers hold, as it was last written down.
+    foreign: Vec<(String, u64)>,
+    pub(super) nonces: u64,
+    pub(super) disk: Disk,
+    pub(super) facts: Facts,
+    /// As they were before a write that nobody has been told of: a loss of power may take it back.
+    pub(super) unsynced: Option<Facts>,
+    /// Why models cannot be had, and how long one takes.
+    pub(super) models: (Option<Failure>, Duration),
+    /// The daemon is killed at so many calls from now.
+    fuse: Option<u32>,
+    /// A person ends by hand what the daemon would end and cannot.
+    pub(super) helped: bool,
+    pending: BTreeMap<u64, (Duration, Event)>,
+    next: u64,
+    /// When this boot of the machine was, and when this life began: in the world's time and in the runtime's.
+    booted: Duration,
+    pub(super) boot: u32,
+    base: Duration,
+    origin: Option<Instant>,
     log: Vec<Entry>,
 }
 
-/// The node. Its engine ports are faked here, the others by the fakes of this crate.
+/// The node.
 #[derive(Debug)]
 pub struct World {
-    me: Weak<World>,
+    pub(super) me: Weak<World>,
     inner: Mutex<Inner>,
-    began: Instant,
     provable: bool,
-    plant: Plant,
+    /// What others use is told by the driver.
+    tells_foreign: bool,
+    /// Engines have cgroups of their own, so that what is not as recorded can be ended.
+    pub(super) cgroups: bool,
+    pub(super) plant: Plant,
+    /// Writes take turns.
+    pub(super) turn: Semaphore,
+    /// The daemon is to die now.
+    pub blown: Notify,
     /// GPUs.
     pub gpus: Arc<FakeGpus>,
-    /// Models.
-    pub models: Arc<FakeModels>,
-    /// Durable facts.
-    pub ledger: Arc<FakeLedger>,
 }
 
 impl World {
-    /// A node with these devices. `provable`: who holds memory can be asked.
+    /// A node as the schedule has it.
     #[must_use]
-    pub fn new(devices: Vec<SimDevice>, provable: bool, plant: Plant) -> Arc<Self> {
+    pub fn new(schedule: &super::Schedule, plant: Plant) -> Arc<Self> {
+        let pools: BTreeMap<PoolId, SimPool> = schedule.pools.iter().map(|p| (p.spec.id.clone(), p.clone())).collect();
+        let inner = Inner {
+            rng: Rng::with_seed(schedule.seed ^ 0x5157_u64),
+            scripts: pools.iter().map(|(id, p)| (id.clone(), p.well.clone())).collect(),
+            pools,
+            engines: Vec::new(),
+            devices: schedule.devices.clone(),
+            taken_ports: BTreeSet::new(),
+            blind: false,
+            foreign: Vec::new(),
+            nonces: 0,
+            disk: Disk::default(),
+            facts: Facts::default(),
+            unsynced: None,
+            models: (None, Duration::ZERO),
+            fuse: None,
+            helped: false,
+            pending: BTreeMap::new(),
+            next: 0,
+            booted: Duration::ZERO,
+            boot: 0,
+            base: Duration::ZERO,
+            origin: None,
+            log: Vec::new(),
+        };
         let world = Arc::new_cyclic(|me| Self {
             me: me.clone(),
-            inner: Mutex::new(Inner { devices, ..Inner::default() }),
-            began: Instant::now(),
-            provable,
+            inner: Mutex::new(inner),
+            provable: schedule.provable,
+            tells_foreign: schedule.tells_foreign,
+            cgroups: schedule.cgroups,
             plant,
+            turn: Semaphore::new(1),
+            blown: Notify::new(),
             gpus: Arc::new(FakeGpus::with(Vec::new())),
-            models: Arc::default(),
-            ledger: Arc::default(),
         });
-        world.tell_gpus(&world.lock());
+        world.tell_gpus(&mut world.lock());
         world
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a pool whose engines behave like this while they are well.
-    pub fn add_pool(&self, id: &PoolId, well: &Script, memory: EngineMemory) {
+    /// A life begins, in a runtime of its own: what is under way goes on in it.
+    pub fn enter(&self) {
         let mut inner = self.lock();
-        inner.healthy.insert(id.clone(), well.clone());
-        inner.scripts.insert(id.clone(), well.clone());
-        inner.memory.insert(id.clone(), memory);
+        inner.origin = Some(Instant::now());
+        let under_way: Vec<(u64, Duration)> = inner.pending.iter().map(|(id, (due, _))| (*id, *due)).collect();
+        for (id, due) in under_way {
+            self.watch_for(due.saturating_sub(inner.base), id);
+        }
     }
 
-    /// Time since the node was switched on.
+    /// It ends; its runtime still stands.
+    pub fn leave(&self) {
+        let mut inner = self.lock();
+        inner.base = inner.now();
+        inner.origin = None;
+        inner.fuse = None;
+    }
+
+    /// Time since the node was first switched on.
     #[must_use]
     pub fn now(&self) -> Duration {
-        self.began.elapsed()
+        self.lock().now()
+    }
+
+    /// Time since this boot.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        let inner = self.lock();
+        inner.now().saturating_sub(inner.booted)
     }
 
     /// Writes down what happens.
@@ -123,14 +208,66 @@ impl World {
         self.put(&mut self.lock(), what);
     }
 
-    fn put(&self, inner: &mut Inner, what: What) {
-        inner.log.push(Entry { at: self.began.elapsed(), what });
+    pub(super) fn put(&self, inner: &mut Inner, what: What) {
+        let at = inner.now();
+        inner.log.push(Entry { at, what });
+    }
+
+    /// From now on somebody ends by hand what the daemon cannot.
+    pub fn help(&self) {
+        self.lock().helped = true;
     }
 
     /// What was written down from this entry on.
     #[must_use]
     pub fn log_from(&self, from: usize) -> Vec<Entry> {
         self.lock().log.get(from..).unwrap_or_default().to_vec()
+    }
+
+    /// The daemon dies at the `calls`-th call of a port from now on.
+    pub fn light(&self, calls: u32) {
+        self.lock().fuse = Some(calls);
+    }
+
+    /// Every call of a port that takes time passes here, where the daemon may die.
+    pub(super) async fn call(&self) {
+        let blown = {
+            let mut inner = self.lock();
+            let left = inner.fuse.map(|n| n.saturating_sub(1));
+            inner.fuse = left.filter(|n| *n > 0);
+            left == Some(0)
+        };
+        if blown {
+            self.blown.notify_one();
+            std::future::pending::<()>().await;
+        }
+    }
+
+    pub(super) fn after(&self, inner: &mut Inner, after: Duration, event: Event) {
+        let (id, due) = (inner.next, inner.now() + after);
+        inner.next += 1;
+        inner.pending.insert(id, (due, event));
+        self.watch_for(after, id);
+    }
+
+    fn watch_for(&self, after: Duration, id: u64) {
+        let me = self.me.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(after).await;
+            let Some(world) = me.upgrade() else { return };
+            let mut inner = world.lock();
+            match inner.pending.remove(&id).map(|(_, event)| event) {
+                Some(Event::End(at, failure)) => world.end(&mut inner, at, failure),
+                Some(Event::Seen(at, failure)) => {
+                    inner.engines[at].exit.send_replace(Some(failure));
+                }
+                Some(Event::Returned(at)) => {
+                    inner.engines[at].returned = true;
+                    world.tell_gpus(&mut inner);
+                }
+                None => {}
+            }
+        });
     }
 
     /// Changes how engines of a pool behave.
@@ -140,65 +277,94 @@ impl World {
         if let Some(script) = inner.scripts.get_mut(pool) {
             change(script);
         }
-        self.tell_gpus(&inner);
+        self.tell_hang(&mut inner, pool);
+        self.tell_gpus(&mut inner);
+    }
+
+    fn tell_hang(&self, inner: &mut Inner, pool: &PoolId) {
+        let hangs = inner.scripts.get(pool).is_some_and(|s| s.hangs);
+        self.put(inner, What::Hangs(pool.clone(), hangs));
     }
 
     /// Engines of a pool behave again. What could not be killed can be now, and strangers leave its ports.
     pub fn heal(&self, pool: &PoolId) {
         let mut inner = self.lock();
-        let well = inner.healthy.get(pool).cloned();
+        let well = inner.pools.get(pool).map(|p| p.well.clone());
         if let (Some(script), Some(well)) = (inner.scripts.get_mut(pool), well) {
             *script = well;
         }
+        self.tell_hang(&mut inner, pool);
         self.put(&mut inner, What::Well(Some(pool.clone())));
-        let stuck: Vec<usize> =
-            (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
-        for at in stuck {
+        for at in inner.of(pool) {
             inner.engines[at].script.unkillable = false;
             if inner.engines[at].doomed {
                 self.end(&mut inner, at, Failure::crash(Exit::Signal(9)));
                 self.go(&mut inner, at);
             }
         }
-        self.tell_gpus(&inner);
+        self.tell_gpus(&mut inner);
     }
 
     /// Ends the main processes of a pool, as somebody else's KILL would.
     pub fn crash(&self, pool: &PoolId) {
         let mut inner = self.lock();
         self.put(&mut inner, What::Ill(Some(pool.clone())));
-        let of_pool: Vec<usize> =
-            (0..inner.engines.len()).filter(|i| inner.engines[*i].launch.key.pool == *pool).collect();
-        for at in of_pool {
+        for at in inner.of(pool) {
             self.end(&mut inner, at, Failure::crash(Exit::Signal(9)));
         }
-        let cured = inner.scripts.get(pool) == inner.healthy.get(pool);
-        if cured {
+        if inner.pools.get(pool).map(|p| &p.well) == inner.scripts.get(pool) {
             self.put(&mut inner, What::Well(Some(pool.clone())));
         }
     }
 
-    /// Changes a device.
-    pub fn device(&self, at: usize, change: impl FnOnce(&mut SimDevice)) {
+    /// The machine loses its power, and what was not synced may be lost with it.
+    pub fn reboot(&self) {
         let mut inner = self.lock();
-        if !inner.devices.is_empty() {
-            let at = at % inner.devices.len();
-            change(&mut inner.devices[at]);
+        self.put(&mut inner, What::Rebooted);
+        for e in inner.engines.iter_mut().filter(|e| !e.left) {
+            (e.ended, e.left, e.returned, e.requests) = (true, true, true, 0);
+            e.gone.send_replace(true);
         }
-        self.judge_devices(&mut inner);
+        inner.pending.clear();
+        (inner.booted, inner.boot) = (inner.now(), inner.boot + 1);
+        if let Some(before) = inner.unsynced.take()
+            && inner.rng.bool()
+        {
+            inner.facts = before;
+        }
+        self.tell_gpus(&mut inner);
     }
 
-    /// Changes every device.
-    pub fn each_device(&self, mut change: impl FnMut(&mut SimDevice)) {
+    /// Somebody deletes the state directory.
+    pub fn wipe(&self) {
         let mut inner = self.lock();
-        inner.devices.iter_mut().for_each(&mut change);
+        (inner.facts, inner.unsynced) = (Facts::default(), None);
+        self.put(&mut inner, What::Wiped);
+    }
+
+    /// Somebody writes other names into the records of a pool's engines.
+    pub fn tamper(&self, pool: &PoolId) {
+        let mut inner = self.lock();
+        for record in inner.facts.records.values_mut().filter(|r| r.key.pool == *pool) {
+            record.nonce.push_str("-forged");
+        }
+        self.put(&mut inner, What::Tampered(pool.clone()));
+    }
+
+    /// Changes a device, or with none each of them.
+    pub fn device(&self, at: Option<usize>, mut change: impl FnMut(&mut SimDevice)) {
+        let mut inner = self.lock();
+        let count = inner.devices.len().max(1);
+        let chosen = |n: usize| at.is_none_or(|at| at % count == n);
+        inner.devices.iter_mut().enumerate().filter(|(n, _)| chosen(*n)).for_each(|(_, d)| change(d));
         self.judge_devices(&mut inner);
     }
 
-    /// The devices as they really are.
+    /// The name of a device.
     #[must_use]
-    pub fn devices(&self) -> Vec<SimDevice> {
-        self.lock().devices.clone()
+    pub fn uuid(&self, at: usize) -> String {
+        let inner = self.lock();
+        inner.devices.get(at % inner.devices.len().max(1)).map(|d| d.shown.uuid.clone()).unwrap_or_default()
     }
 
     /// Whether nobody can say who holds memory.
@@ -220,37 +386,69 @@ impl World {
         self.lock().taken_ports = ports.into_iter().collect();
     }
 
+    /// How the disk is.
+    pub fn disk(&self, change: impl FnOnce(&mut Disk)) {
+        let mut inner = self.lock();
+        change(&mut inner.disk);
+        let well = inner.disk == Disk::default();
+        self.put(&mut inner, What::DiskWell(well));
+    }
+
+    /// Whether models can be had, and how long one takes.
+    pub fn models(&self, change: impl FnOnce(&mut (Option<Failure>, Duration))) {
+        change(&mut self.lock().models);
+    }
+
     /// The newest process of a replica of which something may exist.
     #[must_use]
     pub fn process_of(&self, key: &ReplicaKey) -> Option<u32> {
         self.lock().engines.iter().rev().find(|e| e.launch.key == *key).map(|e| e.launch.pid)
     }
 
+    /// A client begins to use a slot of a process, or is done with it.
+    pub fn request(&self, pool: &PoolId, pid: u32, begins: bool) {
+        let mut inner = self.lock();
+        if let Some(e) = inner.engines.iter_mut().find(|e| e.launch.pid == pid && !e.ended) {
+            e.requests = if begins { e.requests + 1 } else { e.requests.saturating_sub(1) };
+        }
+        self.put(&mut inner, if begins { What::Granted(pool.clone(), pid) } else { What::Released(pid) });
+    }
+
     /// What a probe would see of the devices and of who holds memory.
-    fn tell_gpus(&self, inner: &Inner) {
-        let alive = |e: &&Engine| !e.left;
-        let mut holders = Vec::new();
-        for e in inner.engines.iter().filter(alive) {
+    pub(super) fn tell_gpus(&self, inner: &mut Inner) {
+        let (mut holders, mut late) = (Vec::new(), BTreeMap::<&str, u64>::new());
+        for e in inner.engines.iter().filter(|e| !e.returned) {
             let held = inner.scripts.get(&e.launch.key.pool).map_or(Held::There, |s| s.held);
-            let elsewhere = inner.devices.iter().map(|d| &d.shown.uuid).find(|u| !e.launch.devices.contains(u));
-            let holds: Vec<&String> = match held {
-                Held::There => e.launch.devices.iter().collect(),
+            let elsewhere = inner.devices.iter().map(|d| &d.shown.uuid).find(|u| e.launch.on(u).is_none());
+            let there = e.launch.devices.iter().map(|(uuid, bytes)| (uuid, *bytes));
+            let holds: Vec<(&String, u64)> = match held {
+                Held::There => there.collect(),
                 Held::Nowhere => Vec::new(),
-                Held::Elsewhere => e.launch.devices.iter().chain(elsewhere).collect(),
+                Held::Elsewhere => there.chain(elsewhere.map(|u| (u, 1))).collect(),
             };
-            holders.extend(holds.into_iter().map(|uuid| Holder {
-                uuid: uuid.clone(),
-                pid: e.launch.pid,
-                bytes: e.launch.bytes.max(1),
-            }));
+            for (uuid, bytes) in holds {
+                if e.left {
+                    *late.entry(uuid).or_default() += bytes;
+                } else {
+                    holders.push(Holder { uuid: uuid.clone(), pid: e.launch.pid, bytes: bytes.max(1) });
+                }
+            }
         }
         let present = inner.devices.iter().filter(|d| d.present);
         let devices: Vec<DeviceSnapshot> = present
             .map(|d| {
                 let ours: u64 = holders.iter().filter(|h| h.uuid == d.shown.uuid).map(|h| h.bytes).sum();
-                let total = d.shown.vram_total;
-                let used = ours.saturating_add(d.foreign).min(total);
-                DeviceSnapshot { vram_used: used, vram_free: total - used, vram_foreign: d.foreign, ..d.shown.clone() }
+                let foreign = d.foreign + late.get(d.shown.uuid.as_str()).copied().unwrap_or(0);
+                let total = d.shown.vram_total << u64::from(self.plant == Plant::MemoryTwice);
+                let used = ours.saturating_add(foreign).min(total);
+                let told = if self.tells_foreign { foreign } else { 0 };
+                DeviceSnapshot {
+                    vram_total: total,
+                    vram_used: used,
+                    vram_free: total - used,
+                    vram_foreign: told,
+                    ..d.shown.clone()
+                }
             })
             .collect();
         self.gpus.set_residency(match (inner.blind, self.provable) {
@@ -259,20 +457,23 @@ impl World {
             (false, false) => Residency::Simulated(holders),
         });
         self.gpus.change(|i| i.devices = devices);
+        let foreign: Vec<(String, u64)> = inner.devices.iter().map(|d| (d.shown.uuid.clone(), d.foreign)).collect();
+        if self.tells_foreign && foreign != inner.foreign {
+            inner.foreign.clone_from(&foreign);
+            self.put(inner, What::Foreign(foreign));
+        }
     }
 
     /// The main process ends.
-    fn end(&self, inner: &mut Inner, at: usize, failure: Failure) {
+    pub(super) fn end(&self, inner: &mut Inner, at: usize, failure: Failure) {
         let engine = &mut inner.engines[at];
         if std::mem::replace(&mut engine.ended, true) {
             return;
         }
+        engine.requests = 0;
         let (pid, leaves_child) = (engine.launch.pid, engine.script.leaves_child);
-        let (exit, lag) = (engine.exit.clone(), engine.script.exit_lag);
-        tokio::spawn(async move {
-            tokio::time::sleep(lag).await;
-            exit.send_replace(Some(failure));
-        });
+        let lag = if self.plant == Plant::DeathsUnseen { Duration::from_secs(20) } else { engine.script.exit_lag };
+        self.after(inner, lag, Event::Seen(at, failure));
         self.put(inner, What::Ended(pid));
         if self.plant == Plant::GoneTooEarly {
             inner.engines[at].gone.send_replace(true);
@@ -283,271 +484,51 @@ impl World {
     }
 
     /// Nothing is left.
-    fn go(&self, inner: &mut Inner, at: usize) {
-        let pid = inner.engines[at].launch.pid;
+    pub(super) fn go(&self, inner: &mut Inner, at: usize) {
+        let (pid, lag) = (inner.engines[at].launch.pid, inner.engines[at].script.memory_lag);
         if !std::mem::replace(&mut inner.engines[at].left, true) {
             inner.engines[at].gone.send_replace(true);
             self.put(inner, What::Gone(pid));
+            if lag.is_zero() {
+                inner.engines[at].returned = true;
+            } else {
+                self.after(inner, lag, Event::Returned(at));
+            }
             self.tell_gpus(inner);
         }
     }
 
-    fn later(&self, after: Duration, at: usize, failure: Failure) {
-        let me = self.me.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(after).await;
-            if let Some(world) = me.upgrade() {
-                world.end(&mut world.lock(), at, failure);
-            }
-        });
-    }
-
     /// The engine that listens at an address, and how its pool behaves now.
-    fn at(&self, addr: SocketAddr) -> Option<(usize, Script)> {
+    pub(super) fn at(&self, addr: SocketAddr) -> Option<(usize, Script)> {
         let inner = self.lock();
         let at = inner.engines.iter().rposition(|e| e.addr == addr && !e.ended)?;
         let script = inner.scripts.get(&inner.engines[at].launch.key.pool)?.clone();
         Some((at, script))
     }
 
-    fn script_of(&self, pool: &PoolId) -> Option<Script> {
+    pub(super) fn script_of(&self, pool: &PoolId) -> Option<Script> {
         self.lock().scripts.get(pool).cloned()
     }
-}
 
-#[derive(Debug)]
-struct Handle {
-    world: Arc<World>,
-    at: usize,
-    pid: u32,
-}
+    pub(super) fn memory_of(&self, pool: &PoolId) -> EngineMemory {
+        self.lock().pools.get(pool).map_or(EngineMemory::Fixed(0), |p| p.memory)
+    }
 
-impl Handle {
-    fn with<T>(&self, look: impl FnOnce(&Engine) -> T) -> T {
-        look(&self.world.lock().engines[self.at])
+    pub(super) fn slots_of(&self, pool: &PoolId) -> u16 {
+        self.lock().pools.get(pool).map_or(0, |p| p.spec.slots)
     }
 }
 
-#[async_trait]
-impl RunningEngine for Handle {
-    fn pid(&self) -> Option<u32> {
-        Some(self.pid)
+impl Inner {
+    pub(super) fn now(&self) -> Duration {
+        self.base + self.origin.map_or(Duration::ZERO, |o| o.elapsed())
     }
-    fn pids(&self) -> Vec<u32> {
-        vec![self.pid]
-    }
-    async fn exited(&self) -> Failure {
-        let mut exit = self.with(|e| e.exit.subscribe());
-        let seen = exit.wait_for(Option::is_some).await.ok().and_then(|f| f.clone());
-        seen.unwrap_or_else(|| Failure::crash(Exit::Unknown))
-    }
-    async fn gone(&self) {
-        let mut gone = self.with(|e| e.gone.subscribe());
-        let _ = gone.wait_for(|g| *g).await;
-    }
-    fn terminate(&self) {
-        self.world.record(What::Term(self.pid));
-        let (takes, unkillable) = self.with(|e| (e.script.term_takes, e.script.unkillable));
-        if let (Some(takes), false) = (takes, unkillable) {
-            self.world.later(takes, self.at, Failure::crash(Exit::Code(0)));
-        }
-    }
-    fn kill(&self) {
-        let world = &self.world;
-        let mut inner = world.lock();
-        world.put(&mut inner, What::Kill(self.pid));
-        if inner.engines[self.at].script.unkillable {
-            inner.engines[self.at].doomed = true;
-        } else {
-            world.end(&mut inner, self.at, Failure::crash(Exit::Signal(9)));
-            world.go(&mut inner, self.at);
-        }
-    }
-    fn progress(&self) -> u64 {
-        let (progresses, began, load, ended) = self.with(|e| (e.script.progresses, e.began, e.script.load, e.ended));
-        let seconds = began.elapsed().min(load.max(Duration::from_secs(1))).as_secs();
-        if progresses && !ended { seconds } else { 0 }
-    }
-    fn listener(&self, _: SocketAddr) -> Listener {
-        match self.with(|e| (e.script.foreign_listener, e.ended)) {
-            (true, _) => Listener::Foreign,
-            (false, true) => Listener::None,
-            (false, false) => Listener::Own,
-        }
-    }
-    fn executable(&self) -> Option<String> {
-        Some("/sim/engine".into())
-    }
-    fn answers_at_once(&self) -> bool {
-        true
-    }
-}
 
-#[async_trait]
-impl EngineProvisioner for World {
-    async fn preflight(&self, spec: &PoolSpec) -> Result<(), Failure> {
-        self.script_of(&spec.id).and_then(|s| s.preflight).map_or(Ok(()), Err)
+    pub(super) fn booted(&self) -> Duration {
+        self.booted
     }
-    fn external(&self, _: &PoolSpec) -> Option<SocketAddr> {
-        None
-    }
-    fn admits(&self, _: &PoolSpec) -> Result<(), NotAdmitted> {
-        Ok(())
-    }
-    fn memory(&self, spec: &PoolSpec) -> EngineMemory {
-        self.lock().memory.get(&spec.id).copied().unwrap_or(EngineMemory::Fixed(0))
-    }
-    async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
-        if self.script_of(&request.spec.id).is_some_and(|s| s.port_stolen) {
-            self.lock().taken_ports.insert(request.listen.port());
-        }
-        Ok(PreparedEngine {
-            entry: Some("/sim/engine".into()),
-            args: Vec::new(),
-            env: Vec::new(),
-            confinement: Default::default(),
-            endpoint: Endpoint {
-                addr: request.listen,
-                kind: "sim".into(),
-                model: request.model.id.clone(),
-                model_path: None,
-                workload: request.spec.workload,
-            },
-            engine_version: "1".into(),
-        })
-    }
-}
 
-#[async_trait]
-impl EngineHost for World {
-    fn port_free(&self, addr: SocketAddr) -> bool {
-        let taken = self.lock().taken_ports.contains(&addr.port());
-        !taken && self.at(addr).is_none()
-    }
-    fn nonce(&self) -> String {
-        let mut inner = self.lock();
-        inner.nonces += 1;
-        format!("nonce-{}", inner.nonces)
-    }
-    async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
-        let (key, generation) = (&record.key, record.generation);
-        let gone = || Failure::crash(Exit::Unknown);
-        let script = self.script_of(&key.pool).ok_or_else(gone)?;
-        self.record(What::Launching(key.clone(), generation));
-        let durable = self.ledger.last_generation(key).await == generation;
-        tokio::time::sleep(script.launch_takes).await;
-        // It is born as its pool is now.
-        let script = self.script_of(&key.pool).ok_or_else(gone)?;
-        if let Some(failure) = script.launch {
-            self.record(What::LaunchFailed(key.clone(), generation));
-            return Err(failure);
-        }
-        let (at, pid) = {
-            let mut inner = self.lock();
-            let at = inner.engines.len();
-            let pid = FIRST_PID + u32::try_from(at).unwrap_or(u32::MAX - FIRST_PID);
-            let launch = Launch {
-                pid,
-                key: key.clone(),
-                generation,
-                devices: record.devices.uuids.clone(),
-                bytes: record.bytes.iter().copied().max().unwrap_or(0),
-                durable,
-                foreign_listener: script.foreign_listener,
-                unkillable: script.unkillable,
-                exit_lag: script.exit_lag,
-            };
-            inner.engines.push(Engine {
-                launch: launch.clone(),
-                addr: engine.endpoint.addr,
-                nonce: record.nonce.clone(),
-                script: script.clone(),
-                began: Instant::now(),
-                ended: false,
-                doomed: false,
-                left: false,
-                exit: watch::Sender::new(None),
-                gone: watch::Sender::new(false),
-            });
-            self.put(&mut inner, What::Launched(launch));
-            self.tell_gpus(&inner);
-            (at, pid)
-        };
-        if let Some(after) = script.dies_after {
-            self.later(after, at, script.death);
-        }
-        let world = self.me.upgrade().ok_or_else(gone)?;
-        Ok(Arc::new(Handle { world, at, pid }))
-    }
-    async fn adopt(&self, record: &EngineRecord) -> Result<Arc<dyn RunningEngine>, NotAdopted> {
-        let found = self.lock().engines.iter().position(|e| e.nonce == record.nonce);
-        match (found, self.me.upgrade()) {
-            (Some(at), Some(world)) => {
-                let pid = self.lock().engines[at].launch.pid;
-                Ok(Arc::new(Handle { world, at, pid }))
-            }
-            _ => {
-                let why = Failure::new(FailureClass::Crash(Exit::Unknown), "nothing was launched");
-                Err(NotAdopted { why, rest: None })
-            }
-        }
-    }
-    async fn end_unknown(&self, _: &[EngineRecord], _: &[String]) -> Vec<String> {
-        Vec::new()
-    }
-    fn device_clear(&self, _: &str) -> bool {
-        true
-    }
-}
-
-#[async_trait]
-impl EngineProbe for World {
-    async fn up(&self, endpoint: &Endpoint) -> Up {
-        let Some((at, now)) = self.at(endpoint.addr) else { return Up::Refused };
-        tokio::time::sleep(now.health_takes).await;
-        let inner = self.lock();
-        let engine = &inner.engines[at];
-        let loaded = engine.began.elapsed().as_secs_f64() / engine.script.load.as_secs_f64().max(0.001);
-        if engine.ended {
-            Up::Refused
-        } else if engine.script.foreign_listener {
-            Up::Serving
-        } else if engine.script.serves && loaded >= 1.0 {
-            now.up()
-        } else {
-            Up::Loading(None)
-        }
-    }
-    async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure> {
-        let nobody = || Failure::new(FailureClass::WrongServer, "nobody answers");
-        let (at, _) = self.at(endpoint.addr).ok_or_else(nobody)?;
-        let mut inner = self.lock();
-        let engine = &inner.engines[at];
-        if engine.script.wrong_model {
-            return Err(Failure::new(FailureClass::WrongServer, "it serves another model"));
-        }
-        if !engine.script.foreign_listener {
-            let pid = engine.launch.pid;
-            self.put(&mut inner, What::Identified(pid));
-        }
-        Ok(Identity { model: endpoint.model.clone(), slots: 0, version: None })
-    }
-    async fn work(&self, endpoint: &Endpoint) -> Result<(), Failure> {
-        let lost = || Failure::new(FailureClass::Health, "the connection was lost");
-        let (at, now) = self.at(endpoint.addr).ok_or_else(lost)?;
-        if now.hangs {
-            return std::future::pending().await;
-        }
-        tokio::time::sleep(now.work_takes).await;
-        let mut inner = self.lock();
-        let (pid, ended) = (inner.engines[at].launch.pid, inner.engines[at].ended);
-        if ended {
-            return Err(lost());
-        }
-        self.put(&mut inner, What::Worked(pid));
-        Ok(())
-    }
-    async fn busy(&self, endpoint: &Endpoint) -> Option<u16> {
-        self.at(endpoint.addr).and_then(|(_, now)| now.busy)
+    fn of(&self, pool: &PoolId) -> Vec<usize> {
+        (0..self.engines.len()).filter(|i| self.engines[*i].launch.key.pool == *pool).collect()
     }
 }

@@ -1,0 +1,60 @@
+//! The routes about leases.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+
+use super::extract::{Answer, Body, Id, Pool, invalid_params};
+use super::handlers::App;
+use crate::dto::{FORM, LeaseBody, LeaseView, Problem, RenewBody};
+
+/// Take a slot, or wait for one; who asked first is served first. A pool at rest that starts on demand is started. The
+/// place is lost when the connection is.
+#[utoipa::path(post, path = "/v1/pools/{id}/leases", tag = "leases", request_body = LeaseBody,
+    params(("id" = String, Path)), responses(
+    (status = 201, description = "Granted, or granted before with this idempotency key", body = LeaseView),
+    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
+    (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
+    (status = 409, description = "CONFLICT: the idempotency key stands for another wish, or for a lease that is over",
+        body = Problem, content_type = "application/problem+json"),
+    (status = 429, description = "POOL_SATURATED", body = Problem, content_type = "application/problem+json"),
+    (status = 503, description = "POOL_UNREADY, POOL_DRAINING or POOL_UNAVAILABLE", body = Problem,
+        content_type = "application/problem+json")))]
+pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody>) -> Answer {
+    let request = b.request(&id).map_err(|e| invalid_params(e.to_string()).with_hint(FORM))?;
+    let lease = s.control.lease(&id, request).await?;
+    let location = format!("/v1/leases/{}", lease.id);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(LeaseView::from(&lease))).into_response())
+}
+
+/// Let a lease go on. One of before a restart of the daemon goes on, too, while its engine serves and a slot is there for
+/// it.
+#[utoipa::path(post, path = "/v1/leases/{id}/renew", tag = "leases", request_body = RenewBody,
+    params(("id" = String, Path)), responses(
+    (status = 200, description = "It ends later", body = LeaseView),
+    (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
+    (status = 404, description = "LEASE_NOT_FOUND: it is over, or never was", body = Problem,
+        content_type = "application/problem+json")))]
+pub(super) async fn renew(State(s): App, Id(id): Id, Body(b): Body<RenewBody>) -> Result<Json<LeaseView>, Problem> {
+    let lease = s.control.renew(&id, b.ttl_ms.map(Duration::from_millis)).await?;
+    Ok(Json((&lease).into()))
+}
+
+/// Every lease that is held.
+#[utoipa::path(get, path = "/v1/leases", tag = "leases", responses((status = 200, body = Vec<LeaseView>)))]
+pub(super) async fn leases(State(s): App) -> Result<Json<Vec<LeaseView>>, Problem> {
+    Ok(Json(s.control.leases().await?.iter().map(Into::into).collect()))
+}
+
+/// Give a slot back; releasing what is over is fine.
+#[utoipa::path(delete, path = "/v1/leases/{id}", tag = "leases", params(("id" = String, Path)), responses(
+    (status = 204, description = "Given back, or not held any more"),
+    (status = 404, description = "LEASE_NOT_FOUND: it never was", body = Problem,
+        content_type = "application/problem+json")))]
+pub(super) async fn release(State(s): App, Id(id): Id) -> Result<StatusCode, Problem> {
+    s.control.release(&id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}

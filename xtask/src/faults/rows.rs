@@ -1,0 +1,188 @@
+//! The rows: every fault of the project's fault matrix.
+
+/// What stands for an outcome.
+pub(super) enum By {
+    /// All of these, named as in docs/traceability.md.
+    Tests(&'static [&'static str]),
+    /// Nothing yet, and why.
+    Later(&'static str),
+}
+
+/// One fault.
+pub(super) struct Row {
+    pub(super) fault: &'static str,
+    pub(super) outcome: &'static str,
+    pub(super) by: By,
+}
+
+const fn row(fault: &'static str, outcome: &'static str, tests: &'static [&'static str]) -> Row {
+    Row { fault, outcome, by: By::Tests(tests) }
+}
+
+const fn later(fault: &'static str, outcome: &'static str, why: &'static str) -> Row {
+    Row { fault, outcome, by: By::Later(why) }
+}
+
+/// In the order of the matrix.
+pub(super) const ROWS: &[Row] = &[
+    row(
+        "crash loop",
+        "waits longer each time, then the breaker opens; one start half-open; a restart of the daemon resets nothing",
+        &[
+            "pool-services::node::a_crash_loop_backs_off_opens_the_breaker_and_tries_once_half_open",
+            "pool-managerd::e2e_durable::a_crash_loop_is_not_reset_by_restarting_the_daemon",
+        ],
+    ),
+    row(
+        "crash soon after Ready, again and again",
+        "the third opens the breaker",
+        &["pool-domain::breaker::three_early_crashes_open_and_sixty_seconds_ready_close"],
+    ),
+    row(
+        "hang: /health says ok, nothing is decoded",
+        "found within 45 s, ended, restarted",
+        &["pool-services::node::a_hang_is_seen_within_45_s"],
+    ),
+    row(
+        "engine stopped by SIGSTOP",
+        "a hang: killed with its whole tree, replaced once",
+        &["pool-managerd::chaos::a_stopped_engine_is_a_hang_and_is_replaced"],
+    ),
+    row(
+        "slow answers, flapping health",
+        "slow is no hang; suspect at the second miss, ended at the third",
+        &[
+            "pool-services::node::slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well",
+            "pool-domain::lifecycle::suspect_at_the_second_miss_and_ended_at_the_third",
+        ],
+    ),
+    row(
+        "killed by the kernel for memory of the host",
+        "told from other SIGKILLs by the cgroup's own counter",
+        &["engine-host::oom::an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory"],
+    ),
+    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::the_log_decides_the_class"]),
+    later("VRAM is not given back", "the device is fenced", "issue 6 (needs NVML)"),
+    later("XIDs, ECC, NVML that blocks, driver reload, MIG changed", "by device", "issue 6 (needs NVML)"),
+    row(
+        "`kill -9` of the daemon at every named point, with engines in Starting, Warming, Ready, Draining and Stopping",
+        "each engine is taken over as it was, streams go on, nothing starts twice, no stranger is signalled",
+        &[
+            "pool-managerd::chaos::a_daemon_killed_at_any_point_of_a_start_leaves_every_engine_as_it_was",
+            "pool-managerd::chaos::a_daemon_killed_at_any_point_of_a_drain_or_stop_leaves_every_engine_as_it_was",
+            "pool-managerd::chaos::a_daemon_killed_at_any_point_of_a_boot_leaves_every_engine_as_it_was",
+        ],
+    ),
+    row(
+        "SIGKILL of engine or shim at a named point",
+        "replaced once, nothing left",
+        &[
+            "pool-managerd::chaos::an_engine_or_a_shim_killed_at_any_point_is_replaced_once_and_leaves_nothing",
+            "pool-managerd::chaos::a_killed_shim_takes_its_engine_along_and_is_replaced",
+        ],
+    ),
+    row(
+        "engine dies while no daemon runs",
+        "a crash, with the exit its shim wrote down",
+        &["pool-managerd::e2e_adopt::an_engine_that_died_while_no_daemon_ran_has_crashed"],
+    ),
+    row(
+        "pid used again by a stranger",
+        "never signalled",
+        &["pool-managerd::chaos::a_stranger_that_has_the_pid_of_a_shim_or_an_engine_is_never_signalled"],
+    ),
+    row(
+        "fifty daemons on one state directory",
+        "one runs, the others end with 75",
+        &["pool-managerd::chaos::of_fifty_daemons_at_once_one_runs_and_the_others_end_with_75"],
+    ),
+    row(
+        "engine forks twice and is deaf to SIGTERM",
+        "its whole tree is gone after a stop",
+        &["pool-managerd::e2e_stub::an_engine_that_ignores_sigterm_and_forked_twice_is_gone_after_stop"],
+    ),
+    row(
+        "stopped tree is asked to stop",
+        "gone",
+        &["pool-managerd::chaos::a_stopped_engine_that_is_asked_to_stop_is_gone"],
+    ),
+    row(
+        "cannot be ended (D state)",
+        "its device is fenced until proof or `unfence`",
+        &["pool-managerd::e2e_durable::a_device_is_fenced_while_something_may_be_left_and_unfence_or_proof_ends_it"],
+    ),
+    row(
+        "a thousand SIGTERMs",
+        "one orderly stop, one TERM for the engine",
+        &["pool-managerd::chaos::a_thousand_sigterms_are_one_orderly_stop_and_one_term_for_the_engine"],
+    ),
+    row(
+        "disk full",
+        "starts wait and say so, neighbours serve on, no generation is lost",
+        &["pool-managerd::chaos::a_full_disk_holds_up_starts_and_loses_nothing"],
+    ),
+    row(
+        "torn file, flipped bit",
+        "the other copy counts; an engine whose record is damaged is found by its lock",
+        &[
+            "state-dir::either_file_torn_at_any_byte_loses_no_generation_and_no_hold",
+            "state-dir::any_flipped_bit_of_either_file_loses_no_generation_and_no_hold",
+            "state-dir::any_flipped_bit_of_an_engines_record_leaves_it_as_it_was_or_unread",
+            "pool-managerd::chaos::a_daemon_with_damaged_files_has_each_engine_once",
+        ],
+    ),
+    row(
+        "state directory deleted",
+        "engines are found by their locks and ended",
+        &["pool-managerd::e2e_adopt::a_state_directory_that_was_deleted_leaves_no_engine_behind"],
+    ),
+    later(
+        "power loss",
+        "files are fsynced, renamed, and so is the directory",
+        "no test: nothing here loses unsynced writes",
+    ),
+    row(
+        "port taken, or all of them",
+        "another one, not counted as a failure; or a wait that says so",
+        &[
+            "engine-host::engines::a_stolen_port_is_a_port_conflict",
+            "pool-managerd::e2e_bad::when_every_engine_port_is_taken_pools_wait_and_say_so",
+        ],
+    ),
+    row(
+        "decoy that answers 200 on the engine's port",
+        "never taken for the engine",
+        &["pool-managerd::chaos::a_decoy_that_takes_the_port_between_choice_and_exec_is_never_taken_for_the_engine"],
+    ),
+    later(
+        "wall clock jumps",
+        "nothing decides by it",
+        "no test: clippy keeps the wall clock out of every crate that decides",
+    ),
+    later("suspend; lease holder dies", "leases end by their TTL", "issue 5"),
+    row("contention for slots", "never over-granted", &["pool-services::admission::many_threads_one_limit"]),
+    later("slow clients by the thousand", "others are served", "issue 7"),
+    row(
+        "no descriptors left",
+        "engines run on, the crash is seen, the API answers again",
+        &[
+            "pool-managerd::chaos::without_descriptors_the_daemon_keeps_its_engines_and_serves_again_when_there_are_some",
+        ],
+    ),
+    row(
+        "no process can be made",
+        "tried again later, the daemon lives",
+        &["pool-managerd::chaos::when_no_process_can_be_made_starts_are_tried_again_and_the_daemon_lives"],
+    ),
+    row(
+        "engine missing or not executable",
+        "Failed, nothing is spawned",
+        &["pool-managerd::e2e_bad::an_engine_that_is_missing_or_not_executable_is_a_config_failure"],
+    ),
+    row(
+        "log flood",
+        "bounded and rotated, also while no daemon runs; blocks nobody",
+        &["pool-managerd::chaos::a_flood_of_log_fills_no_disk_blocks_no_engine_and_outlives_the_daemon"],
+    ),
+    later("reload storm; rollback that fails too", "serialised, exact", "issue 5"),
+];
