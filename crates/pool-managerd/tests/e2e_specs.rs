@@ -126,7 +126,7 @@ fn what_cannot_be_declared_changes_nothing() {
 
 #[test]
 fn a_file_that_is_read_again_touches_only_the_pools_that_changed() {
-    let mut daemon = Daemon::start(&(stub("stays", "") + &stub("goes", "")));
+    let mut daemon = Daemon::start_without_terminal(&(stub("stays", "") + &stub("goes", "")));
     let (stays, goes) = (ready(&daemon, "stays"), ready(&daemon, "goes"));
     rewrite(daemon.dir(), |text| {
         text.replace(&stub("goes", ""), "") + &stub("comes", "") + "[models]\nroots = [\"/srv\"]\n"
@@ -244,7 +244,7 @@ fn a_stored_pool_that_cannot_be_read_any_more_is_kept_and_not_started() {
 
 #[test]
 fn a_pool_that_changed_in_the_file_is_reloaded_and_its_neighbour_keeps_its_engine() {
-    let daemon = Daemon::start(&(stub("a", "") + &stub("b", "")));
+    let daemon = Daemon::start_without_terminal(&(stub("a", "") + &stub("b", "")));
     let (a, b) = (ready(&daemon, "a"), ready(&daemon, "b"));
     rewrite(daemon.dir(), |text| text.replace(&stub("a", ""), &stub("a", "slots = 2")));
     daemon.signal("HUP");

@@ -154,6 +154,17 @@ impl Daemon {
         Self::start_as(binary(), dir)
     }
 
+    /// In a session of its own: SIGHUP means another thing to a daemon that was started from a terminal, as a person's
+    /// tests are.
+    pub fn start_without_terminal(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        write_config(dir.path(), config);
+        let daemon = binary();
+        let mut command = Command::new("setsid");
+        command.arg(daemon.get_program()).envs(daemon.get_envs().filter_map(|(k, v)| Some((k, v?))));
+        Self::start_as(command, dir)
+    }
+
     /// By a command of the caller's, to which what it serves is added.
     pub fn start_as(mut command: Command, dir: tempfile::TempDir) -> Self {
         let mut child = command
