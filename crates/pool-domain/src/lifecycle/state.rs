@@ -373,6 +373,8 @@ pub struct Replica {
     pub restarts: u64,
     /// End of the backoff delay that its last failure earned, also while it rests.
     pub(super) not_before: Option<Tick>,
+    /// The last generation whose failure is counted, also by an earlier daemon.
+    pub(super) counted: Generation,
     /// Ports found taken since the last Ready.
     pub(super) port_conflicts: u32,
 }
@@ -389,6 +391,7 @@ impl Replica {
             last_failure: None,
             restarts: 0,
             not_before: None,
+            counted: Generation(0),
             port_conflicts: 0,
         }
     }

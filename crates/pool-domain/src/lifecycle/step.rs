@@ -328,7 +328,8 @@ impl Replica {
             Fact::NotAdopted(failure) => match self.state {
                 State::Adopting { .. } => {
                     self.last_failure = Some((cx.now, failure));
-                    self.kill(Then::Restart, cx)
+                    let then = self.earned(cx);
+                    self.kill(then, cx)
                 }
                 _ => Vec::new(),
             },
@@ -454,6 +455,8 @@ impl Replica {
             _ => None,
         };
         let then = match ready_since {
+            // The daemon before this one had counted it, and was gone before it could strike it out.
+            _ if self.counted >= self.generation => self.counted_already(failure, ready_since.is_some(), cx),
             Some(since) => self.crashed(failure, cx.now.since(since), cx),
             None => self.failed_start(failure, cx),
         };
@@ -465,10 +468,25 @@ impl Replica {
         actions
     }
 
+    /// What it earned then is waited out.
+    fn counted_already(&mut self, failure: Failure, was_ready: bool, cx: &Cx<'_>) -> Then {
+        if failure.class.policy().permanent && !was_ready {
+            self.last_failure = Some((cx.now, failure.clone()));
+            return Then::Fail(failure);
+        }
+        self.earned(cx)
+    }
+
+    /// To start again, but not before what was earned is over.
+    fn earned(&self, cx: &Cx<'_>) -> Then {
+        self.waits_for(cx.now).map_or(Then::Restart, Then::Wait)
+    }
+
     fn failed_start(&mut self, failure: Failure, cx: &Cx<'_>) -> Then {
         let policy = failure.class.policy();
         let port_conflict = failure.class == FailureClass::PortConflict;
         self.last_failure = Some((cx.now, failure.clone()));
+        self.counted = self.generation;
         if policy.permanent {
             self.breaker.inconclusive(cx.now);
             return Then::Fail(failure);
@@ -495,6 +513,7 @@ impl Replica {
         }
         let policy = failure.class.policy();
         self.last_failure = Some((cx.now, failure));
+        self.counted = self.generation;
         self.credit(ready_for, cx);
         if ready_for >= cx.policy.backoff.reset_after() {
             return Then::Restart;

@@ -80,7 +80,9 @@ impl Driver {
                 let leases = u32::from(self.admission.in_use());
                 self.emit(EventKind::DrainStarted { leases, deadline: deadline.since(now) });
             }
-            (State::Idle, State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. }) => {
+            (_, State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. })
+                if from != to && (from == "idle" || r.last_failure.is_none()) =>
+            {
                 self.emit(EventKind::StartDelayed { delay: until.since(now) });
             }
             (_, State::Waiting { why: Wait::Backoff { until }, .. }) if from != to => {
