@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Backoff, CircuitBreaker, Failure, Generation, Tick};
+use crate::{Backoff, CircuitBreaker, Failure, FailureClass, Generation, Tick};
 
 /// What an engine proved before it was called Ready.
 #[derive(Debug, Clone, PartialEq)]
@@ -375,6 +375,8 @@ pub struct Replica {
     pub(super) not_before: Option<Tick>,
     /// The last generation whose failure is counted, also by an earlier daemon.
     pub(super) counted: Generation,
+    /// Starts that the node held up since the last Ready; no fault of the engine.
+    pub(super) held_up: Backoff,
     /// Ports found taken since the last Ready.
     pub(super) port_conflicts: u32,
 }
@@ -392,8 +394,16 @@ impl Replica {
             restarts: 0,
             not_before: None,
             counted: Generation(0),
+            held_up: Backoff::default(),
             port_conflicts: 0,
         }
+    }
+
+    /// How many failures in a row the last one is the latest of.
+    #[must_use]
+    pub fn nth_failure(&self) -> u32 {
+        let held_up = matches!(&self.last_failure, Some((_, f)) if f.class == FailureClass::Node);
+        if held_up { self.held_up } else { self.backoff }.failures().max(1)
     }
 
     /// Whether anything is held against it.

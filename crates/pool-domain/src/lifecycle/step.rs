@@ -220,6 +220,7 @@ impl Replica {
 
     fn forget(&mut self) {
         self.backoff.reset();
+        self.held_up.reset();
         self.breaker.reset();
         self.not_before = None;
     }
@@ -379,6 +380,7 @@ impl Replica {
     fn become_ready(&mut self, proof: Proof, since: Tick) -> Vec<Action> {
         self.breaker.became_ready();
         self.port_conflicts = 0;
+        self.held_up.reset();
         self.state = State::Ready { since, proof, misses: 0 };
         vec![Action::OpenAdmission, Action::WatchHealth]
     }
@@ -502,6 +504,10 @@ impl Replica {
         if port_conflict && self.port_conflicts <= PORT_TRIES {
             return Then::Restart;
         }
+        if failure.class == FailureClass::Node {
+            let delay = self.held_up.next_delay(&cx.policy.backoff, policy.multiplier, cx.draw);
+            return self.wait_for(delay, cx);
+        }
         self.pause(policy.multiplier, cx)
     }
 
@@ -524,6 +530,10 @@ impl Replica {
 
     fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
         let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
+        self.wait_for(delay, cx)
+    }
+
+    fn wait_for(&mut self, delay: Duration, cx: &Cx<'_>) -> Then {
         self.not_before = Some(cx.now + delay);
         Then::Wait(match self.breaker.open_until() {
             // The longer of the two holds: a driver in trouble may need longer than a breaker's first pause.

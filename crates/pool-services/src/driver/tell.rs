@@ -41,7 +41,7 @@ impl Driver {
     /// `by_hand`: nothing was proved, a person said so.
     pub(super) fn tell(&self, before: &Before, now: Tick, by_hand: bool) {
         let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
-        let nth = r.backoff.failures().max(1);
+        let nth = r.nth_failure();
         if let Some((_, failure)) = &r.last_failure
             && before.fails_anew(r)
         {
