@@ -138,6 +138,7 @@ impl Bench {
             engine_version: engine.engine_version.clone(),
             devices: ResolvedMask::default(),
             bytes: Vec::new(),
+            unlisted: None,
             executable: None,
             phase: Phase::Starting,
         };

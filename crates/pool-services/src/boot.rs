@@ -16,6 +16,7 @@ use crate::clock::Clock;
 use crate::declared::Restored;
 use crate::driver::{Found, Ports, busy};
 use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
+use crate::returned::Held;
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
@@ -67,7 +68,10 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
             // At once, or not now.
             let gone = match &outcome {
-                Ok(engine) => tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok(),
+                Ok(engine) => {
+                    tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok()
+                        && Held::of(&record).is_back(&*ports.gpu).await
+                }
                 Err(_) => false,
             };
             found.insert(key, Found { record, outcome, gone });
@@ -140,7 +144,7 @@ async fn reopen(
     let mut ends = JoinSet::new();
     for Stray { record, engine } in strays {
         left.insert(record.key.clone(), record.devices.uuids.clone());
-        let (probe, now) = (Arc::clone(&ports.probe), clock.now());
+        let (probe, gpu, now) = (Arc::clone(&ports.probe), Arc::clone(&ports.gpu), clock.now());
         ends.spawn(async move {
             if let Phase::Draining { deadline, .. } = record.phase {
                 // It was leaving; those that it serves have the time they were given.
@@ -152,6 +156,7 @@ async fn reopen(
                 engine.kill();
                 engine.gone().await;
             }
+            Held::of(&record).back(&*gpu).await;
             record
         });
     }

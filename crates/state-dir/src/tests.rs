@@ -50,6 +50,7 @@ fn engine(key: ReplicaKey, phase: pool_services::ports::Phase) -> EngineRecord {
         engine_version: "1".into(),
         devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
         bytes: vec![1, 2],
+        unlisted: Some(vec![7]),
         executable: Some("1:2".into()),
         phase,
     }
@@ -413,6 +414,7 @@ fn record(key: ReplicaKey, phase: Phase) -> EngineRecord {
         engine_version: "1".into(),
         devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
         bytes: vec![1, 2],
+        unlisted: Some(vec![7]),
         executable: Some("1:2".into()),
         phase,
     }

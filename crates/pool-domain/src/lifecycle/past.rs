@@ -44,7 +44,8 @@ impl Replica {
             // A trial stays one: its engine may be adopted. If it is not, the next start makes it again.
             breaker: CircuitBreaker::resume(past.breaker, now + policy.breaker.max_open_for()),
             restarts: past.restarts,
-            counted: past.counted,
+            // What was never durable is used again.
+            counted: past.counted.min(generation),
             not_before: past.not_before.map(|t| capped(t, policy.backoff.max())).filter(|t| *t > now),
             ..Self::new(generation)
         }
@@ -181,7 +182,8 @@ mod tests {
     #[test]
     fn an_end_that_is_counted_is_not_counted_again_by_the_next_daemon() {
         for (ready_since, failures) in [(None, 1), (None, 5), (Some(Tick(0)), 2)] {
-            let before = failed(failures);
+            let mut before = failed(failures);
+            before.counted = before.generation;
             let mut r = again(&before, 100);
             let generation = r.generation;
             step(&mut r, 100, Event::Command(Command::Adopt { generation, ready_since }));
@@ -193,9 +195,25 @@ mod tests {
             // The next one is another.
             step(&mut r, 60_000, Event::Timer);
             let generation = r.generation;
-            step(&mut r, 60_100, Event::Engine(generation, Fact::Unstartable(Failure::crash(Exit::Code(1)))));
+            for fact in [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Exited(Failure::crash(Exit::Code(1)))] {
+                step(&mut r, 60_100, Event::Engine(generation, fact));
+            }
             assert_eq!((r.backoff.failures(), r.past().counted), (failures + 1, generation));
         }
+    }
+
+    /// A start that failed before anything was launched may leave its number to the next daemon.
+    #[test]
+    fn a_generation_that_never_had_an_engine_counts_when_it_has_one() {
+        let mut r = failed(1);
+        r.counted = r.generation;
+        let mut r = Replica::resume(Generation(0), r.past(), Tick(5_000), &Policy::default());
+        step(&mut r, 5_000, Event::Command(Command::Start));
+        let generation = r.generation;
+        for fact in [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Exited(Failure::crash(Exit::Code(1)))] {
+            step(&mut r, 5_000, Event::Engine(generation, fact));
+        }
+        assert_eq!((generation, r.backoff.failures()), (Generation(1), 2));
     }
 
     /// Nor does what is left of it, whoever can or cannot tell how it ended.
@@ -216,7 +234,7 @@ mod tests {
         assert_eq!((r.state.code(), r.restarts), ("staging", 0));
         let mut r = again(&failed(1), 10);
         step(&mut r, 10, Event::Command(Command::ResetBreaker));
-        assert_eq!(r.past(), Past { counted: r.generation, ..Past::default() });
+        assert_eq!(r.past(), Past::default());
     }
 
     #[test]
@@ -251,6 +269,6 @@ mod tests {
             misses: 0,
         };
         step(&mut r, 600_000, Event::Timer);
-        assert_eq!(r.past(), Past { counted: r.generation, ..Past::default() });
+        assert_eq!(r.past(), Past::default());
     }
 }

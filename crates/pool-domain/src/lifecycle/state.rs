@@ -80,6 +80,20 @@ pub enum StopStage {
         /// When the device is fenced if something is left.
         fence_at: Tick,
     },
+    /// No process is left, but its memory has not come back.
+    Memory {
+        /// When the device is fenced if it still has not.
+        fence_at: Tick,
+    },
+}
+
+/// What of an engine may be left on a fenced device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Processes.
+    Processes,
+    /// Nothing but memory that has not come back.
+    Memory,
 }
 
 /// What follows a stop.
@@ -189,6 +203,8 @@ pub enum State {
     Fenced {
         /// Since when.
         since: Tick,
+        /// Of what.
+        left: Left,
         /// What follows once nothing is left.
         then: Then,
     },
@@ -423,7 +439,7 @@ impl Replica {
             State::Stopping { stage, .. } => match stage {
                 StopStage::Launching { .. } => None,
                 StopStage::Term { kill_at } => Some(*kill_at),
-                StopStage::Kill { fence_at } => Some(*fence_at),
+                StopStage::Kill { fence_at } | StopStage::Memory { fence_at } => Some(*fence_at),
             },
             State::Ready { since, .. } => {
                 let closes = (self.breaker.code() == "half_open").then(|| *since + policy.breaker.close_after());

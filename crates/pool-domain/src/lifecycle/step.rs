@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Action, Command, Event, Fact, Launch, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait};
+use super::{
+    Action, Command, Event, Fact, Launch, Left, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait,
+};
 use crate::failure::Exit;
 use crate::{Draw, Failure, FailureClass, Tick};
 
@@ -306,6 +308,16 @@ impl Replica {
                 }
                 _ => Vec::new(),
             },
+            Fact::MemoryHeld => {
+                match &mut self.state {
+                    State::Stopping { stage, .. } => {
+                        *stage = StopStage::Memory { fence_at: cx.now + cx.policy.stop.prove };
+                    }
+                    State::Fenced { left, .. } => *left = Left::Memory,
+                    _ => {}
+                }
+                Vec::new()
+            }
             Fact::LeasesDone => match self.state {
                 State::Draining { deadline, .. } => {
                     let patient = cx.now + cx.policy.stop.grace;
@@ -462,6 +474,7 @@ impl Replica {
             Some(since) => self.crashed(failure, cx.now.since(since), cx),
             None => self.failed_start(failure, cx),
         };
+        self.counted = self.generation;
         let mut actions = Vec::new();
         if ready_since.is_some() {
             actions.extend([Action::CloseAdmission, Action::RevokeLeases]);
@@ -488,7 +501,6 @@ impl Replica {
         let policy = failure.class.policy();
         let port_conflict = failure.class == FailureClass::PortConflict;
         self.last_failure = Some((cx.now, failure.clone()));
-        self.counted = self.generation;
         if policy.permanent {
             self.breaker.inconclusive(cx.now);
             return Then::Fail(failure);
@@ -519,7 +531,6 @@ impl Replica {
         }
         let policy = failure.class.policy();
         self.last_failure = Some((cx.now, failure));
-        self.counted = self.generation;
         self.credit(ready_for, cx);
         if ready_for >= cx.policy.backoff.reset_after() {
             return Then::Restart;
@@ -609,7 +620,11 @@ impl Replica {
                 vec![Action::Kill]
             }
             State::Stopping { stage: StopStage::Kill { fence_at }, then, .. } if now >= *fence_at => {
-                self.state = State::Fenced { since: now, then: then.clone() };
+                self.state = State::Fenced { since: now, left: Left::Processes, then: then.clone() };
+                Vec::new()
+            }
+            State::Stopping { stage: StopStage::Memory { fence_at }, then, .. } if now >= *fence_at => {
+                self.state = State::Fenced { since: now, left: Left::Memory, then: then.clone() };
                 Vec::new()
             }
             State::Ready { since, .. } => {
