@@ -11,6 +11,7 @@ use fault_points::{Point, reached};
 use pool_domain::{PoolId, ReplicaId, ReplicaKey};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use crate::clock::Clock;
 use crate::declared::Restored;
@@ -23,7 +24,9 @@ use crate::spec::PoolSpec;
 pub(crate) type Closed = BTreeSet<String>;
 
 /// What an engine that nobody wants any more gets to stop by itself.
-const GRACE: Duration = Duration::from_secs(2);
+const GRACE: Duration = Duration::from_millis(1_800);
+/// What a kill takes to be proved.
+const KILLED: Duration = Duration::from_secs(2);
 /// Between two looks at a device that something unknown may be on.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Between two questions of one engine that leaves.
@@ -35,6 +38,34 @@ pub(crate) struct Boot {
     /// Which replica has each place of each pool.
     pub(crate) places: BTreeMap<PoolId, Vec<ReplicaId>>,
     pub(crate) closed: watch::Receiver<Closed>,
+    pub(crate) strays: Strays,
+}
+
+/// Engines that nobody wants any more, on their way out.
+#[derive(Debug)]
+pub(crate) struct Strays {
+    /// How many are left.
+    left: watch::Receiver<usize>,
+    /// Cancelled when those of a pool have no more time.
+    hurry: Arc<Hurry>,
+}
+
+/// Who can hurry the strays of each pool that has any.
+pub(crate) type Hurry = BTreeMap<PoolId, CancellationToken>;
+
+impl Strays {
+    pub(crate) fn hurry(&self) -> Arc<Hurry> {
+        Arc::clone(&self.hurry)
+    }
+
+    /// Ends them, whatever they still serve; says whether they are gone within `patience`, and what ends any takes.
+    pub(crate) async fn end(&self, patience: Duration) -> bool {
+        self.hurry.values().for_each(CancellationToken::cancel);
+        let gone = async { self.left.clone().wait_for(|left| *left == 0).await.is_ok() };
+        // Whoever counts them has ended when none is left.
+        let gone = async { gone.await || *self.left.borrow() == 0 };
+        tokio::time::timeout(patience.min(GRACE + KILLED), gone).await.unwrap_or(false)
+    }
 }
 
 /// An engine of a replica that is no more.
@@ -88,10 +119,20 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
     let mut closed: Closed = strays.iter().flat_map(|s| s.record.devices.uuids.clone()).collect();
     closed.extend(unknown.iter().cloned());
     let (tx, closed) = watch::channel(closed);
+    let (count, left) = watch::channel(strays.len());
+    let hurry: Arc<Hurry> =
+        Arc::new(strays.iter().map(|s| (s.record.key.pool.clone(), CancellationToken::new())).collect());
     if !strays.is_empty() || !unknown.is_empty() {
-        tokio::spawn(reopen(tx, strays, unknown, ports.clone(), clock, Arc::clone(bell)));
+        tokio::spawn(reopen(
+            (tx, count),
+            (strays, Arc::clone(&hurry)),
+            unknown,
+            ports.clone(),
+            clock,
+            Arc::clone(bell),
+        ));
     }
-    Boot { found, places, closed }
+    Boot { found, places, closed, strays: Strays { left, hurry } }
 }
 
 /// Who has each place of a pool: first whoever was made for it, then the replica that bears its number. So a reload that
@@ -133,8 +174,8 @@ async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
 
 /// Ends the strays and opens each device again once nothing is left there.
 async fn reopen(
-    tx: watch::Sender<Closed>,
-    strays: Vec<Stray>,
+    (tx, count): (watch::Sender<Closed>, watch::Sender<usize>),
+    (strays, hurry): (Vec<Stray>, Arc<Hurry>),
     mut unknown: Vec<String>,
     ports: Ports,
     clock: Clock,
@@ -145,11 +186,13 @@ async fn reopen(
     for Stray { record, engine } in strays {
         left.insert(record.key.clone(), record.devices.uuids.clone());
         let (probe, gpu, now) = (Arc::clone(&ports.probe), Arc::clone(&ports.gpu), clock.now());
+        let hurry = hurry.get(&record.key.pool).cloned().unwrap_or_default();
         ends.spawn(async move {
             if let Phase::Draining { deadline, .. } = record.phase {
                 // It was leaving; those that it serves have the time they were given.
                 let idle = idle(&*probe, &record.endpoint);
-                let _late = tokio::time::timeout(deadline.since(now), idle).await;
+                let idle = tokio::time::timeout(deadline.since(now), idle);
+                let _late = hurry.run_until_cancelled(idle).await;
             }
             engine.terminate();
             if tokio::time::timeout(GRACE, engine.gone()).await.is_err() {
@@ -167,6 +210,7 @@ async fn reopen(
             Some(ended) = ends.join_next() => {
                 let Ok(record) = ended else { continue };
                 left.remove(&record.key);
+                count.send_replace(left.len());
                 if let Err(error) = ports.ledger.forget(&record.key, record.generation).await {
                     tracing::warn!(pool_id = %record.key.pool, %error, "not written down");
                 }

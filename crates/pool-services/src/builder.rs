@@ -200,7 +200,7 @@ impl Builder {
         let (told, ledgered) = watch::channel(Ledgered::default());
         let (conditions_tx, conditions) = watch::channel(Conditions::new());
         let view = View { inventory: ports.gpu.inventory(), ledgered, conditions };
-        let node = Node {
+        let mut node = Node {
             ports: ports.clone(),
             view: view.clone(),
             clock,
@@ -212,8 +212,10 @@ impl Builder {
             broken: CancellationToken::new(),
             last_call: CancellationToken::new(),
             max_lease_ttl: self.max_lease_ttl,
+            hurry: Arc::default(),
         };
-        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
+        let Boot { mut found, places, closed, strays } = boot::look(&ports, &self.pools, clock, &node.bell).await;
+        node.hurry = strays.hurry();
         let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
@@ -269,6 +271,7 @@ impl Builder {
             memories: node.memories,
             ports,
             last_call: node.last_call,
+            strays,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }

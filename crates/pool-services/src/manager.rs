@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::boot::Strays;
 use crate::catalog::{Declaring, Order, Owner};
 use crate::change::{self, Change};
 use crate::clock::Clock;
@@ -52,6 +53,8 @@ pub(crate) struct Inner {
     pub(crate) ports: Ports,
     /// For engines that are left when time is up.
     pub(crate) last_call: CancellationToken,
+    /// Engines of earlier daemons that nobody wants.
+    pub(crate) strays: Strays,
 }
 
 /// The pools of one node. Clones share it.
@@ -96,14 +99,14 @@ impl PoolManager {
     /// nothing was: what is Fenced is not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
         // Not `stop`: that would leave a hold behind.
-        let in_time = self.end(Wish::Shutdown, deadline).await;
+        let (in_time, strays_gone) = tokio::join!(self.end(Wish::Shutdown, deadline), self.inner.strays.end(deadline));
         if !in_time {
             self.inner.last_call.cancel();
             // Nothing is waited for any more, but the signals have to be sent.
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
-        in_time && !self.table().values().any(fenced)
+        in_time && strays_gone && !self.table().values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.

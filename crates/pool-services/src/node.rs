@@ -13,8 +13,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::Admission;
+use crate::boot::Hurry;
 use crate::clock::Clock;
-use crate::conductor::{Conductor, Made, Member, PoolFacts};
+use crate::conductor::{Conductor, Made, Member, Paper, PoolFacts};
 use crate::control::{Operation, OperationState};
 use crate::declared::{Restored, Standing};
 use crate::driver::{Driver, DriverParts, Found, Memory, Ports, Remembered, at_rest};
@@ -48,6 +49,8 @@ pub(crate) struct Node {
     /// For engines that are left when time is up.
     pub(crate) last_call: CancellationToken,
     pub(crate) max_lease_ttl: Duration,
+    /// Engines of earlier daemons that nobody wants any more.
+    pub(crate) hurry: Arc<Hurry>,
 }
 
 /// A new replica.
@@ -196,6 +199,7 @@ impl Node {
         self.watched("lease desk", empty.run(parts));
         let conductor = Conductor {
             hold: Hold::found(spec.id.clone(), Arc::clone(&self.ports.ledger), hold),
+            paper: Paper::of(spec.id.clone(), Arc::clone(&self.ports.ledger)),
             made: Made { spec, document },
             source,
             previous,

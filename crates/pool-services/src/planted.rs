@@ -9,4 +9,8 @@ pub enum Bug {
     NeverClose,
     /// It takes no lease back.
     NeverRevoke,
+    /// A reload takes up what could not be written down.
+    CommitsUnwritten,
+    /// A reload ends the engines that it replaces at once, leases or not.
+    CutsLeases,
 }

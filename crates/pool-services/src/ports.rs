@@ -467,8 +467,8 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn recorded(&self) -> Vec<EngineRecord>;
     /// Tells consumers of a Ready replica.
     async fn publish_handoff(&self, handoff: &Handoff) -> Result<(), LedgerError>;
-    /// Takes that back.
-    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError>;
+    /// Takes that back, of this generation or of one before it.
+    async fn withdraw_handoff(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError>;
     /// What such an engine of the pool took before.
     async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction>;
     /// Remembers what it took.

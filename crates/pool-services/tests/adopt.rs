@@ -127,6 +127,45 @@ async fn a_pool_that_was_changed_meanwhile_gets_a_new_engine_and_one_that_is_no_
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shutdown_ends_what_nobody_wants_any_more_or_says_that_it_is_left() {
+    for killable in [true, false] {
+        let node = FakeNode::default();
+        node.engines.script(|s| (s.killable, s.obeys_term, s.busy) = (killable, false, Some(1)));
+        let (m, _events) = node.manage(vec![spec("chat")]).await;
+        until(&m, &id(), PoolSnapshot::ready).await;
+        // It is leaving, and serves somebody: it would have its time.
+        let (_, _guard) = m.allocate_lease(&id()).unwrap();
+        m.drain(&id(), DrainOptions { deadline: Some(LONG), on_deadline: None }).await.unwrap();
+        until(&m, &id(), |p| state(p) != "ready").await;
+        assert!(m.leave(LONG).await);
+        let (m, _events) = node.manage(vec![spec("other")]).await;
+        assert_eq!(m.shutdown(LONG).await, killable);
+        assert_eq!(node.engines.running().is_empty(), killable);
+    }
+}
+
+/// Too busy to prove anything, so that it is looked at for a while: its clients have the time of the drain all the same.
+#[tokio::test(start_paused = true)]
+async fn a_drain_while_an_engine_is_looked_at_cuts_nobody_off_and_ends_in_time() {
+    for (deadline, looked_at) in [(60, true), (4, true), (16, true), (60, false)] {
+        let node = FakeNode::default();
+        ready_and_left(&node, spec("chat")).await;
+        node.engines.script(|s| (s.decodes, s.busy) = (!looked_at, Some(2)));
+        let (m, _events) = node.manage(vec![spec("chat")]).await;
+        if looked_at {
+            until(&m, &id(), |p| state(p) == "adopting").await;
+        }
+        let began = tokio::time::Instant::now();
+        let options = DrainOptions { deadline: Some(Duration::from_secs(deadline)), on_deadline: None };
+        m.drain(&id(), options).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(deadline - 1)).await;
+        assert_eq!(node.engines.running().len(), 1, "it has its time");
+        let rest = until(&m, &id(), |p| state(p) == "idle").await;
+        assert!(rest.hold && began.elapsed() <= Duration::from_secs(deadline + 2), "{:?}", began.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_drain_goes_on_to_its_old_deadline_and_a_stop_is_finished() {
     let node = FakeNode::default();
     // A request that never ends, and whose lease is gone with the daemon.

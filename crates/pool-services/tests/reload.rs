@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use pool_domain::failure::Exit;
+use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
 use pool_domain::{Failure, FailureClass, PoolId};
 use pool_services::control::ReloadRequest;
@@ -340,6 +341,148 @@ async fn the_daemon_ends_in_the_middle_of_a_reload_and_nothing_is_left() {
         assert!(m.shutdown(LONG).await, "{strategy}");
         assert!(node.engines.running().is_empty());
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reset_of_the_breaker_says_nothing_about_what_is_under_way() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![old(1)]).await;
+    all_ready(&m, 1).await;
+    node.engines.script_of("other", |s| s.load = Duration::from_secs(20));
+    let operation = m.reload(&chat(), to(new(1), Strategy::Overlap)).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    m.reset_breaker(&chat()).await.unwrap();
+    assert_eq!(m.operation(&operation.id).await.unwrap().state, OperationState::Running);
+    assert_eq!(ended(&m, operation).await, OperationState::Succeeded("reloaded".into()));
+}
+
+/// The drain was given up, so the engine serves on, and a hold stands.
+#[tokio::test(start_paused = true)]
+async fn what_serves_on_after_a_drain_that_was_given_up_is_replaced() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![old(1)]).await;
+    all_ready(&m, 1).await;
+    let (_, guard) = m.allocate_lease(&chat()).unwrap();
+    let abort = DrainOptions { deadline: Some(Duration::from_secs(3)), on_deadline: Some(OnDeadline::Abort) };
+    m.drain(&chat(), abort).await.unwrap();
+    until(&m, &chat(), PoolSnapshot::draining).await;
+    let held = until(&m, &chat(), |s| s.ready()).await;
+    assert!(held.hold);
+    drop(guard);
+    assert_eq!(reload(&m, to(new(1), Strategy::InPlace)).await, OperationState::Succeeded("reloaded".into()));
+    assert_eq!(node.engines.models(), ["other"]);
+}
+
+/// One that is being drained takes the new form once it is at rest, and stays there.
+#[tokio::test(start_paused = true)]
+async fn what_is_being_drained_changes_at_rest() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![old(1)]).await;
+    all_ready(&m, 1).await;
+    let (_, _guard) = m.allocate_lease(&chat()).unwrap();
+    let force = DrainOptions { deadline: Some(Duration::from_secs(20)), on_deadline: Some(OnDeadline::Force) };
+    m.drain(&chat(), force).await.unwrap();
+    until(&m, &chat(), PoolSnapshot::draining).await;
+    let operation = m.reload(&chat(), to(new(1), Strategy::Auto)).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let still = m.pool(&chat()).await.unwrap();
+    assert_eq!((still.model_id.as_str(), node.engines.models()), ("tiny", vec!["tiny".to_owned()]));
+    assert_eq!(ended(&m, operation).await, OperationState::Succeeded("reloaded".into()));
+    tokio::time::sleep(LONG).await;
+    let rests = m.pool(&chat()).await.unwrap();
+    assert_eq!((rests.model_id.as_str(), rests.replicas[0].state, rests.hold), ("other", "idle", true));
+    m.preload(&chat()).await.unwrap();
+    all_ready(&m, 1).await;
+    assert_eq!(node.engines.models(), ["other"]);
+}
+
+/// Right at the start, before anybody could see that it is to run.
+#[tokio::test(start_paused = true)]
+async fn a_pool_that_was_just_begun_runs_on_when_its_reload_fails() {
+    let node = FakeNode::default();
+    node.engines.script_of("other", |s| s.crash_after = Some(Duration::ZERO));
+    let (m, _events) = node.manage(vec![old(1)]).await;
+    let operation = m.reload(&chat(), to(new(1), Strategy::InPlace)).await.unwrap();
+    assert!(matches!(ended(&m, operation).await, OperationState::Failed(_)));
+    assert_eq!(all_ready(&m, 1).await.model_id, "tiny");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_forced_drain_is_over_in_time_for_those_that_were_replaced_too() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![PoolSpec { drain_deadline: Duration::from_secs(600), ..old(1) }]).await;
+    all_ready(&m, 1).await;
+    let (_, guard) = m.allocate_lease(&chat()).unwrap();
+    let form = PoolSpec { drain_deadline: Duration::from_secs(600), ..new(1) };
+    m.reload(&chat(), to(form, Strategy::Overlap)).await.unwrap();
+    until(&m, &chat(), |s| s.model_id == "other" && s.ready()).await;
+    assert_eq!((node.engines.running().len(), guard.valid()), (2, true), "its lease is honoured");
+    let force = DrainOptions { deadline: Some(Duration::from_secs(5)), on_deadline: Some(OnDeadline::Force) };
+    m.drain(&chat(), force).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    assert_eq!((node.engines.running().len(), guard.valid()), (0, false));
+}
+
+/// Its memory went to the old one while it was looked at.
+#[tokio::test(start_paused = true)]
+async fn a_forced_reload_does_not_wait_for_memory_for_ever_either() {
+    let node = FakeNode::default();
+    let large = |spec: PoolSpec| PoolSpec { vram: Some(20 << 30), ..spec };
+    let (m, _events) = node.manage(vec![large(old(1))]).await;
+    let forced = ReloadRequest { on_deadline: Some(OnDeadline::Force), ..to(large(new(1)), Strategy::Overlap) };
+    let operation = m.reload(&chat(), forced).await.unwrap();
+    assert!(matches!(ended(&m, operation).await, OperationState::Failed(_)));
+    let s = all_ready(&m, 1).await;
+    assert_eq!((s.model_id.as_str(), node.engines.running().len()), ("tiny", 1));
+}
+
+/// Something of the new engine may be left, so the way back fails, too. What is started later is the old.
+#[tokio::test(start_paused = true)]
+async fn a_pool_whose_way_back_failed_starts_as_what_it_says_that_it_is() {
+    let node = FakeNode::default();
+    node.engines.script_of("other", |s| (s.serves, s.leaves_child, s.killable) = (false, true, false));
+    let mut spec = old(1);
+    spec.policy.start.stall = Duration::from_secs(5);
+    let (m, _events) = node.manage(vec![spec.clone()]).await;
+    all_ready(&m, 1).await;
+    let form = PoolSpec { model: "stub:other".parse().unwrap(), ..spec };
+    let OperationState::Failed(why) = reload(&m, to(form, Strategy::InPlace)).await else { panic!("reloaded") };
+    assert!(why.contains("so did the way back"), "{why}");
+    node.engines.leftovers_end();
+    node.engines.crash_all();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    m.preload(&chat()).await.unwrap();
+    assert_eq!(all_ready(&m, 1).await.model_id, "tiny");
+    assert_eq!(node.engines.models(), ["tiny"]);
+}
+
+/// A disk that took the new form, said that it did not, and is ill for a while.
+#[tokio::test(start_paused = true)]
+async fn that_a_reload_was_undone_is_written_down_once_the_disk_takes_it() {
+    let node = FakeNode::default();
+    let asked = PoolSpec { activation: Activation::OnDemand, ..old(1) };
+    let (m, _events) = node.manage(vec![asked.clone()]).await;
+    let other = PoolSpec { activation: Activation::OnDemand, ..new(1) };
+    assert_eq!(reload(&m, to(other.clone(), Strategy::Auto)).await, OperationState::Succeeded("reloaded".into()));
+    node.ledger.set_broken(true);
+    node.ledger.set_lying(true);
+    let back = ReloadRequest { declared: Some((asked, "old".into())), ..ReloadRequest::default() };
+    node.ledger.set_slow(Duration::from_secs(1));
+    let operation = m.reload(&chat(), back).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    // It took the commit, and does not take that it was undone.
+    node.ledger.set_lying(false);
+    let OperationState::Failed(why) = ended(&m, operation).await else { panic!("it was written down") };
+    assert!(why.contains("as it was"), "{why}");
+    let stored = || node.ledger.stored(&chat()).map(|s| s.document);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(stored().as_deref(), Some("old"), "what the disk lied about");
+    node.ledger.set_broken(false);
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(stored().as_deref(), Some("new"));
+    // Nor is it after something newer.
+    assert!(m.shutdown(LONG).await);
+    assert_eq!(stored().as_deref(), Some("new"));
 }
 
 /// The daemon dies at some moment of a reload, and the next one starts from what is written down.

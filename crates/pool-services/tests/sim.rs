@@ -69,5 +69,5 @@ fn the_schedules_have_engines_that_give_way_and_come_back() {
             scene.saw(&entry);
         }
     }
-    assert!(gave_way > 20 && started_again > 10, "{gave_way} {started_again}");
+    assert!(gave_way > 15 && started_again > 8, "{gave_way} {started_again}");
 }

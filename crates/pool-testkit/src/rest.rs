@@ -339,10 +339,10 @@ impl StateLedger for FakeLedger {
             f.handoffs.insert(handoff.key.clone(), handoff.clone());
         })
     }
-    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+    async fn withdraw_handoff(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
         self.slowly().await;
         self.write(|f| {
-            f.handoffs.remove(key);
+            f.handoffs.retain(|k, h| k != key || h.generation > generation);
         })
     }
     async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction> {

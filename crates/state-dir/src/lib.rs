@@ -270,9 +270,9 @@ impl StateLedger for StateDir {
             .map_err(|source| LedgerError { what: "a handoff", source })
     }
 
-    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+    async fn withdraw_handoff(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
         let name = handoff_name(key);
-        self.work(move |paths| files::remove(&paths.handoff, &name))
+        self.work(move |paths| record::withdraw(&paths.handoff, &name, generation))
             .await
             .map_err(|source| LedgerError { what: "the removal of a handoff", source })
     }

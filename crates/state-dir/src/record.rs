@@ -233,6 +233,21 @@ pub(crate) struct HandoffRecord {
     vram: u64,
 }
 
+/// The part that says whose handoff it is.
+#[derive(Deserialize)]
+struct HandoffOf {
+    generation: u64,
+}
+
+/// Removes a handoff, but not one of a later generation. What cannot be read is nobody's.
+pub(crate) fn withdraw(dir: &Path, name: &str, generation: Generation) -> io::Result<()> {
+    let later = std::fs::read(dir.join(name))
+        .ok()
+        .and_then(|text| serde_json::from_slice::<HandoffOf>(&text).ok())
+        .is_some_and(|of| of.generation > generation.0);
+    if later { Ok(()) } else { files::remove(dir, name) }
+}
+
 impl From<&Handoff> for HandoffRecord {
     fn from(h: &Handoff) -> Self {
         Self {

@@ -273,9 +273,11 @@ async fn a_handoff_is_there_until_it_is_withdrawn_or_the_daemon_restarts() {
     state.publish_handoff(&handoff()).await.unwrap();
     let read: HandoffRecord = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     assert_eq!(read, HandoffRecord::from(&handoff()));
-    state.withdraw_handoff(&handoff().key).await.unwrap();
+    state.withdraw_handoff(&handoff().key, Generation(handoff().generation.0 - 1)).await.unwrap();
+    assert!(path.exists(), "it is of a later generation");
+    state.withdraw_handoff(&handoff().key, handoff().generation).await.unwrap();
     assert!(!path.exists());
-    state.withdraw_handoff(&handoff().key).await.unwrap();
+    state.withdraw_handoff(&handoff().key, handoff().generation).await.unwrap();
     state.publish_handoff(&handoff()).await.unwrap();
     fs::write(dir.path().join("ledger/.new-x"), "half").unwrap();
     drop(state);

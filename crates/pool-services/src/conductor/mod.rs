@@ -3,8 +3,10 @@
 
 mod idle;
 mod operations;
+mod paper;
 mod reload;
 
+pub(crate) use paper::Paper;
 pub(crate) use reload::{Made, Probation, Reload, Running};
 
 use std::collections::VecDeque;
@@ -139,6 +141,7 @@ pub(crate) struct Conductor {
     pub(crate) facts: watch::Sender<PoolFacts>,
     pub(crate) roster: watch::Sender<Arc<Roster>>,
     pub(crate) hold: Hold,
+    pub(crate) paper: Paper,
     /// Operations begun so far.
     pub(crate) begun: u64,
     /// When somebody last asked for the pool.
@@ -152,6 +155,12 @@ pub(crate) struct Conductor {
 impl Conductor {
     /// Runs until nobody can command it any more; the drivers end with it.
     pub(crate) async fn run(mut self) {
+        self.rounds().await;
+        // What a removal strikes out is not written again.
+        self.paper.finish().await;
+    }
+
+    async fn rounds(&mut self) {
         if self.made.spec.activation == Activation::Preload && !self.hold.held() {
             self.command_all(Command::Wake).await;
         }
@@ -202,6 +211,21 @@ impl Conductor {
     async fn command_all(&mut self, command: Command) {
         for member in self.members.iter_mut().filter(|m| m.serves || self.ending) {
             member.command(command).await;
+        }
+    }
+
+    /// Also those that a reload replaced and that have leases still: a forced drain ends them with the others.
+    async fn drain_all(&mut self, deadline: Duration, on_deadline: OnDeadline) {
+        let command = Command::Drain { deadline, on_deadline };
+        for member in self.members.iter_mut().filter(|m| m.serves || on_deadline == OnDeadline::Force) {
+            member.command(command).await;
+        }
+        // Nor do those outlive it that a daemon before this one had replaced.
+        if let (Some(hurry), OnDeadline::Force) = (self.node.hurry.get(&self.made.spec.id).cloned(), on_deadline) {
+            tokio::spawn(async move {
+                tokio::time::sleep(deadline).await;
+                hurry.cancel();
+            });
         }
     }
 
@@ -258,16 +282,13 @@ impl Conductor {
             }
             Wish::Drain(o) => {
                 let deadline = o.deadline.unwrap_or(self.made.spec.drain_deadline);
-                self.command_all(Command::Drain {
-                    deadline,
-                    on_deadline: o.on_deadline.unwrap_or(self.made.spec.on_deadline),
-                })
-                .await;
+                let on_deadline = o.on_deadline.unwrap_or(self.made.spec.on_deadline);
+                self.drain_all(deadline, on_deadline).await;
                 self.hold.set(true);
                 "drain"
             }
             Wish::Stop => {
-                self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
+                self.drain_all(Duration::ZERO, OnDeadline::Force).await;
                 self.hold.set(true);
                 "stop"
             }
@@ -288,7 +309,7 @@ impl Conductor {
             }
             Wish::ResetBreaker => {
                 self.command_all(Command::ResetBreaker).await;
-                return Ok(self.ended_operation("breaker_reset", "reset"));
+                return Ok(self.ended_beside("breaker_reset", "reset"));
             }
         };
         Ok(self.begin_operation(verb))

@@ -9,6 +9,15 @@ use crate::driver::Published;
 impl Conductor {
     /// Remembers that something was asked for. The last wish wins: what it contradicts is over.
     pub(super) fn begin_operation(&mut self, verb: &str) -> Operation {
+        self.facts.send_modify(|f| {
+            for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running && o.verb != verb) {
+                o.state = OperationState::Failed(format!("superseded by {verb}"));
+            }
+        });
+        self.new_operation(verb)
+    }
+
+    fn new_operation(&mut self, verb: &str) -> Operation {
         self.begun += 1;
         let operation = Operation {
             id: format!("op-{}-{:08x}-{}", self.made.spec.id, self.node.seed & 0xffff_ffff, self.begun),
@@ -19,9 +28,6 @@ impl Conductor {
             started_at: self.node.clock.wall(),
         };
         self.facts.send_modify(|f| {
-            for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running && o.verb != verb) {
-                o.state = OperationState::Failed(format!("superseded by {verb}"));
-            }
             f.operations.push_front(operation.clone());
             f.operations.truncate(REMEMBERED);
         });
@@ -30,7 +36,17 @@ impl Conductor {
 
     /// Remembers something that is done already.
     pub(super) fn ended_operation(&mut self, verb: &str, outcome: &str) -> Operation {
-        let mut operation = self.begin_operation(verb);
+        let operation = self.begin_operation(verb);
+        self.ended(operation, outcome)
+    }
+
+    /// The same of something that contradicts nothing that is under way.
+    pub(super) fn ended_beside(&mut self, verb: &str, outcome: &str) -> Operation {
+        let operation = self.new_operation(verb);
+        self.ended(operation, outcome)
+    }
+
+    fn ended(&self, mut operation: Operation, outcome: &str) -> Operation {
         operation.state = OperationState::Succeeded(outcome.into());
         self.end_operation(&operation.id, operation.state.clone());
         operation

@@ -16,6 +16,8 @@ use crate::driver::{DriverCommand, Published};
 use crate::events::EventKind;
 use crate::node::{Birth, Node};
 use crate::planning::{self, Surroundings};
+#[cfg(feature = "planted-bugs")]
+use crate::planted::Bug;
 use crate::roster::Roster;
 use crate::spec::{Activation, PoolSpec};
 
@@ -113,10 +115,13 @@ impl Conductor {
     /// When the reload under way is given up, if nothing is committed by then.
     pub(super) fn reload_deadline(&self) -> Option<Tick> {
         let running = self.running.as_ref()?;
-        let counts = running.on_deadline == OnDeadline::Abort
-            && matches!(running.rollout.next(), Next::Do(_))
-            && !running.rollout.committed();
-        counts.then_some(running.deadline)
+        let counts = matches!(running.rollout.next(), Next::Do(_)) && !running.rollout.committed();
+        // What is forced has ended by then; the new one has the time of a start, and does not wait for memory for ever.
+        let start = match running.on_deadline {
+            OnDeadline::Abort => Duration::ZERO,
+            OnDeadline::Force => running.reload.to.spec.policy.start.max,
+        };
+        counts.then(|| running.deadline + start)
     }
 
     /// Time is up: the old engines serve on.
@@ -162,11 +167,18 @@ impl Conductor {
             self.end_operation(&operation, OperationState::Succeeded("unchanged".into()));
             return;
         }
-        let were: BTreeMap<_, _> =
-            self.serving().map(|m| (m.key.replica, Was::of(&m.published.borrow().state))).collect();
+        let held = self.hold.held();
+        let was = |m: &Member| {
+            let published = m.published.borrow();
+            // Its picture is older than a command that it has; without a hold that is one to run.
+            if published.verbs != m.sent && !held { Was::Trying } else { Was::of(&published.state) }
+        };
+        let were: BTreeMap<_, _> = self.serving().map(|m| (m.key.replica, was(m))).collect();
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
-        let asleep = self.hold.held() || rests && reload.to.spec.activation == Activation::OnDemand;
+        // A drain that was given up leaves an engine that serves, and so the new one has to.
+        let serves = |m: &Member| matches!(m.published.borrow().state, State::Ready { .. } | State::Suspect { .. });
+        let asleep = held && !self.serving().any(serves) || rests && reload.to.spec.activation == Activation::OnDemand;
         self.tell(EventKind::ReloadStarted);
         let policy = &reload.to.spec.reload;
         let (deadline, on_deadline) =
@@ -254,6 +266,8 @@ impl Conductor {
                 let deadline = running.deadline.since(self.node.clock.now());
                 self.command(ids, Command::Drain { deadline, on_deadline: running.on_deadline }).await;
             }
+            // What ends does so in its own time.
+            Step::Settle(_) => {}
             Step::Change(ids) => {
                 let spec = Arc::clone(&reload.to.spec);
                 // What the old earned is not held against the new.
@@ -279,7 +293,7 @@ impl Conductor {
                 };
                 // What the file says is not written down a second time.
                 let from_file = matches!(reload.source, Some(Source::File { .. }));
-                running.work = Some(self.store(&standing, from_file));
+                running.work = Some(self.store(&standing, from_file, false));
             }
             Step::Flip { to, from } => {
                 for member in &mut self.members {
@@ -290,6 +304,8 @@ impl Conductor {
             }
             Step::Retire(ids) => {
                 let deadline = self.made.spec.drain_deadline;
+                #[cfg(feature = "planted-bugs")]
+                let deadline = if self.planted(Bug::CutsLeases) { Duration::ZERO } else { deadline };
                 self.command(ids, Command::Drain { deadline, on_deadline: OnDeadline::Force }).await;
             }
         }
@@ -297,7 +313,7 @@ impl Conductor {
 
     async fn begin_undo(&mut self, running: &mut Running, step: &Step) {
         match step {
-            Step::Verify | Step::Flip { .. } | Step::Retire(_) => {}
+            Step::Verify | Step::Settle(_) | Step::Flip { .. } | Step::Retire(_) => {}
             Step::Stop(ids) => {
                 for id in ids {
                     if running.were.get(id).is_some_and(|was| *was != Was::Rest) {
@@ -320,7 +336,7 @@ impl Conductor {
                 self.command(ids, stop).await;
             }
             // Whether it was written is not known.
-            Step::Commit => running.work = Some(self.store(&self.standing(), false)),
+            Step::Commit => running.work = Some(self.store(&self.standing(), false, true)),
         }
     }
 
@@ -340,13 +356,18 @@ impl Conductor {
             },
             Step::Commit => {
                 let look = waited(found);
+                #[cfg(feature = "planted-bugs")]
+                let look = match look {
+                    Look::Failed(_) if self.planted(Bug::CommitsUnwritten) => Look::Done,
+                    look => look,
+                };
                 if matches!(look, Look::Done) {
                     self.take_up(&running.reload);
                 }
                 look
             }
             Step::Change(_) | Step::Add(_) | Step::Flip { .. } => Look::Done,
-            Step::Stop(ids) => self.over(ids, |seen| {
+            Step::Stop(ids) | Step::Settle(ids) => self.over(ids, |seen| {
                 if seen.iter().all(|p| matches!(p.state, State::Idle | State::Failed { .. })) {
                     Look::Done
                 } else if seen.iter().any(|p| matches!(p.state, State::Fenced { .. })) {
@@ -378,13 +399,15 @@ impl Conductor {
 
     fn look_undone(&self, running: &Running, step: &Step, found: Option<Verdict>) -> Look {
         match step {
-            Step::Verify | Step::Change(_) | Step::Add(_) | Step::Flip { .. } | Step::Retire(_) => Look::Done,
+            Step::Verify | Step::Settle(_) | Step::Change(_) | Step::Add(_) | Step::Flip { .. } | Step::Retire(_) => {
+                Look::Done
+            }
             Step::Commit => match found {
                 None => Look::Pending,
                 Some(written) => {
-                    // What stood there stands still, unless the disk lost its answer: then a restart may find the new.
+                    // What stood there stands still, unless the disk lost its answer; it is tried again until it does.
                     if let Err(why) = written {
-                        tracing::error!(pool_id = %self.made.spec.id, %why, "that the reload was undone is not written down");
+                        tracing::error!(pool_id = %self.made.spec.id, %why, "that the reload was undone is not written down yet");
                     }
                     Look::Done
                 }
@@ -477,17 +500,20 @@ impl Conductor {
     }
 
     /// Writes down what a later daemon starts from. Without words for it, whoever embeds this keeps it.
-    fn store(&self, standing: &Standing, from_file: bool) -> oneshot::Receiver<Verdict> {
+    fn store(&self, standing: &Standing, from_file: bool, until_written: bool) -> oneshot::Receiver<Verdict> {
         let (tell, told) = oneshot::channel();
-        let (ledger, id) = (Arc::clone(&self.node.ports.ledger), self.made.spec.id.clone());
-        let stored = (!standing.document.is_empty()).then(|| standing.stored(&id));
+        let words = (!standing.document.is_empty()).then(|| standing.stored(&self.made.spec.id));
+        let text = words.map(|stored| (!from_file).then_some(stored));
+        let written = text.map(|text| self.paper.write(text, until_written));
         tokio::spawn(async move {
-            let written = match stored {
-                None => Ok(()),
-                Some(_) if from_file => ledger.drop_pool(&id).await,
-                Some(stored) => ledger.store_pool(&stored).await,
+            let verdict = match written {
+                None => Ok(None),
+                Some(written) => match written.await {
+                    Ok(written) => written.map(|()| None).map_err(|e| format!("{e}: {}", e.source)),
+                    Err(_) => Err("nobody writes any more".into()),
+                },
             };
-            let _ = tell.send(written.map(|()| None).map_err(|e| format!("{e}: {}", e.source)));
+            let _ = tell.send(verdict);
         });
         told
     }
@@ -520,6 +546,8 @@ impl Conductor {
     fn break_down(&mut self, words: &str) {
         for member in &self.members {
             let failure = Failure::new(FailureClass::Config, words.to_owned());
+            // Whoever starts it again gets what the pool says that it is.
+            let _full = member.commands.try_send(DriverCommand::Respec(Arc::clone(&self.made.spec)));
             let _full = member.commands.try_send(DriverCommand::GiveUp(failure));
         }
         self.let_go();
@@ -539,6 +567,11 @@ impl Conductor {
         let fails = self.serving().any(fails);
         fails.then(|| self.probation = None)?;
         self.previous.clone()
+    }
+
+    #[cfg(feature = "planted-bugs")]
+    fn planted(&self, bug: Bug) -> bool {
+        self.node.ports.bug == Some(bug)
     }
 
     /// What `rollback` returns to.

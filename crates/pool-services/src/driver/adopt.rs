@@ -7,6 +7,7 @@ use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
 use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
+use tokio_util::sync::CancellationToken;
 
 use super::work::prove;
 use super::{Driver, Grant, Report};
@@ -88,6 +89,25 @@ impl Driver {
         self.step(Event::Command(stop));
     }
 
+    /// One that served an earlier daemon may have leases of then: a drain that gives them time waits for the end of the
+    /// look at it, which takes no longer than that.
+    pub(super) fn drains_once_adopted(&mut self, command: Command) -> bool {
+        let Command::Drain { deadline, on_deadline } = command else { return false };
+        let served = self.attempt.record.as_ref().is_some_and(|r| {
+            matches!(r.phase, Phase::Ready { .. } | Phase::Draining { .. }) && self.attempt.refused.is_none()
+        });
+        if !served || deadline.is_zero() || !matches!(self.replica.state, State::Adopting { .. }) {
+            return false;
+        }
+        let end = self.clock.now() + deadline;
+        let end = self.attempt.drain.map_or(end, |(earlier, _)| earlier.min(end));
+        self.attempt.drain = Some((end, on_deadline));
+        self.work.cancel();
+        self.work = CancellationToken::new();
+        self.check_adopted();
+        true
+    }
+
     /// An engine that was to end anyway is not started again because it did, or because it is not what it was.
     pub(super) fn ends_while_adopted(&mut self, fact: &Fact) {
         let ends = matches!(fact, Fact::Exited(_) | Fact::Unproved(_) | Fact::NotAdopted(_));
@@ -120,9 +140,10 @@ impl Driver {
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
         let again = self.policy.health.timeout;
         let patience = again * self.policy.health.failures;
-        // The end of a drain does not wait for a proof.
+        // The end of a drain does not wait for a proof, however long that may take with all its questions.
+        let longest = patience + again + PROBE_TIMEOUT * 2;
         let ends_in = match self.attempt.drain {
-            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < patience),
+            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < longest),
             _ => None,
         };
         self.run_work(async move {

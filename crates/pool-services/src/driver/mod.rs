@@ -361,7 +361,9 @@ impl Driver {
                     // The last wish wins, also over a drain that goes on once its engine is adopted.
                     self.attempt.drain = None;
                 }
-                self.step(Event::Command(command));
+                if !self.drains_once_adopted(command) {
+                    self.step(Event::Command(command));
+                }
             }
             DriverCommand::Grant(grant) if self.wants(grant.generation) => {
                 self.attempt.want = None;
@@ -525,7 +527,7 @@ impl Driver {
                 } else {
                     self.admission.open(self.replica.generation, slots);
                 }
-                self.scribe.want(self.handoff());
+                self.scribe.want(self.replica.generation, self.handoff());
             }
             Action::CloseAdmission => {
                 self.admission.close();
@@ -535,14 +537,14 @@ impl Driver {
             }
             Action::RevokeLeases => self.admission.revoke(),
             Action::Terminate => {
-                self.scribe.want(None);
+                self.scribe.want(self.replica.generation, None);
                 if let Some(e) = &self.attempt.engine {
                     e.terminate();
                 }
                 reached(Point::AfterTerm);
             }
             Action::Kill => {
-                self.scribe.want(None);
+                self.scribe.want(self.replica.generation, None);
                 if let Some(e) = &self.attempt.engine {
                     e.kill();
                 }

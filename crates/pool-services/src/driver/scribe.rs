@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use fault_points::{Point, reached};
 use pool_domain::{Generation, ReplicaKey};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
 
 use crate::ports::{EngineRecord, Handoff, LedgerError, Phase, StateLedger};
 
 /// Between two tries to write what could not be written.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
+/// How often that is tried again for a replica that is no more, which keeps the state directory in use.
+const LAST_TRIES: u32 = 300;
 
 /// What is to stand of the engine.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +45,8 @@ struct Wish {
     /// Unset: as it was found, or as a start wrote it.
     kept: Option<Kept>,
     handoff: Option<Handoff>,
+    /// Of which generation, and of those before.
+    of: Generation,
 }
 
 /// The record and the handoff of one replica.
@@ -51,19 +54,22 @@ pub(super) struct Scribe {
     wanted: watch::Sender<Wish>,
     /// The number of the record that was tried last.
     tried: watch::Receiver<u64>,
-    task: JoinHandle<()>,
+    /// Told once everything was tried after the last wish.
+    over: oneshot::Receiver<()>,
 }
 
 impl Scribe {
     pub(super) fn start(key: ReplicaKey, ledger: Arc<dyn StateLedger>) -> Self {
         let (wanted, wishes) = watch::channel(Wish::default());
         let (told, tried) = watch::channel(0);
-        Self { wanted, tried, task: tokio::spawn(write(key, ledger, wishes, told)) }
+        let (ends, over) = oneshot::channel();
+        tokio::spawn(write(key, ledger, wishes, told, ends));
+        Self { wanted, tried, over }
     }
 
     /// The handoff that is to stand from now on.
-    pub(super) fn want(&self, handoff: Option<Handoff>) {
-        self.wanted.send_modify(|w| w.handoff = handoff);
+    pub(super) fn want(&self, of: Generation, handoff: Option<Handoff>) {
+        self.wanted.send_modify(|w| (w.of, w.handoff) = (of, handoff));
     }
 
     pub(super) fn record(&self, record: EngineRecord) {
@@ -90,11 +96,12 @@ impl Scribe {
         }
     }
 
-    /// Resolves once what is wanted was written, or tried for the last time.
+    /// Resolves once what is wanted was written or tried. What a disk refused is tried again for a while, beside whatever
+    /// comes after.
     pub(super) async fn finish(self) {
         drop(self.wanted);
         // A task that panicked has nothing more to write.
-        let _ = self.task.await;
+        let _ = self.over.await;
     }
 }
 
@@ -103,10 +110,12 @@ async fn write(
     ledger: Arc<dyn StateLedger>,
     mut wanted: watch::Receiver<Wish>,
     told: watch::Sender<u64>,
+    ends: oneshot::Sender<()>,
 ) {
     // The handoff is unset while nobody knows: what a disk refused may stand all the same.
     let (mut written, mut stands) = (0, Some(None));
-    let mut open = true;
+    let (mut open, mut ends) = (true, Some(ends));
+    let mut tries_left = LAST_TRIES;
     let well = |done: Result<(), LedgerError>| {
         if let Err(e) = &done {
             tracing::warn!(pool_id = %key.pool, replica_id = %key.replica, error = %e, "not written down");
@@ -137,7 +146,7 @@ async fn write(
                     reached(Point::AfterHandoff);
                     done
                 }
-                None => ledger.withdraw_handoff(&key).await,
+                None => ledger.withdraw_handoff(&key, wish.of).await,
             };
             stands = well(done).then(|| wish.handoff.clone());
         }
@@ -146,7 +155,16 @@ async fn write(
             continue;
         }
         if !open {
-            return;
+            if let Some(ends) = ends.take() {
+                // Nobody waits if the driver is gone without a word.
+                let _ = ends.send(());
+            }
+            if stands.is_some() && wish.number == written || tries_left == 0 {
+                return;
+            }
+            tries_left -= 1;
+            tokio::time::sleep(TRY_AGAIN).await;
+            continue;
         }
         tokio::select! {
             biased;

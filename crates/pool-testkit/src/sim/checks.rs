@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pool_domain::{Generation, PoolId, ReplicaKey};
 use pool_services::ports::Handoff;
-use pool_services::{NodeSnapshot, PoolSnapshot};
+use pool_services::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 
 use super::schedule::Schedule;
 use super::truth::{Entry, Launch, Process, Scene, What};
@@ -77,6 +77,7 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(super::checks_life::FencesHold::default()),
         Box::new(super::checks_life::HangsAreFound::default()),
         Box::new(super::checks_life::HandoffsAreTrue),
+        Box::new(super::checks_reload::ReloadsCutNoLease::default()),
         Box::new(NothingForNothing),
         Box::new(SnapshotsGrow::default()),
     ]
@@ -350,6 +351,8 @@ impl Invariant for SnapshotsGrow {
         if self.0 != view.life {
             (self.0, self.1) = (view.life, BTreeMap::new());
         }
+        // One that is declared anew counts anew.
+        self.1.retain(|id, _| view.pools.iter().any(|p| p.pool_id == *id));
         for pool in view.pools {
             let Some(before) = self.1.insert(pool.pool_id.clone(), pool.clone()) else { continue };
             let states = |p: &PoolSnapshot| p.replicas.iter().map(|r| (r.state, r.generation)).collect::<Vec<_>>();
@@ -357,7 +360,9 @@ impl Invariant for SnapshotsGrow {
             if before.snapshot > pool.snapshot || (before.snapshot == pool.snapshot && !same) {
                 return Err(format!("{}: {} then {}", pool.pool_id, before.snapshot, pool.snapshot));
             }
-            if before.replicas.iter().zip(&pool.replicas).any(|(a, b)| a.generation > b.generation) {
+            let older =
+                |r: &ReplicaSnapshot| before.replicas.iter().any(|b| b.id == r.id && b.generation > r.generation);
+            if pool.replicas.iter().any(older) {
                 return Err(format!("{}: a generation went back", pool.pool_id));
             }
         }

@@ -35,6 +35,10 @@ impl Invariant for DrainsEnd {
                 let kept = self.due.entry(pool.clone()).or_insert((entry.at, due));
                 kept.1 = kept.1.min(due);
             }
+            // A pool that is being removed has its own time.
+            What::Asked(pool, Verb::Force(_), false) => {
+                self.due.remove(pool);
+            }
             // One that is given up leaves its engine serving.
             What::Asked(pool, Verb::Abort(_), true) => {
                 self.due.remove(pool);
@@ -198,11 +202,14 @@ impl Invariant for BackoffHolds {
             What::Asking(pool, verb) if !matches!(verb, Verb::Demand) => {
                 self.failures.retain(|key, _| key.pool != *pool);
             }
-            What::Tampered(pool) => self.failures.retain(|key, _| key.pool != *pool),
+            // What is held against one form of a pool is not held against another.
+            What::Tampered(pool) | What::Reloading(pool, _) => self.failures.retain(|key, _| key.pool != *pool),
             What::Wiped => self.failures.clear(),
             What::Down(_) => keep_known(&mut self.failures, scene, entry.at),
             what @ What::Ended(_) => {
-                let Some(p) = fell(what, scene) else { return Ok(()) };
+                let Some(p) = fell(what, scene).filter(|p| !scene.reloading.contains(&p.launch.key.pool)) else {
+                    return Ok(());
+                };
                 let Some(spec) = spec_of(schedule, &p.launch.key.pool) else { return Ok(()) };
                 let served = p.worked.map_or(Duration::ZERO, |since| entry.at.saturating_sub(since));
                 // Of what ends while no daemon runs the next one hears late: it counts as longer Ready.
@@ -263,7 +270,7 @@ impl Invariant for BreakerHolds {
         match &entry.what {
             // Whatever a person does, the count begins anew; so does it at an end that is nobody's fault.
             What::Asking(pool, verb) if !matches!(verb, Verb::Demand) => self.forget(pool),
-            What::Tampered(pool) => self.forget(pool),
+            What::Tampered(pool) | What::Reloading(pool, _) => self.forget(pool),
             What::Wiped => (self.starts, self.crashes) = Default::default(),
             What::Down(_) => {
                 keep_known(&mut self.starts, scene, entry.at);
@@ -279,7 +286,8 @@ impl Invariant for BreakerHolds {
                 let Some(p) = scene.processes.get(pid) else { return Ok(()) };
                 let (key, worked) = (p.launch.key.clone(), p.worked);
                 let Some(spec) = spec_of(schedule, &key.pool) else { return Ok(()) };
-                if fell(&entry.what, scene).is_none() || scene.down.is_some() {
+                let excused = scene.reloading.contains(&key.pool) || scene.down.is_some();
+                if fell(&entry.what, scene).is_none() || excused {
                     self.starts.remove(&key);
                     self.crashes.remove(&key);
                     return Ok(());

@@ -23,6 +23,8 @@ use super::world::{Engine, Event, Inner, World};
 
 /// The first pid; far from 0 so that nothing is right by accident.
 const FIRST_PID: u32 = 1_000;
+/// Engines of this model do not start until somebody helps; those of the others of a pool do.
+const BAD: &str = "m2";
 /// How long the host waits for what it ends before anything is launched.
 const SHORTLY: Duration = Duration::from_secs(5);
 
@@ -76,6 +78,7 @@ impl World {
             durable,
             foreign_listener: script.foreign_listener,
             unkillable: script.unkillable,
+            model: record.endpoint.model.clone(),
             exit_lag: script.exit_lag,
             busy: script.busy,
         };
@@ -218,7 +221,8 @@ impl EngineHost for World {
             return Err(Failure::new(FailureClass::Crash(Exit::Unknown), "its lock is held"));
         }
         // Born at once or in the end: the daemon may die in between.
-        let early = self.lock().rng.bool() && script.launch.is_none();
+        let bad = engine.endpoint.model == BAD && !self.lock().helped;
+        let early = self.lock().rng.bool() && script.launch.is_none() && !bad;
         let born = early.then(|| self.born(record, engine.endpoint.addr, &script, durable));
         self.call().await;
         tokio::time::sleep(script.launch_takes).await;
@@ -227,7 +231,7 @@ impl EngineHost for World {
         } else {
             // It is born as its pool is now.
             let script = self.script_of(&key.pool).ok_or_else(gone)?;
-            if let Some(failure) = script.launch {
+            if let Some(failure) = script.launch.clone().or_else(|| bad.then(gone)) {
                 self.record(What::LaunchFailed(key.clone(), generation));
                 return Err(failure);
             }

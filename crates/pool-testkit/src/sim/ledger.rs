@@ -25,7 +25,22 @@ pub(super) struct Facts {
     last_errors: BTreeMap<ReplicaKey, LastError>,
     /// With the boot in which they were noted.
     suspicions: (u32, Suspicions),
-    stored: BTreeMap<PoolId, StoredPool>,
+    pub(super) stored: BTreeMap<PoolId, StoredPool>,
+}
+
+impl Facts {
+    /// At first: the pools that somebody has declared over the API before.
+    pub(super) fn of(schedule: &super::Schedule) -> Self {
+        let stored = |id: &PoolId| StoredPool {
+            pool: id.clone(),
+            revision: 1,
+            document: "0".into(),
+            file_digest: None,
+            previous: None,
+        };
+        let ids = schedule.pools.iter().filter(|p| p.api).map(|p| p.spec.id.clone());
+        Self { stored: ids.map(|id| (id.clone(), stored(&id))).collect(), ..Self::default() }
+    }
 }
 
 impl World {
@@ -71,6 +86,12 @@ impl World {
     #[must_use]
     pub fn handoffs(&self) -> Vec<Handoff> {
         self.lock().facts.handoffs.values().cloned().collect()
+    }
+
+    /// What is written down of what a pool is to be.
+    #[must_use]
+    pub fn stored(&self, pool: &PoolId) -> Option<StoredPool> {
+        self.lock().facts.stored.get(pool).cloned()
     }
 
     /// Whether this generation of a replica is written down, with a record.
@@ -175,12 +196,12 @@ impl StateLedger for World {
         })
         .await
     }
-    async fn withdraw_handoff(&self, key: &ReplicaKey) -> Result<(), LedgerError> {
+    async fn withdraw_handoff(&self, key: &ReplicaKey, generation: Generation) -> Result<(), LedgerError> {
         if self.plant == Plant::HandoffStays {
             return Ok(());
         }
         self.write(|f| {
-            f.handoffs.remove(key);
+            f.handoffs.retain(|k, h| k != key || h.generation > generation);
         })
         .await
     }

@@ -7,9 +7,11 @@
 
 pub mod checks;
 pub mod checks_life;
+pub mod checks_reload;
 pub mod checks_time;
 mod engines;
 mod ledger;
+mod reloads;
 pub mod run;
 pub mod schedule;
 pub mod script;
@@ -36,6 +38,12 @@ pub enum Plant {
     NeverClose,
     /// Drivers take no lease back.
     NeverRevoke,
+    /// A reload takes up what could not be written down.
+    CommitsUnwritten,
+    /// A reload ends the engines that it replaces at once.
+    CutsLeases,
+    /// A daemon that starts does not know what was reloaded over the file.
+    ReloadsForgotten,
     /// The host says that nothing is left as soon as the main process ended.
     GoneTooEarly,
     /// The host finds nothing of engines that live, so that a second one is launched.
@@ -66,10 +74,13 @@ pub enum Plant {
 
 impl Plant {
     /// Every bug there is.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::IgnoreGenerations,
         Self::NeverClose,
         Self::NeverRevoke,
+        Self::CommitsUnwritten,
+        Self::CutsLeases,
+        Self::ReloadsForgotten,
         Self::GoneTooEarly,
         Self::AdoptsNothing,
         Self::FenceForgotten,

@@ -14,12 +14,13 @@ use pool_domain::{DeviceHealth, DeviceMask, Failure, FailureClass, PoolId, Repli
 use pool_services::admission::SlotGuard;
 use pool_services::planted::Bug;
 use pool_services::{
-    Activation, ControlError, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl, PoolManager,
-    PoolSnapshot, PoolSpec,
+    Activation, ControlError, Declared, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl,
+    PoolManager, PoolSnapshot, PoolSpec, ReloadRequest, Source,
 };
 use tokio::sync::Notify;
 
 use super::checks::{self, Held, Invariant, View};
+use super::reloads;
 use super::schedule::{Act, Schedule, SimPool, health};
 use super::truth::{Down, Entry, Scene, Verb, What};
 use super::world::{Disk, World};
@@ -55,6 +56,8 @@ struct Inner {
     life: u32,
     violation: Option<Violation>,
     clients: Vec<Client>,
+    /// When a reload of a pool was last seen under way.
+    reloads: Vec<(PoolId, Duration)>,
 }
 
 impl Watch {
@@ -70,12 +73,17 @@ impl Watch {
 
     async fn look(&self, m: &PoolManager) {
         let (Ok(pools), Ok(node)) = (m.pools().await, m.node().await) else { return };
+        let operations = m.operations().await.unwrap_or_default();
+        {
+            let inner = &mut *self.lock();
+            reloads::follow(&self.world, &self.schedule, &inner.scene, &operations, &mut inner.reloads);
+        }
         self.judge(Some((&pools, &node)));
     }
 
     /// Takes in what happened, and what is to be seen, if there is a manager.
     fn judge(&self, seen_now: Option<(&[PoolSnapshot], &NodeSnapshot)>) {
-        let Inner { invariants, scene, seen, life, violation, clients } = &mut *self.lock();
+        let Inner { invariants, scene, seen, life, violation, clients, .. } = &mut *self.lock();
         if violation.is_some() {
             return;
         }
@@ -145,6 +153,10 @@ impl Runner {
         (spec.id.clone(), spec.clone())
     }
 
+    fn sim(&self, at: usize) -> SimPool {
+        self.schedule.pools[at % self.schedule.pools.len()].clone()
+    }
+
     fn ids(&self) -> Vec<PoolId> {
         self.schedule.pools.iter().map(|p| p.spec.id.clone()).collect()
     }
@@ -165,7 +177,7 @@ impl Runner {
             .probe(Arc::clone(world) as _)
             .ledger(Arc::clone(world) as _)
             .engine_ports(self.schedule.ports.clone())
-            .pools(self.schedule.pools.iter().map(|p| p.spec.clone()).collect())
+            .declared(reloads::pools(&self.schedule, world))
             .min_ready_time(self.schedule.min_ready_time)
             .boot_ms(u64::try_from(world.uptime().as_millis()).unwrap_or(u64::MAX))
             .seed(self.schedule.seed ^ u64::from(self.lives));
@@ -173,6 +185,8 @@ impl Runner {
             Plant::IgnoreGenerations => Some(Bug::IgnoreGenerations),
             Plant::NeverClose => Some(Bug::NeverClose),
             Plant::NeverRevoke => Some(Bug::NeverRevoke),
+            Plant::CommitsUnwritten => Some(Bug::CommitsUnwritten),
+            Plant::CutsLeases => Some(Bug::CutsLeases),
             _ => None,
         };
         if let Some(bug) = bug {
@@ -237,7 +251,13 @@ impl Runner {
         let fenced = pictures(manager).await.iter().any(|p| p.replicas.iter().any(|r| r.state == "fenced"));
         let known = |p: &&super::truth::Process| !p.disowned && (in_time || !p.launch.unkillable);
         let left = self.watch.lock().scene.alive().find(known).cloned();
-        if !in_time && !fenced {
+        // What nobody wants any more has no replica to be seen at.
+        // Nor can memory be proved that nobody tells of.
+        let strays = {
+            let scene = &self.watch.lock().scene;
+            scene.alive().any(|p| p.launch.unkillable) || scene.ill.contains(&None)
+        };
+        if !in_time && !fenced && !strays {
             self.watch.wrong("shutdown_ends", "it did not end within its deadline".into());
         } else if let Some(p) = left.filter(|_| in_time) {
             self.watch.wrong("shutdown_ends", format!("it ended in time, and there is {p:?}"));
@@ -250,8 +270,8 @@ impl Runner {
         match *act {
             Act::Preload(at) => {
                 let (id, m) = (self.pool(at).0, self.up().await);
-                self.ask(&id, Verb::Preload, m.preload(&id)).await;
-                self.wanted.insert(id, Some(true));
+                let done = self.ask(&id, Verb::Preload, m.preload(&id)).await;
+                self.wanted.insert(id, done.map(|_| true));
             }
             Act::Drain(at, deadline, on_deadline) => {
                 let ((id, spec), m) = (self.pool(at), self.up().await);
@@ -264,8 +284,8 @@ impl Runner {
             Act::Resume(at) => {
                 let ((id, spec), m) = (self.pool(at), self.up().await);
                 let wanted = (spec.activation == Activation::Preload).then_some(true);
-                self.ask(&id, Verb::Resume, m.resume(&id)).await;
-                self.wanted.insert(id, wanted);
+                let done = self.ask(&id, Verb::Resume, m.resume(&id)).await;
+                self.wanted.insert(id, done.and(wanted));
             }
             Act::Stop(at) => {
                 let (id, m) = (self.pool(at).0, self.up().await);
@@ -276,8 +296,45 @@ impl Runner {
                 let (id, m) = (self.pool(at).0, self.up().await);
                 self.wanted.insert(id.clone(), Some(false));
                 self.ask(&id, Verb::Force(Duration::ZERO), m.stop(&id)).await;
-                self.ask(&id, Verb::Preload, m.preload(&id)).await;
-                self.wanted.insert(id, Some(true));
+                let done = self.ask(&id, Verb::Preload, m.preload(&id)).await;
+                self.wanted.insert(id, done.map(|_| true));
+            }
+            Act::Reload(at, form, strategy, deadline) => {
+                let (pool, m) = (self.sim(at), self.up().await);
+                let id = pool.spec.id.clone();
+                let request = ReloadRequest {
+                    declared: Some((pool.form(form), form.to_string())),
+                    strategy: Some(strategy),
+                    deadline: Some(deadline),
+                    ..ReloadRequest::default()
+                };
+                world.record(What::ReloadBy(id.clone(), deadline));
+                self.ask(&id, Verb::Reload, m.reload(&id, request)).await;
+            }
+            Act::Rollback(at) => {
+                let (pool, m) = (self.sim(at), self.up().await);
+                world.record(What::ReloadBy(pool.spec.id.clone(), pool.spec.reload.deadline));
+                self.ask(&pool.spec.id, Verb::Reload, m.rollback(&pool.spec.id)).await;
+            }
+            Act::Put(at, form) => {
+                let (pool, m) = (self.sim(at), self.up().await);
+                let id = pool.spec.id.clone();
+                let declared = Declared { spec: pool.form(form), document: form.to_string(), source: Source::Api };
+                let there = m.pool(&id).await.is_ok();
+                if there {
+                    world.record(What::ReloadBy(id.clone(), pool.spec.reload.deadline));
+                    self.ask(&id, Verb::Reload, m.declare(declared, None)).await;
+                } else if self.ask(&id, Verb::Declare, m.declare(declared, None)).await.is_some() {
+                    self.wanted.insert(id.clone(), None);
+                    follow(&self.watch, &m, &id);
+                }
+            }
+            Act::Delete(at) => {
+                let (pool, m) = (self.sim(at), self.up().await);
+                if pool.api {
+                    self.wanted.insert(pool.spec.id.clone(), None);
+                    self.ask(&pool.spec.id, Verb::Remove, m.remove(&pool.spec.id, None)).await;
+                }
             }
             Act::Reset(at) => {
                 let (id, m) = (self.pool(at).0, self.up().await);
@@ -403,13 +460,19 @@ impl Runner {
             let n = &p.spec.policy;
             // One start that was begun badly, the longest pause, one good start; a check that sees what was missed.
             let checks = (n.health.interval + n.health.timeout) * n.health.failures;
-            n.start.max + Duration::from_secs(300) + n.backoff.max() + checks + n.stop.grace + n.stop.prove
+            let reload = p.spec.reload.deadline * 2 + p.spec.reload.probation;
+            reload + n.start.max + Duration::from_secs(300) + n.backoff.max() + checks + n.stop.grace + n.stop.prove
         };
         self.schedule.pools.iter().map(of).max().unwrap_or_default() + SLACK
     }
 
     /// Whether this replica waits because its memory is really not there.
-    fn waits_rightly(&self, spec: &PoolSpec, replica: u16, node: &NodeSnapshot) -> bool {
+    fn waits_rightly(&self, spec: &PoolSpec, node: &NodeSnapshot) -> bool {
+        // Which place a replica has is not shown.
+        (0..spec.replicas).any(|place| self.place_is_short(spec, place, node))
+    }
+
+    fn place_is_short(&self, spec: &PoolSpec, replica: u16, node: &NodeSnapshot) -> bool {
         let Some(bytes) = spec.vram else { return false };
         let left = |uuid: &String| {
             node.devices.iter().find(|(d, _)| d.uuid == *uuid).map_or(0, |(d, ours)| available(d, *ours))
@@ -429,7 +492,7 @@ impl Runner {
             let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
             let wanted = self.wanted.get(&pool.pool_id).copied().flatten();
             for r in &pool.replicas {
-                let waits = r.state == "waiting" && self.waits_rightly(spec, r.id.0, &node);
+                let waits = r.state == "waiting" && self.waits_rightly(spec, &node);
                 if waits {
                     waiting.push(pool.pool_id.clone());
                 }
@@ -467,6 +530,20 @@ impl Runner {
         }
     }
 
+    /// Every pool is in one form. What an earlier daemon left of another has the time of a drain to go.
+    async fn old_or_new(&self, m: &PoolManager) {
+        let end = self.world.now() + Duration::from_secs(40);
+        loop {
+            let scene = self.watch.lock().scene.clone();
+            let Some(why) = reloads::mixed(m, &self.schedule, &self.world, &scene).await else { return };
+            if self.world.now() > end {
+                return self.watch.wrong("old_or_new", why);
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            self.look().await;
+        }
+    }
+
     /// What is left of this life. `Break` when the schedule is done.
     async fn live(&mut self) -> ControlFlow<()> {
         if self.at == 0 {
@@ -496,6 +573,7 @@ impl Runner {
             self.wanted.insert(id, Some(true));
         }
         self.settle(&m, "becomes_ready").await;
+        self.old_or_new(&m).await;
         self.watch.look(&m).await;
         for pool in pictures(&m).await {
             if let Some(r) = pool.replicas.iter().find(|r| r.state == "failed") {
@@ -553,6 +631,7 @@ pub fn run(schedule: Schedule, plant: Plant) -> Outcome {
         life: 0,
         violation: None,
         clients: Vec::new(),
+        reloads: Vec::new(),
     };
     let (found, inner) = (Notify::new(), Mutex::new(inner));
     let watch = Arc::new(Watch { world: Arc::clone(&world), schedule: schedule.clone(), found, inner });

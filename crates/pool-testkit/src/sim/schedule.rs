@@ -7,8 +7,10 @@ use fastrand::Rng;
 use pool_domain::estimate::LlamaCppSettings;
 use pool_domain::lifecycle::{HealthPolicy, OnDeadline, Policy, StartPolicy, StopPolicy};
 use pool_domain::plan::{EngineMemory, Split};
-use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceHealth, DeviceMask};
-use pool_services::spec::{Activation, PoolSpec};
+use pool_domain::rollout::Strategy;
+use pool_domain::{BackoffPolicy, BreakerPolicy, DeviceHealth, DeviceMask, ModelRef};
+use pool_services::Source;
+use pool_services::spec::{Activation, PoolSpec, ReloadPolicy};
 
 use super::script::Script;
 use super::world::SimDevice;
@@ -25,6 +27,29 @@ pub struct SimPool {
     pub well: Script,
     /// How their memory is known.
     pub memory: EngineMemory,
+    /// Whether it is declared over the API.
+    pub api: bool,
+}
+
+impl SimPool {
+    /// The pool in this form; they differ in the model.
+    #[must_use]
+    pub fn form(&self, number: u8) -> PoolSpec {
+        let model = if number == 0 { self.spec.model.clone() } else { ModelRef::Stub(format!("m{number}")) };
+        PoolSpec { model, ..self.spec.clone() }
+    }
+
+    /// As it is written down in that form, or was.
+    #[must_use]
+    pub fn formed(&self, document: &str) -> (PoolSpec, String) {
+        (self.form(document.parse().unwrap_or_default()), document.to_owned())
+    }
+
+    /// Who declares it.
+    #[must_use]
+    pub fn source(&self) -> Source {
+        if self.api { Source::Api } else { Source::File { digest: "table".into() } }
+    }
 }
 
 /// What a step does. Pools and devices are counted around, so that steps still mean something when others are left out.
@@ -40,6 +65,14 @@ pub enum Act {
     Stop(usize),
     /// Stop a pool and preload it in the same breath.
     Bounce(usize),
+    /// Give a pool another form, in a way and by a deadline.
+    Reload(usize, u8, Strategy, Duration),
+    /// Give it the form that it had before.
+    Rollback(usize),
+    /// Declare a pool in this form, whether or not it is there.
+    Put(usize, u8),
+    /// Remove a pool.
+    Delete(usize),
     /// Reset a pool's breaker.
     Reset(usize),
     /// Take some slots of a pool in process.
@@ -170,6 +203,12 @@ fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
         on_deadline: if one_in(rng, 4) { OnDeadline::Abort } else { OnDeadline::Force },
         ..spec(&format!("p{at}"))
     };
+    spec.reload = ReloadPolicy {
+        deadline: seconds(rng, 10..=120),
+        on_deadline: if one_in(rng, 4) { OnDeadline::Force } else { OnDeadline::Abort },
+        probation: if rng.bool() { Duration::ZERO } else { seconds(rng, 1..=40) },
+        ..spec.reload
+    };
     if spec.activation == Activation::OnDemand {
         // Often more than fits beside others.
         spec.vram = Some(rng.u64(3..=9) * GIB);
@@ -197,7 +236,7 @@ fn pool(rng: &mut Rng, at: usize, devices: usize, alone: bool) -> SimPool {
     // That the main process ended and that nothing is left are told apart, and in any order.
     well.exit_lag = millis(rng, 0..=40);
     well.term_takes = Some(millis(rng, 0..=800));
-    SimPool { spec, well, memory }
+    SimPool { spec, well, memory, api: one_in(rng, 4) }
 }
 
 fn act(rng: &mut Rng, ports: u16) -> Act {
@@ -236,8 +275,18 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
         87 => Act::Blind(rng.bool()),
         88..=89 => Act::LedgerBroken(rng.bool()),
         90..=91 => Act::LedgerSlow(millis(rng, 0..=900)),
-        92..=93 => Act::Models(rng.u8(0..=2)),
-        94 => Act::ModelsSlow(millis(rng, 0..=9_000)),
+        92 => Act::Models(rng.u8(0..=2)),
+        93 => Act::ModelsSlow(millis(rng, 0..=9_000)),
+        94..=98 => {
+            let ways = [Strategy::Auto, Strategy::InPlace, Strategy::Overlap, Strategy::Rolling];
+            let way = *rng.choice(&ways).unwrap_or(&Strategy::Auto);
+            match rng.u32(0..6) {
+                0 => Act::Rollback(at),
+                1 => Act::Put(at, rng.u8(0..3)),
+                2 if one_in(rng, 2) => Act::Delete(at),
+                _ => Act::Reload(at, rng.u8(0..3), way, seconds(rng, 5..=120)),
+            }
+        }
         _ => Act::Wait,
     }
 }
@@ -246,11 +295,11 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
 fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
     let first = Step { act: act(rng, ports), then: pause(rng) };
     match first.act {
-        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 6) => {
+        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 4) => {
             let kill = Step { act: Act::Kill, then: millis(rng, 0..=300) };
             let pool = rng.usize(0..12);
             vec![
-                Step { then: millis(rng, 50..=5_000), ..first },
+                Step { then: millis(rng, 50..=1_500), ..first },
                 kill,
                 Step { act: Act::Ask(pool, millis(rng, 100..=9_000)), then: pause(rng) },
             ]
@@ -260,6 +309,44 @@ fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
             let soon = millis(rng, 0..=300);
             vec![take(Duration::ZERO), Step { then: soon, ..first }, take(pause(rng))]
         }
+        // Who uses it is not known to the next daemon.
+        Act::Take(at, n) if one_in(rng, 12) => {
+            let later = Step { act: Act::Take(at, 6), then: pause(rng) };
+            vec![
+                Step { act: Act::Take(at, n), then: millis(rng, 0..=900) },
+                Step { act: Act::Kill, then: Duration::ZERO },
+                Step { act: Act::Preload(at), then: seconds(rng, 12..=16) },
+                later,
+            ]
+        }
+        // Somebody uses it meanwhile; the new one fails; or whatever else may come in the middle of it.
+        Act::Reload(at, ..) | Act::Put(at, _) => match rng.u32(0..6) {
+            0..=1 => {
+                let before = |act| Step { act, then: Duration::from_secs(4) };
+                vec![before(Act::Heal(at)), before(Act::Preload(at)), before(Act::Take(at, 1)), first]
+            }
+            2 => {
+                let ill = Step { act: Act::Sicken(at, rng.u64(..)), then: Duration::ZERO };
+                vec![ill, Step { then: millis(rng, 0..=9_000), ..first }, Step { act: Act::Heal(at), then: pause(rng) }]
+            }
+            3 => {
+                let disk = |broken, then| Step { act: Act::LedgerBroken(broken), then };
+                let first = match first.act {
+                    // Once the new one is started, all that is left is to write it down.
+                    Act::Reload(at, form, _, by) if one_in(rng, 2) => {
+                        let act = Act::Reload(at, form, Strategy::InPlace, by);
+                        vec![Step { act, then: millis(rng, 100..=4_000) }, disk(true, seconds(rng, 1..=9))]
+                    }
+                    _ => vec![disk(true, Duration::ZERO), Step { then: millis(rng, 0..=9_000), ..first }],
+                };
+                [first, vec![disk(false, pause(rng))]].concat()
+            }
+            4 => {
+                let soon = millis(rng, 0..=4_000);
+                vec![Step { then: soon, ..first }, Step { act: act(rng, ports), then: pause(rng) }]
+            }
+            _ => vec![first],
+        },
         _ => vec![first],
     }
 }
@@ -320,10 +407,10 @@ impl fmt::Display for Schedule {
             let (total, kept) = (d.shown.vram_total / GIB, d.shown.vram_reserved / (1 << 20));
             writeln!(f, "  device {}: {total} GiB, {kept} MiB kept by the driver", d.shown.index)?;
         }
-        for SimPool { spec, well, memory } in &self.pools {
+        for SimPool { spec, well, memory, api } in &self.pools {
             writeln!(
                 f,
-                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, idle {:?}, pin {}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, {:?}",
+                "  pool {}: {} replicas on {:?}, {:?} GiB, {:?}, idle {:?}, pin {}, {} slots, {:?}, loads {:?}, works {:?}, busy {:?}, drain {:?} {:?}, {memory:?}, by the API: {api}, {:?}, {:?}",
                 spec.id,
                 spec.replicas,
                 spec.devices,
@@ -338,6 +425,7 @@ impl fmt::Display for Schedule {
                 well.busy,
                 spec.drain_deadline,
                 spec.on_deadline,
+                spec.reload,
                 spec.policy,
             )?;
         }

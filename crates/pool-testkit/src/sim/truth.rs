@@ -63,6 +63,10 @@ pub enum What {
     LaunchFailed(ReplicaKey, Generation),
     /// It brought a process.
     Launched(Launch),
+    /// A reload is to be asked for, with so much time for all of it.
+    ReloadBy(PoolId, Duration),
+    /// A pool is being brought into another form, or has been.
+    Reloading(PoolId, bool),
     /// The daemon that asked for it has it.
     Answered(u32),
     /// A process said that it serves the right model.
@@ -111,6 +115,8 @@ pub struct Launch {
     pub foreign_listener: bool,
     /// Whether KILL will have no effect.
     pub unkillable: bool,
+    /// What it serves.
+    pub model: String,
     /// How late its end will be seen.
     pub exit_lag: Duration,
     /// Requests of others that it says it works on; unset = it does not say how busy it is.
@@ -138,6 +144,12 @@ pub enum Verb {
     Resume,
     /// Breaker reset.
     Reset,
+    /// Another form of a pool, or the one before.
+    Reload,
+    /// The removal of a pool.
+    Remove,
+    /// A pool that is not there yet.
+    Declare,
     /// A lease of a pool that may rest.
     Demand,
     /// The end of the daemon.
@@ -148,13 +160,13 @@ impl Verb {
     /// Whether it may end an engine.
     #[must_use]
     pub fn ends(self) -> bool {
-        matches!(self, Self::Force(_) | Self::Abort(_) | Self::Shutdown)
+        matches!(self, Self::Force(_) | Self::Abort(_) | Self::Reload | Self::Remove | Self::Shutdown)
     }
 
     /// Whether a pool that was stopped may start engines after it.
     #[must_use]
     pub fn lifts_hold(self) -> bool {
-        matches!(self, Self::Preload | Self::Resume)
+        matches!(self, Self::Preload | Self::Resume | Self::Declare)
     }
 }
 
@@ -216,6 +228,8 @@ pub struct Scene {
     lifting: BTreeSet<PoolId>,
     /// Pools with a drain that may be given up, or was.
     given_up: BTreeSet<PoolId>,
+    /// Pools that are being brought into another form, for all that is known.
+    pub reloading: BTreeSet<PoolId>,
     /// Since when facts can be written at once; never unset but at times.
     disk_well: Option<Duration>,
     /// Since when the daemon is gone, if it is.
@@ -236,6 +250,7 @@ impl Default for Scene {
             told_to_end: BTreeMap::new(),
             lifting: BTreeSet::new(),
             given_up: BTreeSet::new(),
+            reloading: BTreeSet::new(),
             disk_well: Some(Duration::ZERO),
             down: None,
             up: Duration::ZERO,
@@ -283,8 +298,19 @@ impl Scene {
             What::Well(pool) if self.ill.remove(pool) => {
                 self.cured.insert(pool.clone(), at);
             }
+            What::Reloading(pool, true) => {
+                self.blame(Some(pool));
+                self.reloading.insert(pool.clone());
+            }
+            What::Reloading(pool, false) => {
+                self.blame(Some(pool));
+                self.reloading.remove(pool);
+            }
             What::Asking(pool, verb) | What::Asked(pool, verb, _) if verb.ends() => {
                 self.blame(Some(pool));
+                if *verb == Verb::Reload {
+                    self.reloading.insert(pool.clone());
+                }
                 if matches!(verb, Verb::Abort(_)) {
                     self.given_up.insert(pool.clone());
                 }
@@ -379,7 +405,7 @@ impl Scene {
             signalled: None,
             ended: None,
             gone: None,
-            blameless: told.is_none() && !ill,
+            blameless: told.is_none() && !ill && !self.reloading.contains(pool),
         };
         self.processes.insert(launch.pid, process);
     }
@@ -417,6 +443,8 @@ impl fmt::Display for Entry {
             What::Launched(l) => {
                 write!(f, "process {} of {} generation {} on {:?}", l.pid, l.key, l.generation.0, l.devices)
             }
+            What::ReloadBy(pool, by) => write!(f, "{pool} is to be reloaded within {by:?}"),
+            What::Reloading(pool, yes) => write!(f, "{pool} is being reloaded: {yes}"),
             What::Answered(pid) => write!(f, "process {pid} is known"),
             What::Identified(pid) => write!(f, "process {pid} named its model"),
             What::Worked(pid) => write!(f, "process {pid} did one unit of work"),

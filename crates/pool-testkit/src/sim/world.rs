@@ -140,7 +140,7 @@ impl World {
             foreign: Vec::new(),
             nonces: 0,
             disk: Disk::default(),
-            facts: Facts::default(),
+            facts: Facts::of(schedule),
             unsynced: None,
             models: (None, Duration::ZERO),
             fuse: None,
