@@ -6,7 +6,7 @@ use std::time::Duration;
 use pool_domain::lifecycle::Policy;
 use pool_domain::{BackoffPolicy, BreakerPolicy, PoolId};
 use pool_services::ports::StateLedger;
-use pool_services::{DrainOptions, PoolControl, PoolSnapshot, PoolSpec};
+use pool_services::{DrainOptions, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::time::{Instant, sleep};
 
@@ -55,6 +55,30 @@ async fn what_a_full_disk_did_not_take_is_written_once_it_does() {
     node.ledger.set_broken(false);
     sleep(Duration::from_secs(3)).await;
     assert!(node.ledger.held(&id).await && node.ledger.handoffs().is_empty());
+}
+
+/// The replica is no more when the disk is well again.
+#[tokio::test(start_paused = true)]
+async fn the_handoff_of_a_replica_that_was_replaced_ends_once_the_disk_takes_it() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let (_, guard) = m.allocate_lease(&id).unwrap();
+    let form = PoolSpec { model: "stub:other".parse().unwrap(), ..spec("chat") };
+    let declared = Some((form, "other".to_owned()));
+    let strategy = Some(pool_domain::rollout::Strategy::Overlap);
+    m.reload(&id, ReloadRequest { declared, strategy, ..ReloadRequest::default() }).await.unwrap();
+    until(&m, &id, |s| s.model_id == "other" && s.ready()).await;
+    sleep(Duration::from_millis(100)).await;
+    node.ledger.set_broken(true);
+    drop(guard);
+    sleep(Duration::from_secs(60)).await;
+    assert_eq!((node.engines.running().len(), node.ledger.handoffs().len()), (1, 2));
+    node.ledger.set_broken(false);
+    sleep(Duration::from_secs(3)).await;
+    let left: Vec<_> = node.ledger.handoffs().into_iter().map(|h| h.model).collect();
+    assert_eq!(left, ["other"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -362,6 +362,10 @@ impl EngineProbe for World {
             (Plant::BusyUnasked, _) => 0,
             (_, Some(others)) => u32::from(others + engine.requests),
         };
+        if self.plant == Plant::AlwaysAtWork {
+            let slots = vec![SlotWork { slot: 0, task: 1, prompt: 0, decoded: 0 }];
+            return Work::Told(Signals { running: 1, slots, ..Signals::default() });
+        }
         // A token every millisecond, until it hangs.
         let age = u64::try_from(inner.now().saturating_sub(engine.began).as_millis()).unwrap_or(u64::MAX);
         let decoded = if now.hangs { 0 } else { 1 + age };

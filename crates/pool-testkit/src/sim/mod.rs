@@ -58,6 +58,8 @@ pub enum Plant {
     WorkSkipped,
     /// Every engine is said to be idle.
     BusyUnasked,
+    /// Every engine is said to be reading a prompt.
+    AlwaysAtWork,
     /// Devices are said to have twice their memory.
     MemoryTwice,
     /// The state directory loses the generations.
@@ -74,7 +76,7 @@ pub enum Plant {
 
 impl Plant {
     /// Every bug there is.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::IgnoreGenerations,
         Self::NeverClose,
         Self::NeverRevoke,
@@ -88,6 +90,7 @@ impl Plant {
         Self::PortsNeverFree,
         Self::WorkSkipped,
         Self::BusyUnasked,
+        Self::AlwaysAtWork,
         Self::MemoryTwice,
         Self::GenerationsForgotten,
         Self::PastForgotten,

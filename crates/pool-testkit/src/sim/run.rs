@@ -399,6 +399,8 @@ impl Runner {
                 world.sicken(&id, |s| what.extend((0..rng.u32(1..=3)).map(|_| s.sicken(rng))));
                 world.record(What::Step(format!("{id} has {}", what.join(", "))));
             }
+            Act::Hang(at) => world.sicken(&self.pool(at).0, |s| s.hangs = true),
+            Act::Litter(at) => world.sicken(&self.pool(at).0, |s| s.leaves_child = true),
             Act::Heal(at) => world.heal(&self.pool(at).0),
             Act::Crash(at) => world.crash(&self.pool(at).0),
             Act::Health(at, n) => world.device(Some(at), |d| d.shown.health = health(n)),

@@ -99,6 +99,10 @@ pub enum Act {
     Unfence(usize),
     /// A pool's engines behave worse in up to three ways; the seed says which.
     Sicken(usize, u64),
+    /// They decode no more, and are well otherwise.
+    Hang(usize),
+    /// They leave something behind when they end.
+    Litter(usize),
     /// They behave well again.
     Heal(usize),
     /// Their main processes end.
@@ -295,11 +299,11 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
 fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
     let first = Step { act: act(rng, ports), then: pause(rng) };
     match first.act {
-        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 4) => {
+        Act::Crash(_) | Act::Sicken(..) if one_in(rng, 3) => {
             let kill = Step { act: Act::Kill, then: millis(rng, 0..=300) };
             let pool = rng.usize(0..12);
             vec![
-                Step { then: millis(rng, 50..=1_500), ..first },
+                Step { then: millis(rng, 50..=900), ..first },
                 kill,
                 Step { act: Act::Ask(pool, millis(rng, 100..=9_000)), then: pause(rng) },
             ]
@@ -308,6 +312,22 @@ fn acts(rng: &mut Rng, ports: u16) -> Vec<Step> {
             let take = |then| Step { act: Act::Take(at, 1), then };
             let soon = millis(rng, 0..=300);
             vec![take(Duration::ZERO), Step { then: soon, ..first }, take(pause(rng))]
+        }
+        // Long enough to be found, with nothing else to do.
+        Act::Heal(at) if one_in(rng, 4) => {
+            let then = |act, then| Step { act, then: Duration::from_secs(then) };
+            vec![
+                first,
+                then(Act::Release(1), 0),
+                then(Act::Preload(at), 20),
+                then(Act::Hang(at), 90),
+                then(Act::Heal(at), 1),
+            ]
+        }
+        // The second ends what was started by the first.
+        Act::Bounce(at) if one_in(rng, 2) => {
+            let long = Step { act: Act::Bounce(at), then: Duration::from_secs(15) };
+            vec![Step { act: Act::Litter(at), then: Duration::ZERO }, long, first]
         }
         // Who uses it is not known to the next daemon.
         Act::Take(at, n) if one_in(rng, 12) => {
