@@ -158,7 +158,9 @@ async fn a_drain_while_an_engine_is_looked_at_cuts_nobody_off_and_ends_in_time()
         let began = tokio::time::Instant::now();
         let options = DrainOptions { deadline: Some(Duration::from_secs(deadline)), on_deadline: None };
         m.drain(&id(), options).await.unwrap();
-        tokio::time::sleep(Duration::from_secs(deadline - 1)).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let Phase::Draining { .. } = node.ledger.recorded().await[0].phase else { panic!("not written down") };
+        tokio::time::sleep(Duration::from_secs(deadline - 2)).await;
         assert_eq!(node.engines.running().len(), 1, "it has its time");
         let rest = until(&m, &id(), |p| state(p) == "idle").await;
         assert!(rest.hold && began.elapsed() <= Duration::from_secs(deadline + 2), "{:?}", began.elapsed());

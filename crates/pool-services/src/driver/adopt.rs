@@ -93,15 +93,22 @@ impl Driver {
     /// look at it, which takes no longer than that.
     pub(super) fn drains_once_adopted(&mut self, command: Command) -> bool {
         let Command::Drain { deadline, on_deadline } = command else { return false };
-        let served = self.attempt.record.as_ref().is_some_and(|r| {
-            matches!(r.phase, Phase::Ready { .. } | Phase::Draining { .. }) && self.attempt.refused.is_none()
-        });
-        if !served || deadline.is_zero() || !matches!(self.replica.state, State::Adopting { .. }) {
+        if self.attempt.refused.is_some() || deadline.is_zero() || !matches!(self.replica.state, State::Adopting { .. })
+        {
             return false;
         }
+        let Some(record) = &mut self.attempt.record else { return false };
+        let (ready_since, proof) = match &record.phase {
+            Phase::Ready { since, proof } => (*since, proof.clone()),
+            Phase::Draining { ready_since, proof, .. } => (*ready_since, proof.clone()),
+            Phase::Starting | Phase::Stopping => return false,
+        };
         let end = self.clock.now() + deadline;
         let end = self.attempt.drain.map_or(end, |(earlier, _)| earlier.min(end));
         self.attempt.drain = Some((end, on_deadline));
+        // Whoever comes after this daemon keeps to it, too.
+        record.phase = Phase::Draining { ready_since, proof, deadline: end, on_deadline };
+        self.scribe.record(record.clone());
         self.work.cancel();
         self.work = CancellationToken::new();
         self.check_adopted();
