@@ -27,6 +27,7 @@ mod signals;
 mod slim;
 mod spawn;
 mod spec;
+mod sysv;
 mod user;
 
 use std::ffi::OsStr;

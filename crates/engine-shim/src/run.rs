@@ -24,6 +24,7 @@ use crate::signals::Signals;
 use crate::slim;
 use crate::spawn::{Engine, raw_pid, spawn};
 use crate::spec::LaunchSpec;
+use crate::sysv::Segments;
 
 /// What an engine gets to stop by itself when the daemon has gone.
 const GRACE: Duration = Duration::from_secs(2);
@@ -75,6 +76,7 @@ struct Shim {
     /// How the main process ended.
     exit: Option<ExitRecord>,
     shared_memory: Option<SharedMemory>,
+    segments: Segments,
     _locks: Vec<OwnedFd>,
 }
 
@@ -99,6 +101,7 @@ impl Shim {
         let uid = spec.run_as.as_ref().map_or_else(|| rustix::process::geteuid().as_raw(), |user| user.uid);
         // Where there is none, none is left.
         let shared_memory = spec.shm_dir.as_deref().and_then(|dir| SharedMemory::watch(dir, uid).ok());
+        let segments = Segments::watch(uid);
         let Engine { pid, output } = spawn(&spec)?;
         // None is needed again, and all may hold secrets.
         spec.env = Vec::new();
@@ -135,6 +138,7 @@ impl Shim {
             failure,
             exit: None,
             shared_memory,
+            segments,
             _locks: locks,
         })
     }
@@ -150,6 +154,11 @@ impl Shim {
             if ready.new_file {
                 self.signals.new_file_wakes.clear();
             }
+            // Before anybody is ended, or waited for.
+            if ready.child || ready.terminate || ready.kill || ready.parent_gone {
+                self.segments.look();
+            }
+            self.segments.look_at_times();
             // Before the output is read: what came before it has been looked at when it stands in the log.
             if self.signals.new_file.swap(false, Ordering::Relaxed)
                 && let Some(shared_memory) = &mut self.shared_memory
@@ -194,6 +203,10 @@ impl Shim {
         match self.shared_memory.as_mut().map_or(0, SharedMemory::sweep) {
             0 => {}
             count => self.log.note(&format!("removed {count} file(s) of shared memory that the engine left")),
+        }
+        match self.segments.sweep() {
+            0 => {}
+            count => self.log.note(&format!("removed {count} System V segment(s) that the engine left")),
         }
         if let Some(exit) = &mut self.exit {
             // For a daemon that comes later: nobody else can tell it that nothing is left.

@@ -225,3 +225,62 @@ fn shared_memory_that_a_killed_engine_left_is_removed_and_nobody_elses() {
     assert_eq!(left, [true, false, false, true, true], "before, own, child's, in use, stranger's");
     drop(held);
 }
+
+/// Not a test of its own: the engine of the test below, which makes a segment and is attached to nothing.
+#[test]
+fn an_engine_that_makes_a_segment() {
+    if std::env::var_os("MAKES_A_SEGMENT").is_none() {
+        return;
+    }
+    println!("segment {}", segment());
+    loop {
+        std::thread::park();
+    }
+}
+
+#[expect(unsafe_code, reason = "no safe interface makes a segment")]
+fn segment() -> i32 {
+    // SAFETY: shmget touches no memory of this process.
+    let id = unsafe { libc::shmget(libc::IPC_PRIVATE, 4096, libc::IPC_CREAT | 0o600) };
+    assert!(id >= 0, "{}", std::io::Error::last_os_error());
+    id
+}
+
+#[expect(unsafe_code, reason = "no safe interface removes a segment")]
+fn remove_segment(id: i32) -> bool {
+    // SAFETY: IPC_RMID takes no buffer.
+    unsafe { libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()) == 0 }
+}
+
+#[test]
+fn a_segment_that_a_killed_engine_left_is_removed_and_nobody_elses() {
+    let (before, bench) = (segment(), Bench::new());
+    bench.fifo("log");
+    let name = "isolation::an_engine_that_makes_a_segment";
+    let program = std::env::current_exe().unwrap();
+    let spec = LaunchSpec {
+        program,
+        args: vec!["--exact".into(), name.into(), "--nocapture".into()],
+        env: vec![("MAKES_A_SEGMENT".into(), "1".into())],
+        ..bench.script("")
+    };
+    let mut process = bench.command(&spec).spawn().unwrap();
+    let mut log = BufReader::new(fs::File::open(bench.path("log")).unwrap());
+    let mut line = String::new();
+    let own: i32 = loop {
+        line.clear();
+        assert!(log.read_line(&mut line).unwrap() > 0, "it never said so");
+        if let Some((_, id)) = line.trim().split_once("segment ") {
+            break id.parse().unwrap();
+        }
+    };
+    // Made by somebody else of the same user while it runs.
+    let stranger = segment();
+    let shim = Pid::from_raw(process.id().cast_signed()).unwrap();
+    kill_process(shim, Signal::from_named_raw(KILL).unwrap()).unwrap();
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap();
+    assert_eq!(process.wait().unwrap().code(), Some(0));
+    assert!(rest.contains("removed 1 System V segment(s)"), "{rest}");
+    assert_eq!([own, before, stranger].map(remove_segment), [false, true, true], "its own, before, a stranger's");
+}
