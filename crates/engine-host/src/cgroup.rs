@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::delegated::{divide, hand_down, is_delegated};
 use crate::memory_cgroup::counted;
 
 /// How often to look whether a cgroup has emptied: its file tells of that by poll(2) only.
@@ -22,19 +23,20 @@ pub(crate) struct Parent {
 }
 
 impl Parent {
-    /// Makes `pool-managerd-<pid>` in this process's own cgroup.
+    /// Makes `pool-managerd-<pid>` in this process's own cgroup, or beside it where that is delegated to be divided.
     pub(crate) fn create() -> io::Result<Arc<Self>> {
         let unsupported = |what: &str| io::Error::new(ErrorKind::Unsupported, what.to_owned());
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
         let own = own_cgroup(&mounts, &cgroups).ok_or_else(|| unsupported("no cgroup2 is mounted"))?;
-        let dir = own.join(format!("{PREFIX}{}", std::process::id()));
+        let pid = std::process::id();
+        let dir = divide(&own, is_delegated, pid).join(format!("{PREFIX}{pid}"));
         create_new_or_existing(&dir)?;
         let parent = Self { dir };
         let writable = rustix::fs::access(parent.dir.join("cgroup.procs"), rustix::fs::Access::WRITE_OK);
         writable.map_err(io::Error::from)?;
-        // So that kills for memory are counted for each engine, where we were given that to divide.
-        let _not_ours = fs::write(parent.dir.join("cgroup.subtree_control"), "+memory");
+        // So that memory is limited and kills for it are counted for each engine, where we were given that to divide.
+        hand_down(&parent.dir);
         Ok(Arc::new(parent))
     }
 

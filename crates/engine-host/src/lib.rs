@@ -7,6 +7,7 @@
 mod adopt;
 mod cgroup;
 mod decl;
+mod delegated;
 mod discover;
 mod external;
 mod host;

@@ -366,7 +366,7 @@ async fn what_serves_on_after_a_drain_that_was_given_up_is_replaced() {
     let abort = DrainOptions { deadline: Some(Duration::from_secs(3)), on_deadline: Some(OnDeadline::Abort) };
     m.drain(&chat(), abort).await.unwrap();
     until(&m, &chat(), PoolSnapshot::draining).await;
-    let held = until(&m, &chat(), |s| s.ready()).await;
+    let held = until(&m, &chat(), PoolSnapshot::ready).await;
     assert!(held.hold);
     drop(guard);
     assert_eq!(reload(&m, to(new(1), Strategy::InPlace)).await, OperationState::Succeeded("reloaded".into()));
