@@ -4,8 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use pool_services::ports::Listener;
+use procfs::ProcError;
 use procfs::net::{TcpNetEntry, TcpState};
 use procfs::process::{FDTarget, Process, Stat, all_processes};
+
+use rustix::fs::{FileType, fstat};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use crate::listening;
 
@@ -83,17 +87,43 @@ pub(crate) fn listener(addr: SocketAddr, own: [&dyn Fn() -> Vec<u32>; 2]) -> Lis
         return Listener::None;
     }
     for pid in own.into_iter().flat_map(|pids| pids()) {
-        let fds = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok()?.fd().ok());
-        for fd in fds.into_iter().flatten().flatten() {
-            if let FDTarget::Socket(inode) = fd.target {
-                foreign.remove(&inode);
-            }
+        for inode in sockets(pid) {
+            foreign.remove(&inode);
         }
         if foreign.is_empty() {
             return Listener::Own;
         }
     }
     Listener::Foreign
+}
+
+/// The inodes of the sockets that a process has open. What another user has open is no file that this one may look at
+/// unless it is root; but who may trace a process may have its descriptors.
+fn sockets(pid: u32) -> Vec<u64> {
+    let Some(process) = i32::try_from(pid).ok().and_then(|pid| Process::new(pid).ok()) else { return Vec::new() };
+    let listed = process.fd().map(|fds| {
+        let socket = |fd: procfs::process::FDInfo| match fd.target {
+            FDTarget::Socket(inode) => Some(inode),
+            _ => None,
+        };
+        fds.flatten().filter_map(socket).collect()
+    });
+    match listed {
+        Ok(inodes) => inodes,
+        Err(ProcError::PermissionDenied(_)) => sockets_by_trace(&process).unwrap_or_default(),
+        Err(_) => Vec::new(),
+    }
+}
+
+fn sockets_by_trace(process: &Process) -> Option<Vec<u64>> {
+    let pidfd = pidfd_open(Pid::from_raw(process.pid)?, PidfdFlags::empty()).ok()?;
+    // Its table of descriptors is so long.
+    let count = i32::try_from(process.status().ok()?.fdsize).ok()?;
+    let inode = |number| {
+        let found = fstat(pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).ok()?).ok()?;
+        (FileType::from_raw_mode(found.st_mode) == FileType::Socket).then_some(found.st_ino)
+    };
+    Some((0..count).filter_map(inode).collect())
 }
 
 /// The inodes of the sockets that listen there. One bound to the very address wins over one bound to all.
@@ -127,6 +157,18 @@ mod tests {
         assert_eq!(listener(addr, [&nobody, &nobody]), Listener::Foreign);
         drop(socket);
         assert_eq!(listener(addr, [&nobody, &nobody]), Listener::None);
+    }
+
+    #[test]
+    fn a_socket_is_found_by_tracing_too() {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut child =
+            std::process::Command::new("sleep").arg("600").stdin(std::os::fd::OwnedFd::from(socket)).spawn().unwrap();
+        let process = Process::new(child.id().cast_signed()).unwrap();
+        let (listed, traced) = (sockets(child.id()), sockets_by_trace(&process).unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!((listed.len(), &listed), (1, &traced));
     }
 
     #[test]

@@ -195,3 +195,64 @@ fn shared_memory_of_a_killed_engine_is_swept_and_a_strangers_stays() {
     assert_eq!((own, stranger), (false, true));
     assert_eq!(daemon.stop(), Some(0));
 }
+
+/// Neither root nor the user of its engines.
+const CAPABLE: u32 = 65532;
+
+/// A daemon that has nothing but the four capabilities that `run_as` takes.
+fn capable() -> std::process::Command {
+    let daemon = binary();
+    let mut command = std::process::Command::new("setpriv");
+    let only = "-all,+setuid,+setgid,+kill,+sys_ptrace";
+    command.args([&format!("--reuid={CAPABLE}"), &format!("--regid={CAPABLE}"), "--clear-groups"]);
+    command.args([&format!("--inh-caps={only}"), &format!("--ambient-caps={only}"), &format!("--bounding-set={only}")]);
+    command.arg("--").arg(daemon.get_program());
+    command.envs(daemon.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    command
+}
+
+#[test]
+fn a_daemon_that_is_not_root_runs_engines_as_another_user_with_four_capabilities() {
+    if !can_be_somebody_else() {
+        return;
+    }
+    if !std::process::Command::new("setpriv").arg("--version").output().is_ok_and(|told| told.status.success()) {
+        eprintln!("skipped: setpriv is not here");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    write_config(dir.path(), &pool("run_as = \"65534:65533\"\n", ""));
+    let runtime = dir.path().join("runtime");
+    fs::create_dir(&runtime).unwrap();
+    for path in ["", "runtime", "two-gpus.toml", "pool-managerd.toml"] {
+        std::os::unix::fs::chown(dir.path().join(path), Some(CAPABLE), Some(CAPABLE)).unwrap();
+    }
+    let start = |dir| {
+        let mut command = capable();
+        command.env("XDG_RUNTIME_DIR", &runtime);
+        Daemon::start_as(command, dir)
+    };
+    let status = |pid: u32, name: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned));
+        line.unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    let daemon = start(dir);
+    let engines = Engines::of(&daemon);
+    let ready = daemon.until("kept", |p| p["ready"] == true);
+    let pid = main_pid(&ready);
+    assert_eq!((status(daemon.pid(), "Uid"), status(daemon.pid(), "CapEff")), {
+        let four = (1_u64 << 5) | (1 << 6) | (1 << 7) | (1 << 19);
+        (format!("{CAPABLE} {CAPABLE} {CAPABLE} {CAPABLE}"), format!("{four:016x}"))
+    });
+    assert_eq!(status(pid, "Uid"), "65534 65534 65534 65534");
+    for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert_eq!(status(pid, set), "0000000000000000", "{set}");
+    }
+    // It is known again, which takes a look at another user's process, and ended.
+    let daemon = start(daemon.kill(&engines));
+    let adopted = daemon.until("kept", |p| p["ready"] == true);
+    assert_eq!(main_pid(&adopted), pid);
+    let (code, _dir) = daemon.end(&engines);
+    assert_eq!((code, support::alive(pid)), (Some(0), false));
+}
