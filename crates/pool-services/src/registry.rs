@@ -246,7 +246,8 @@ impl Registry {
         let (version, mask) =
             pool.lead().map(|r| (r.engine_version.clone(), r.device_mask.clone())).unwrap_or_default();
         let e = self.entry(pool.pool_id.as_str());
-        e.health = HealthStatus { live, ready, ..HealthStatus::default() };
+        let consecutive_failures = pool.lead().map_or(0, |r| r.consecutive_failures);
+        e.health = HealthStatus { live, ready, consecutive_failures, ..HealthStatus::default() };
         e.draining = draining;
         e.slots_total = Some(i32::try_from(slots).unwrap_or(i32::MAX));
         e.active_leases = i32::try_from(leases).unwrap_or(i32::MAX);

@@ -117,6 +117,12 @@ fn driver_error(site: &mut Site) {
     site.declared().tables.push_str("[pool.health]\ncanary = false\n");
 }
 
+#[given(regex = r"^its engine is checked every (\w+), and given up after (\d+) failed checks$")]
+fn checked(site: &mut Site, interval: String, failures: u32) {
+    let table = format!("[pool.health]\ninterval = {interval:?}\ntimeout = \"500ms\"\nfailures = {failures}\n");
+    site.declared().tables.push_str(&table);
+}
+
 #[given("a real model that is served over both GPUs in equal parts")]
 fn real_model(site: &mut Site) {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/engine").canonicalize();

@@ -211,6 +211,25 @@ fn killed(site: &mut Site, replica: String) {
     signal(pid(found).unwrap(), "KILL");
 }
 
+#[when(regex = "^its engine (is frozen|goes on)$")]
+fn frozen(site: &mut Site, how: String) {
+    let pid = pid(&former(site)[0]).unwrap();
+    signal(pid, if how == "goes on" { "CONT" } else { "STOP" });
+}
+
+#[then(regex = r"^its health is live and (not )?ready, with (at least )?(\d+) failed checks$")]
+fn health(site: &mut Site, not: String, more: String, checks: u64) {
+    let (id, ready) = (site.at.clone(), not.is_empty());
+    eventually(|| {
+        let health = site.daemon().get(&format!("/v1/pools/{id}/health")).json();
+        assert_eq!(health["live"], true, "{health:#}");
+        let failed = health["consecutive_failures"].as_u64().unwrap();
+        let counted = if more.is_empty() { failed == checks } else { failed >= checks };
+        let as_told = health["ready"] == ready && counted && health["last_check_at"].is_string();
+        as_told.then(|| assert_eq!(health["replicas"][0]["ready"], ready, "{health:#}"))
+    });
+}
+
 #[then(regex = r#"^there is no pool "([^"]+)"$"#)]
 fn no_pool(site: &mut Site, id: String) {
     assert_eq!(site.daemon().get(&format!("/v1/pools/{id}")).status, 404);

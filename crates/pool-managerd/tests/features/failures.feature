@@ -62,3 +62,17 @@ Feature: Engines that fail
     And a lease is refused with "POOL_UNAVAILABLE" and says when to come back
     When the operator resets the breaker of "chat"
     Then more than 3 engines were started for it
+
+  Scenario: Health tells of an engine that does not answer, and of one that does again
+    Given a pool "chat" that starts with the daemon
+    And its engine is checked every 50ms, and given up after 1000 failed checks
+    When the daemon runs
+    And pool "chat" is ready
+    Then its health is live and ready, with 0 failed checks
+    When its engine is frozen
+    Then its health is live and not ready, with at least 2 failed checks
+    And a lease is refused with "POOL_UNREADY" and says when to come back
+    When its engine goes on
+    Then pool "chat" is ready
+    And it has the same engine as before
+    And its health is live and ready, with 0 failed checks
