@@ -35,7 +35,7 @@ Feature: Leases
 
   Scenario: A lease that is not renewed ends by itself
     When client "ann" gets a lease of "chat" for 300ms
-    And client "bob" waits for a lease of "chat"
+    And client "bob" asks for a lease of "chat"
     Then client "bob" gets the lease
     And client "ann" cannot renew, because of "LEASE_NOT_FOUND"
     And 1 lease is held
