@@ -41,7 +41,10 @@ pub(super) const ROWS: &[Row] = &[
     row(
         "hang: /health says ok, nothing is decoded",
         "found within 45 s, ended, restarted",
-        &["pool-services::node::a_hang_is_seen_within_45_s"],
+        &[
+            "pool-services::health::a_hang_while_idle_is_seen_within_45_s",
+            "pool-services::health::a_hang_while_busy_is_seen_within_45_s_and_says_what_stood_still",
+        ],
     ),
     row(
         "engine stopped by SIGSTOP",
@@ -52,7 +55,7 @@ pub(super) const ROWS: &[Row] = &[
         "slow answers, flapping health",
         "slow is no hang; suspect at the second miss, ended at the third",
         &[
-            "pool-services::node::slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well",
+            "pool-services::health::slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well",
             "pool-domain::lifecycle::suspect_at_the_second_miss_and_ended_at_the_third",
         ],
     ),
@@ -61,7 +64,7 @@ pub(super) const ROWS: &[Row] = &[
         "told from other SIGKILLs by the cgroup's own counter",
         &["engine-host::oom::an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory"],
     ),
-    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::the_log_decides_the_class"]),
+    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::real_logs_tell_their_class"]),
     later("VRAM is not given back", "the device is fenced", "issue 6 (needs NVML)"),
     later("XIDs, ECC, NVML that blocks, driver reload, MIG changed", "by device", "issue 6 (needs NVML)"),
     row(
