@@ -1,0 +1,110 @@
+//! What a client sees of reloads: the real daemon with stub engines, over HTTP.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod support;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use serde_json::{Value, json};
+use support::stream::whole;
+use support::{Daemon, Engines, eventually, request};
+
+/// How often the pool is reloaded; `benches/reload.py` does it 200 times.
+const RELOADS: u64 = 20;
+const CLIENTS: u64 = 3;
+/// Half a second at the stub's speed, which is longer than it takes from the start of a reload to its flip.
+const TOKENS: u64 = 100;
+
+const POOL: &str = r#"
+[[pool]]
+id = "chat"
+model = "stub:one"
+engine = "stub"
+slots = 4
+args = ["--slots", "4", "--load-ms", "20"]
+activation = "preload"
+"#;
+
+/// What the clients have seen so far.
+#[derive(Default)]
+struct Seen {
+    begun: AtomicU64,
+    ended: AtomicU64,
+    /// Streams during which the pool changed its model.
+    spanned: AtomicU64,
+    flips: AtomicU64,
+    over: AtomicBool,
+}
+
+/// Ends the clients, also if something fails.
+struct Over<'a>(&'a Seen);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.over.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Lease, stream, release, until it is over. Whatever breaks is a panic.
+fn client(addr: &str, seen: &Seen) {
+    while !seen.over.load(Ordering::SeqCst) {
+        let asked = request(addr, "POST", "/v1/pools/chat/leases", Some(r#"{"wait_ms":60000}"#));
+        assert_eq!(asked.status, 201, "who waits is not refused: {asked:?}");
+        let lease = asked.json();
+        let before = seen.flips.load(Ordering::SeqCst);
+        let last = whole(lease["endpoint"]["url"].as_str().unwrap(), TOKENS, || {
+            seen.begun.fetch_add(1, Ordering::SeqCst);
+        });
+        let model = last["model"].as_str().unwrap();
+        assert!(["one", "two"].iter().any(|m| model.contains(m)), "{last}");
+        seen.spanned.fetch_add(u64::from(seen.flips.load(Ordering::SeqCst) > before), Ordering::SeqCst);
+        let path = format!("/v1/leases/{}", lease["lease_id"].as_str().unwrap());
+        assert_eq!(request(addr, "DELETE", &path, None).status, 204);
+        seen.ended.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+/// Reloads to the other model while streams are under way.
+fn reload(daemon: &Daemon, nth: u64, seen: &Seen) {
+    let begun = seen.begun.load(Ordering::SeqCst);
+    eventually(|| (seen.begun.load(Ordering::SeqCst) >= begun + CLIENTS).then_some(()));
+    let model = if nth % 2 == 0 { "stub:two" } else { "stub:one" };
+    let body = json!({ "new_model_ref": model, "strategy": "overlap" }).to_string();
+    let begun = daemon.post("/v1/pools/chat/reload", &body);
+    assert_eq!(begun.status, 202, "{begun:?}");
+    daemon.until("chat", |p| {
+        assert_eq!(p["ready"], true, "{p:#}");
+        p["model"] == model
+    });
+    seen.flips.fetch_add(1, Ordering::SeqCst);
+    let operation = begun.json()["operation_id"].as_str().unwrap().to_owned();
+    let over = daemon.get(&format!("/v1/operations/{operation}?wait_ms=60000")).json();
+    assert_eq!((&over["state"], &over["outcome"]), (&json!("succeeded"), &json!("reloaded")), "{over:#}");
+}
+
+#[test]
+fn no_stream_is_broken_and_nobody_who_waits_is_refused_through_many_overlap_reloads() {
+    let daemon = Daemon::start(POOL);
+    let engines = Engines::of(&daemon);
+    daemon.until("chat", |p| p["ready"] == true);
+    let seen = Seen::default();
+    let addr = daemon.addr().to_owned();
+    // A client that panics fails the scope.
+    thread::scope(|s| {
+        let _over = Over(&seen);
+        for _ in 0..CLIENTS {
+            s.spawn(|| client(&addr, &seen));
+        }
+        (0..RELOADS).for_each(|nth| reload(&daemon, nth, &seen));
+    });
+    assert_eq!(seen.begun.load(Ordering::SeqCst), seen.ended.load(Ordering::SeqCst));
+    assert!(seen.spanned.load(Ordering::SeqCst) > 0, "no stream went through a reload");
+    let pool = daemon.pool("chat");
+    assert_eq!((&pool["revision"], &pool["active_leases"]), (&json!(RELOADS + 1), &json!(0)), "{pool:#}");
+    let old = |p: &Value| p["replicas"].as_array().unwrap().len() > 1;
+    daemon.until("chat", |p| !old(p));
+    assert_eq!(engines.running().len(), 1, "only the last engine is left");
+    assert_eq!(daemon.stop(), Some(0));
+    assert!(engines.running().is_empty());
+}
