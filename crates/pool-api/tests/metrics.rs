@@ -62,6 +62,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
     }
     assert!(text.ends_with("# EOF\n"));
     assert!(text.contains("pool_managerd_simulated 1"));
+    assert!(text.contains("pool_managerd_guards_granted_total{pool_id=\"chat\"} 7"));
     assert!(text.contains("pool_managerd_replica_state{pool_id=\"chat\",replica_id=\"r1\",state=\"ready\"} 1"));
     assert!(text.contains("readiness_transitions_total{pool_id=\"chat\",replica_id=\"r0\",ready=\"false\"} 1"));
 }

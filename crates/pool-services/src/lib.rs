@@ -30,6 +30,7 @@ mod roster;
 pub mod snapshot;
 pub mod spec;
 mod steward;
+mod tally;
 mod view;
 
 pub use builder::{BuildError, Builder};
@@ -38,8 +39,9 @@ pub use control::{ControlError, DrainOptions, Operation, OperationState, PoolCon
 pub use declared::{Declared, Restored, Source};
 pub use events::{Event, EventKind};
 pub use lease::{Lease, LeaseRequest};
+pub use leases::Slots;
 pub use manager::{PoolManager, Specs};
 pub use planning::{Placed, PlanReport};
 pub use registry::Registry;
-pub use snapshot::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
+pub use snapshot::{GuardCounts, NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 pub use spec::{Activation, Clash, PoolSpec, ReloadPolicy, Workload};
