@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::fs;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
@@ -107,4 +108,70 @@ fn no_stream_is_broken_and_nobody_who_waits_is_refused_through_many_overlap_relo
     assert_eq!(engines.running().len(), 1, "only the last engine is left");
     assert_eq!(daemon.stop(), Some(0));
     assert!(engines.running().is_empty());
+}
+
+fn began(daemon: &Daemon, body: &Value) -> String {
+    let answer = daemon.post("/v1/pools/chat/reload", &body.to_string());
+    assert_eq!(answer.status, 202, "{answer:?}");
+    answer.json()["operation_id"].as_str().unwrap().to_owned()
+}
+
+fn ended(daemon: &Daemon, operation: &str) -> Value {
+    daemon.get(&format!("/v1/operations/{operation}?wait_ms=60000")).json()
+}
+
+#[test]
+fn of_reloads_that_are_wanted_at_once_the_last_one_wins_and_the_same_again_is_nothing() {
+    let daemon = Daemon::start(&POOL.replace("\"20\"", "\"300\""));
+    let before = daemon.until("chat", |p| p["ready"] == true);
+    let models = ["stub:two", "stub:three", "stub:four", "stub:last"];
+    let wishes = models.map(|model| began(&daemon, &json!({ "new_model_ref": model })));
+    let [first, second, third, last] = wishes.map(|operation| ended(&daemon, &operation));
+    for given_up in [&first, &second, &third] {
+        assert_eq!(given_up["state"], "failed", "{given_up:#}");
+        assert!(given_up["problem"].as_str().unwrap().contains("newer"), "{given_up:#}");
+    }
+    assert_eq!((&last["state"], &last["outcome"]), (&json!("succeeded"), &json!("reloaded")), "{last:#}");
+    let now = daemon.until("chat", |p| p["ready"] == true && p["replicas"].as_array().unwrap().len() == 1);
+    assert_eq!((&now["model"], &now["revision"]), (&json!("stub:last"), &json!(2)), "only what was committed counts");
+    assert_ne!(now["replicas"][0]["pid"], before["replicas"][0]["pid"]);
+    let again = ended(&daemon, &began(&daemon, &json!({ "new_model_ref": "stub:last" })));
+    assert_eq!((&again["state"], &again["outcome"]), (&json!("succeeded"), &json!("unchanged")), "{again:#}");
+    let same = daemon.pool("chat");
+    for key in ["revision", "model"] {
+        assert_eq!(same[key], now[key]);
+    }
+    assert_eq!(same["replicas"][0]["pid"], now["replicas"][0]["pid"]);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn when_the_way_back_fails_too_the_pool_has_failed_with_both_reasons_and_can_be_reloaded() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("old.gguf");
+    // A header without tensors: enough to be staged.
+    fs::write(&model, [b"GGUF\x03\0\0\0".as_slice(), &[0; 16]].concat()).unwrap();
+    let pool = POOL.replace("stub:one", &format!("file:{}", model.display()));
+    let daemon =
+        Daemon::start_in(dir, &format!("[models]\nroots = [\"{}\"]\n{pool}", model.parent().unwrap().display()));
+    daemon.until("chat", |p| p["ready"] == true);
+    // What runs does not need it any more; to start again does.
+    fs::remove_file(&model).unwrap();
+    let wrong = json!({ "new_model_ref": "stub:new", "args": ["--serve-model", "other"], "strategy": "in_place" });
+    let broken = ended(&daemon, &began(&daemon, &wrong));
+    let problem = broken["problem"].as_str().unwrap();
+    assert_eq!(broken["state"], "failed", "{broken:#}");
+    let (why, undo) = problem.split_once("and so did the way back").unwrap_or_else(|| panic!("{problem}"));
+    assert!(why.contains("other") && undo.contains("exist"), "{problem}");
+    let failed = daemon.until("chat", |p| p["state"] == "failed");
+    assert_eq!((&failed["ready"], &failed["live"]), (&json!(false), &json!(false)), "{failed:#}");
+    let said = failed["reason"].as_str().unwrap();
+    assert!(said.contains("other") && said.contains("exist"), "{failed:#}");
+    let lease = daemon.post("/v1/pools/chat/leases", "{}");
+    assert_eq!((lease.status, lease.json()["code"].as_str()), (503, Some("POOL_UNREADY")), "{lease:?}");
+    // Nothing of it is lost: one that can serve does.
+    let good = ended(&daemon, &began(&daemon, &json!({ "new_model_ref": "stub:good", "args": [] })));
+    assert_eq!(good["state"], "succeeded", "{good:#}");
+    assert_eq!(daemon.until("chat", |p| p["ready"] == true)["model"], "stub:good");
+    assert_eq!(daemon.stop(), Some(0));
 }

@@ -126,7 +126,7 @@ struct Clerk {
     /// A slot on its way into the book.
     in_hand: Option<SlotGuard>,
     tickets: u64,
-    /// The pool was asked to start since it rests.
+    /// What rests was asked to start since it does.
     demanded: bool,
     waiting: Arc<AtomicU32>,
     tally: Arc<Tally>,
@@ -258,13 +258,11 @@ impl Clerk {
     /// The pool has another picture, or none any more.
     fn look(&mut self, told: bool) {
         let now = self.p.facts.borrow().snapshot.clone();
-        if Outlook::of(&now) != Outlook::Rests {
-            self.demanded = false;
-        }
         if start_failed(&self.seen, &now) {
             self.step(Event::Dismiss);
         }
         self.seen = now;
+        self.demanded &= self.some_rest();
         if !told {
             // Its conductor has ended, and with it the pool.
             self.seen.replicas.clear();
@@ -352,21 +350,28 @@ impl Clerk {
             return;
         }
         match Outlook::of(&self.seen) {
-            Outlook::Serves | Outlook::Coming => {}
-            Outlook::Rests if self.roster().spec.activation == Activation::OnDemand => {
-                if !self.demanded
-                    && let Some(conductor) = self.p.conductor.upgrade()
-                {
-                    let (answer, _) = oneshot::channel();
-                    // A full queue is tried again when anything changes.
-                    self.demanded = conductor.try_send(ConductorCommand { wish: Wish::Demand, answer }).is_ok();
-                }
-            }
-            Outlook::Rests => {}
             Outlook::Hopeless => {
                 self.step(Event::Dismiss);
             }
+            Outlook::Serves | Outlook::Coming | Outlook::Rests => self.demand(),
         }
+    }
+
+    /// Asks for what rests: the pool, or those of its replicas that gave way to another.
+    fn demand(&mut self) {
+        if self.demanded || !self.some_rest() || self.roster().spec.activation != Activation::OnDemand {
+            return;
+        }
+        if let Some(conductor) = self.p.conductor.upgrade() {
+            let (answer, _) = oneshot::channel();
+            // A full queue is tried again when anything changes.
+            self.demanded = conductor.try_send(ConductorCommand { wish: Wish::Demand, answer }).is_ok();
+        }
+    }
+
+    fn some_rest(&self) -> bool {
+        let serves = |id| self.roster().serving().any(|seat| seat.key.replica == id);
+        self.seen.replicas.iter().any(|r| r.state == "idle" && serves(r.id))
     }
 
     /// Feeds the book and does what it says; what is left is for the caller.
