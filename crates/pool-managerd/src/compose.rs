@@ -171,13 +171,13 @@ pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
 fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {
     let kind = match engine.kind {
         EngineKind::LlamaCpp => Kind::LlamaCpp,
+        EngineKind::Vllm => Kind::Vllm,
         EngineKind::Stub => Kind::Stub,
     };
+    let own = if kind == Kind::Vllm { "vllm" } else { "llama-server" };
     let mode = match &engine.mode {
         EngineMode::External(addr) => Mode::External { addr: *addr },
-        EngineMode::Binary(path) => {
-            Mode::Binary { path: path.clone().unwrap_or_else(|| PathBuf::from("llama-server")) }
-        }
+        EngineMode::Binary(path) => Mode::Binary { path: path.clone().unwrap_or_else(|| PathBuf::from(own)) },
     };
     let name = name.parse().map_err(|e: pool_domain::id::IdError| Exit::new(CONFIG, e.to_string()))?;
     Ok(EngineDecl { name, kind, mode })
