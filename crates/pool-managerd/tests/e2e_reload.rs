@@ -14,8 +14,8 @@ use support::{Daemon, Engines, eventually, request};
 /// How often the pool is reloaded; `benches/reload.py` does it 200 times.
 const RELOADS: u64 = 20;
 const CLIENTS: u64 = 3;
-/// Half a second at the stub's speed, which is longer than it takes from the start of a reload to its flip.
-const TOKENS: u64 = 100;
+/// 0.4 s at the stub's speed, which is longer than it takes from the start of a reload to its flip.
+const TOKENS: u64 = 80;
 
 const POOL: &str = r#"
 [[pool]]
@@ -70,7 +70,7 @@ fn client(addr: &str, seen: &Seen) {
 fn reload(daemon: &Daemon, nth: u64, seen: &Seen) {
     let begun = seen.begun.load(Ordering::SeqCst);
     eventually(|| (seen.begun.load(Ordering::SeqCst) >= begun + CLIENTS).then_some(()));
-    let model = if nth % 2 == 0 { "stub:two" } else { "stub:one" };
+    let model = if nth.is_multiple_of(2) { "stub:two" } else { "stub:one" };
     let body = json!({ "new_model_ref": model, "strategy": "overlap" }).to_string();
     let begun = daemon.post("/v1/pools/chat/reload", &body);
     assert_eq!(begun.status, 202, "{begun:?}");

@@ -243,6 +243,9 @@ impl Code {
     #[must_use]
     pub fn hint(self) -> Option<&'static str> {
         Some(match self {
+            Self::Conflict => {
+                "GET /v1/pools/{id} and GET /v1/operations show what is there; ask for what follows from it"
+            }
             Self::MaskInvalid => "GET /v1/node lists the devices",
             Self::SplitInvalid => "write \"off\", \"auto\", or one ratio for each device of the mask",
             Self::ModelRefInvalid => "name a file below a root of [models], or stub:NAME for a stub engine",
