@@ -31,6 +31,7 @@ mod roster;
 pub mod snapshot;
 pub mod spec;
 mod steward;
+mod tally;
 mod view;
 
 pub use builder::{BuildError, Builder};
@@ -40,8 +41,9 @@ pub use declared::{Declared, Restored, Source};
 pub use events::{Event, EventKind};
 pub use execute::{DrainOutcome, DrainRequest, PreloadOutcome, ReloadOutcome, execute_drain, execute_reload};
 pub use lease::{Lease, LeaseRequest};
+pub use leases::Slots;
 pub use manager::{PoolManager, Specs};
 pub use planning::{Placed, PlanReport};
 pub use registry::Registry;
-pub use snapshot::{NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
+pub use snapshot::{GuardCounts, NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 pub use spec::{Activation, Clash, PoolSpec, ReloadPolicy, Workload};
