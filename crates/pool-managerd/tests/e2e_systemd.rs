@@ -44,7 +44,14 @@ fn a_service_manager_hears_when_it_serves_that_it_goes_round_and_when_it_ends() 
 #[test]
 fn the_unit_is_one_that_systemd_takes() {
     let unit = include_str!("../../../deploy/systemd/pool-managerd.service");
-    for line in ["Type=notify", "WatchdogSec=30s", "Delegate=yes", "KillMode=process", "LimitNOFILE=65536"] {
+    for line in [
+        "Type=notify",
+        "WatchdogSec=30s",
+        "Delegate=yes",
+        "DelegateSubgroup=supervisor",
+        "KillMode=process",
+        "LimitNOFILE=65536",
+    ] {
         assert!(unit.lines().any(|l| l == line), "{line}");
     }
     let Ok(found) = Command::new("systemd-analyze").arg("--version").stdout(Stdio::null()).status() else {
