@@ -202,6 +202,20 @@ async fn a_drain_ends_in_time_though_the_next_daemon_gets_no_answer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_ends_in_time_though_the_next_daemon_asks_once_more() {
+    let node = FakeNode::default();
+    let health = Policy::default().health;
+    let deadline = health.timeout * health.failures + Duration::from_secs(1);
+    let began = Instant::now();
+    draining_and_left(&node, deadline).await;
+    // Idle, and so asked again when the first time is up.
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), |s| s.replicas[0].state == "idle").await;
+    assert!(began.elapsed() <= deadline + Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_resume_during_the_adoption_calls_the_drain_off() {
     let node = FakeNode::default();
     draining_and_left(&node, Duration::from_secs(60)).await;
