@@ -8,21 +8,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fault_points::{Point, reached};
-use pool_domain::{PoolId, ReplicaId, ReplicaKey};
+use pool_domain::lifecycle::StopPolicy;
+use pool_domain::{PoolId, ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
 use crate::declared::Restored;
 use crate::driver::{Found, Ports, busy};
+use crate::node::Node;
 use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
 pub(crate) type Closed = BTreeSet<String>;
 
-/// What an engine that nobody wants any more gets to stop by itself.
-const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks at a device that something unknown may be on.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Between two questions of one engine that leaves.
@@ -34,6 +34,7 @@ pub(crate) struct Boot {
     /// Which replica has each place of each pool.
     pub(crate) places: BTreeMap<PoolId, Vec<ReplicaId>>,
     pub(crate) closed: watch::Receiver<Closed>,
+    pub(crate) strays: Strays,
 }
 
 /// An engine of a replica that is no more.
@@ -42,8 +43,50 @@ struct Stray {
     engine: Arc<dyn RunningEngine>,
 }
 
+/// How far the end of a stray has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Ending,
+    /// It was killed, and something of it may be left all the same.
+    Unproved,
+}
+
+/// The ends of all strays.
+struct Ends {
+    left: BTreeMap<ReplicaKey, (Stage, Vec<String>)>,
+    /// Each says whether nothing is left.
+    ending: JoinSet<(Stray, bool)>,
+    stages: watch::Sender<Vec<Stage>>,
+}
+
+/// The strays as a shutdown sees them.
+#[derive(Debug)]
+pub(crate) struct Strays {
+    left: watch::Receiver<Vec<Stage>>,
+    hurry: CancellationToken,
+}
+
+impl Strays {
+    /// Their requests get no more time than those of other engines.
+    pub(crate) fn hurry(&self) {
+        self.hurry.cancel();
+    }
+
+    /// Resolves once nothing is left of them but what may never be proved gone.
+    pub(crate) async fn end(&self) {
+        let mut left = self.left.clone();
+        let _gone = left.wait_for(|left| left.iter().all(|s| *s == Stage::Unproved)).await;
+    }
+
+    /// Whether something of them may be left.
+    pub(crate) fn left(&self) -> bool {
+        !self.left.borrow().is_empty()
+    }
+}
+
 /// Looks at every record, and at what no record names.
-pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: &Arc<Notify>) -> Boot {
+pub(crate) async fn look(node: &Node, pools: &[Restored]) -> Boot {
+    let ports = &node.ports;
     let (mut found, mut strays, mut known) = (BTreeMap::new(), Vec::new(), Vec::new());
     let recorded = ports.ledger.recorded().await;
     let of =
@@ -84,10 +127,18 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
     let mut closed: Closed = strays.iter().flat_map(|s| s.record.devices.uuids.clone()).collect();
     closed.extend(unknown.iter().cloned());
     let (tx, closed) = watch::channel(closed);
+    let (stages, left) = watch::channel(vec![Stage::Ending; strays.len()]);
+    let hurry = CancellationToken::new();
     if !strays.is_empty() || !unknown.is_empty() {
-        tokio::spawn(reopen(tx, strays, unknown, ports.clone(), clock, Arc::clone(bell)));
+        let mut ends = Ends { left: BTreeMap::new(), ending: JoinSet::new(), stages };
+        for stray in strays {
+            let (key, devices) = (stray.record.key.clone(), stray.record.devices.uuids.clone());
+            ends.left.insert(key, (Stage::Ending, devices));
+            ends.ending.spawn(stray.end(ports.clone(), node.clock.now(), hurry.clone(), node.last_call.clone()));
+        }
+        tokio::spawn(reopen(tx, ends, unknown, ports.clone(), Arc::clone(&node.bell)));
     }
-    Boot { found, places, closed }
+    Boot { found, places, closed, strays: Strays { left, hurry } }
 }
 
 /// Who has each place of a pool: first whoever was made for it, then the replica that bears its number. So a reload that
@@ -127,48 +178,77 @@ async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
     }
 }
 
-/// Ends the strays and opens each device again once nothing is left there.
-async fn reopen(
-    tx: watch::Sender<Closed>,
-    strays: Vec<Stray>,
-    mut unknown: Vec<String>,
-    ports: Ports,
-    clock: Clock,
-    bell: Arc<Notify>,
-) {
-    let mut left: BTreeMap<ReplicaKey, Vec<String>> = BTreeMap::new();
-    let mut ends = JoinSet::new();
-    for Stray { record, engine } in strays {
-        left.insert(record.key.clone(), record.devices.uuids.clone());
-        let (probe, now) = (Arc::clone(&ports.probe), clock.now());
-        ends.spawn(async move {
-            if let Phase::Draining { deadline, .. } = record.phase {
-                // It was leaving; those that it serves have the time they were given.
-                let idle = idle(&*probe, &record.endpoint);
-                let _late = tokio::time::timeout(deadline.since(now), idle).await;
+impl Stray {
+    /// Asks it to end, and makes it. Says how far that came within the time in which an end is proved.
+    async fn end(
+        self,
+        ports: Ports,
+        now: Tick,
+        hurry: CancellationToken,
+        last_call: CancellationToken,
+    ) -> (Self, bool) {
+        let Self { record, engine } = &self;
+        if let Phase::Draining { deadline, .. } = record.phase {
+            // It was leaving; those that it serves have the time they were given.
+            let idle = tokio::time::timeout(deadline.since(now), idle(&*ports.probe, &record.endpoint));
+            tokio::select! {
+                biased;
+                () = hurry.cancelled() => {}
+                _late = idle => {}
             }
-            engine.terminate();
-            if tokio::time::timeout(GRACE, engine.gone()).await.is_err() {
-                engine.kill();
-                engine.gone().await;
+        }
+        let stop = StopPolicy::default();
+        engine.terminate();
+        let ended = tokio::select! {
+            biased;
+            () = last_call.cancelled() => false,
+            ended = tokio::time::timeout(stop.forced_grace(), engine.gone()) => ended.is_ok(),
+        };
+        if !ended {
+            engine.kill();
+            if tokio::time::timeout(stop.prove, engine.gone()).await.is_err() {
+                return (self, false);
             }
-            record
-        });
+        }
+        self.forget(&ports).await;
+        (self, true)
     }
+
+    async fn forget(&self, ports: &Ports) {
+        if let Err(error) = ports.ledger.forget(&self.record.key, self.record.generation).await {
+            tracing::warn!(pool_id = %self.record.key.pool, %error, "not written down");
+        }
+    }
+}
+
+/// Ends the strays and opens each device again once nothing is left there.
+async fn reopen(tx: watch::Sender<Closed>, mut ends: Ends, mut unknown: Vec<String>, ports: Ports, bell: Arc<Notify>) {
+    let Ends { left, ending, stages } = &mut ends;
     let mut look_again = tokio::time::interval(LOOK_AGAIN);
     while !left.is_empty() || !unknown.is_empty() {
         tokio::select! {
             biased;
-            Some(ended) = ends.join_next() => {
-                let Ok(record) = ended else { continue };
-                left.remove(&record.key);
-                if let Err(error) = ports.ledger.forget(&record.key, record.generation).await {
-                    tracing::warn!(pool_id = %record.key.pool, %error, "not written down");
+            Some(ended) = ending.join_next() => match ended {
+                Ok((stray, true)) => {
+                    left.remove(&stray.record.key);
                 }
-            }
+                Ok((stray, false)) => {
+                    let key = &stray.record.key;
+                    tracing::error!(pool_id = %key.pool, replica_id = %key.replica, "something of an engine that nobody wants may be left: its devices stay closed");
+                    left.entry(key.clone()).and_modify(|(stage, _)| *stage = Stage::Unproved);
+                    let ports = ports.clone();
+                    ending.spawn(async move {
+                        stray.engine.gone().await;
+                        stray.forget(&ports).await;
+                        (stray, true)
+                    });
+                }
+                Err(_) => continue,
+            },
             _ = look_again.tick() => unknown.retain(|device| !ports.host.device_clear(device)),
         }
-        let closed: Closed = left.values().flatten().chain(&unknown).cloned().collect();
+        let closed: Closed = left.values().flat_map(|(_, devices)| devices).chain(&unknown).cloned().collect();
+        stages.send_replace(left.values().map(|(stage, _)| *stage).collect());
         let changed = tx.send_if_modified(|now| {
             let changed = *now != closed;
             *now = closed;

@@ -213,7 +213,7 @@ impl Builder {
             last_call: CancellationToken::new(),
             max_lease_ttl: self.max_lease_ttl,
         };
-        let Boot { mut found, places, closed } = boot::look(&ports, &self.pools, clock, &node.bell).await;
+        let Boot { mut found, places, closed, strays } = boot::look(&node, &self.pools).await;
         let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {
@@ -269,6 +269,7 @@ impl Builder {
             memories: node.memories,
             ports,
             last_call: node.last_call,
+            strays,
         };
         Ok((PoolManager { inner: Arc::new(inner) }, events_rx))
     }

@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::boot::Strays;
 use crate::catalog::{Declaring, Order, Owner};
 use crate::change::{self, Change};
 use crate::clock::Clock;
@@ -52,6 +53,8 @@ pub(crate) struct Inner {
     pub(crate) ports: Ports,
     /// For engines that are left when time is up.
     pub(crate) last_call: CancellationToken,
+    /// Engines of earlier daemons that belong to no replica.
+    pub(crate) strays: Strays,
 }
 
 /// The pools of one node. Clones share it.
@@ -96,6 +99,7 @@ impl PoolManager {
     /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
     /// nothing was: what is Fenced is not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
+        self.inner.strays.hurry();
         // Not `stop`: that would leave a hold behind.
         let in_time = self.end(Wish::Shutdown, deadline).await;
         if !in_time {
@@ -104,7 +108,7 @@ impl PoolManager {
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
-        in_time && !self.table().values().any(fenced)
+        in_time && !self.inner.strays.left() && !self.table().values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.
@@ -127,6 +131,9 @@ impl PoolManager {
             }
             self.inner.memories.close();
             self.inner.memories.wait().await;
+            if matches!(wish, Wish::Shutdown) {
+                self.inner.strays.end().await;
+            }
         };
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }

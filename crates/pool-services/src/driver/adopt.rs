@@ -118,10 +118,10 @@ impl Driver {
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
         let again = self.policy.health.timeout;
         let patience = again * self.policy.health.failures;
-        // The end of a drain does not wait for a proof.
+        // The end of a drain does not wait for a proof, nor for whatever is asked in its place.
         let ends_in = match self.attempt.drain {
-            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < patience),
-            _ => None,
+            Some((deadline, OnDeadline::Force)) => deadline.since(self.clock.now()),
+            _ => Duration::MAX,
         };
         self.run_work(async move {
             let check = || async {
@@ -136,28 +136,26 @@ impl Driver {
                 }
             };
             let asked = async {
-                let first = tokio::time::timeout(ends_in.unwrap_or(patience), check()).await;
+                let mut checked = tokio::time::timeout(patience, check()).await;
                 // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
-                if first.is_ok() || ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await {
-                    return first;
+                if checked.is_err() && !may_be_busy(&*ports.probe, &endpoint).await {
+                    // It was until just now, perhaps.
+                    checked = tokio::time::timeout(again, check()).await;
                 }
-                // It was until just now, perhaps.
-                tokio::time::timeout(again, check()).await
+                match checked {
+                    Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
+                    Ok(Err(failure)) => Fact::Unproved(failure),
+                    Err(_) if may_be_busy(&*ports.probe, &endpoint).await => Fact::Adopted(Some(recorded.clone())),
+                    Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
+                }
             };
-            let checked = tokio::select! {
+            let fact = tokio::select! {
                 biased;
                 // Of its end the watch tells, and knows why.
                 _ = engine.exited() => std::future::pending().await,
-                checked = asked => checked,
+                fact = tokio::time::timeout(ends_in, asked) => fact,
             };
-            Report::Fact(match checked {
-                Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
-                Ok(Err(failure)) => Fact::Unproved(failure),
-                Err(_) if ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await => {
-                    Fact::Adopted(Some(recorded))
-                }
-                Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
-            })
+            Report::Fact(fact.unwrap_or(Fact::Adopted(Some(recorded))))
         });
     }
 

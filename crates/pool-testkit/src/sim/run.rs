@@ -237,7 +237,10 @@ impl Runner {
         let fenced = pictures(manager).await.iter().any(|p| p.replicas.iter().any(|r| r.state == "fenced"));
         let known = |p: &&super::truth::Process| !p.disowned && (in_time || !p.launch.unkillable);
         let left = self.watch.lock().scene.alive().find(known).cloned();
-        if !in_time && !fenced {
+        // An engine that belongs to no replica any more is Fenced nowhere: its devices stay closed.
+        let stands = |p: &super::truth::Process| p.launch.unkillable || p.forged && !self.schedule.cgroups;
+        let stands = self.watch.lock().scene.alive().any(stands);
+        if !in_time && !fenced && !stands {
             self.watch.wrong("shutdown_ends", "it did not end within its deadline".into());
         } else if let Some(p) = left.filter(|_| in_time) {
             self.watch.wrong("shutdown_ends", format!("it ended in time, and there is {p:?}"));
