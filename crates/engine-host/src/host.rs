@@ -18,6 +18,7 @@ use pool_domain::{Failure, FailureClass, Generation, ReplicaKey};
 use pool_services::ports::{
     Confinement, EngineHost, EngineRecord, EngineSecret, EngineUser, NotAdopted, PreparedEngine, RunningEngine,
 };
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
@@ -246,7 +247,7 @@ impl ProcessHost {
             Some(Report::Failed { step, message, .. }) if step == "cgroup" && cgroup.is_some() => {
                 NotLaunched::Cgroup(message)
             }
-            Some(Report::Failed { step, message, .. }) => refused(&step, &message).into(),
+            Some(Report::Failed { step, message, errno, .. }) => refused(&step, &message, errno).into(),
             _ if first.is_err() => {
                 let detail = format!("the shim did not start the engine within {} s", START_TIMEOUT.as_secs());
                 Failure::new(FailureClass::StartTimeout, detail).into()
@@ -299,7 +300,7 @@ impl EngineHost for ProcessHost {
                 let _left = fs::remove_dir_all(&dir);
                 Err(match not_launched {
                     NotLaunched::Failed(failure) => failure,
-                    NotLaunched::Cgroup(error) => refused("cgroup", &error),
+                    NotLaunched::Cgroup(error) => refused("cgroup", &error, None),
                 })
             }
         }
@@ -411,8 +412,11 @@ async fn clear_up(shim: &mut Child, cgroup: Option<&Cgroup>) {
 }
 
 /// What the shim's refusal means.
-fn refused(step: &str, message: &str) -> Failure {
+fn refused(step: &str, message: &str, errno: Option<i32>) -> Failure {
     let detail = format!("the engine was not started ({step}): {}", tidy(message));
+    if let Some(failure) = errno.and_then(|errno| of_the_node(&io::Error::from_raw_os_error(errno), &detail)) {
+        return failure;
+    }
     let class = match step {
         "exec" | "program" | "user" | "nofile_limit" | "memory_limit" => FailureClass::Config,
         _ => FailureClass::Crash(Exit::Unknown),
@@ -421,7 +425,25 @@ fn refused(step: &str, message: &str) -> Failure {
 }
 
 fn cannot(what: &str, error: &io::Error) -> Failure {
-    Failure::new(FailureClass::Crash(Exit::Unknown), format!("cannot {what}: {error}"))
+    let detail = format!("cannot {what}: {error}");
+    of_the_node(error, &detail).unwrap_or_else(|| Failure::new(FailureClass::Crash(Exit::Unknown), detail))
+}
+
+/// The failure of a node that has no room for a launch, with what helps; `None` for what may well be the engine's own.
+fn of_the_node(error: &io::Error, detail: &str) -> Option<Failure> {
+    let hint = match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "free some space where its state or runtime directory lies"
+        }
+        ErrorKind::ReadOnlyFilesystem => "the file system of its state or runtime directory is read-only: remount it",
+        ErrorKind::OutOfMemory => "the node is out of memory",
+        ErrorKind::WouldBlock => "the node has no more processes to give: raise the limit of tasks",
+        _ => match Errno::from_io_error(error) {
+            Some(Errno::MFILE | Errno::NFILE) => "the node has no more open files to give: raise the limit",
+            _ => return None,
+        },
+    };
+    Some(Failure::new(FailureClass::Node, format!("{detail} ({hint})")))
 }
 
 /// Makes the directory of a generation, for nobody else, and removes those of long ago.

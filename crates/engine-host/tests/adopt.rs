@@ -69,6 +69,7 @@ impl Machine {
             engine_version: "1".into(),
             devices: ResolvedMask { uuids: vec!["GPU-a".into()] },
             bytes: vec![1],
+            unlisted: None,
             executable: None,
             phase: Phase::Starting,
         }

@@ -138,6 +138,7 @@ impl Bench {
             engine_version: engine.engine_version.clone(),
             devices: ResolvedMask::default(),
             bytes: Vec::new(),
+            unlisted: None,
             executable: None,
             phase: Phase::Starting,
         };
@@ -306,6 +307,24 @@ async fn the_way_it_ended_is_told() {
     for engine in [by_code, by_signal, bad_flag] {
         in_time(engine.gone()).await;
     }
+}
+
+#[tokio::test]
+async fn a_disk_that_takes_no_start_record_is_the_nodes_fault_and_leaves_nothing() {
+    let bench = Bench::new(true);
+    let engine = bench.prepare(spec("stub", &[])).await;
+    // Where the second start record is written before it gets its name.
+    let record = bench.dir.path().join("locks/replica-chat-r0.json.tmp");
+    std::os::unix::fs::symlink("/dev/full", &record).unwrap();
+    let failure = bench.launch(&engine).await.unwrap_err();
+    assert_eq!(failure.class, FailureClass::Node, "{failure}");
+    assert!(failure.detail.contains("start_record") && failure.detail.contains("free some space"), "{failure}");
+    assert!(!bench.host.log_path(&Bench::key(), Generation(1)).parent().unwrap().exists());
+    std::fs::remove_file(&record).unwrap();
+    let running = bench.launch(&engine).await.unwrap();
+    bench.serving(&engine.endpoint).await;
+    running.kill();
+    in_time(running.gone()).await;
 }
 
 #[tokio::test]

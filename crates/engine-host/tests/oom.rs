@@ -95,6 +95,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
         engine_version: String::new(),
         devices: ResolvedMask::default(),
         bytes: Vec::new(),
+        unlisted: None,
         executable: None,
         phase: Phase::Starting,
     };

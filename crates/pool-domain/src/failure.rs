@@ -33,6 +33,8 @@ pub enum FailureClass {
     Artifact,
     /// The spec cannot work: bad flag, missing binary, can never fit.
     Config,
+    /// The node has no room for a launch: its disk is full or read-only, or it has no more processes to give.
+    Node,
 }
 
 /// How a process ended.
@@ -71,7 +73,7 @@ pub struct FailurePolicy {
 
 impl FailureClass {
     /// Every class, for tables and metrics.
-    pub const CODES: [&'static str; 14] = [
+    pub const CODES: [&'static str; 15] = [
         "crash",
         "host_oom",
         "vram_oom",
@@ -86,6 +88,7 @@ impl FailureClass {
         "port_conflict",
         "artifact",
         "config",
+        "node",
     ];
 
     /// The class as one word.
@@ -106,6 +109,7 @@ impl FailureClass {
             Self::PortConflict => "port_conflict",
             Self::Artifact => "artifact",
             Self::Config => "config",
+            Self::Node => "node",
         }
     }
 
@@ -127,6 +131,7 @@ impl FailureClass {
             "port_conflict" => Self::PortConflict,
             "artifact" => Self::Artifact,
             "config" => Self::Config,
+            "node" => Self::Node,
             _ => return None,
         })
     }
@@ -140,7 +145,7 @@ impl FailureClass {
             Self::VramOom => FailurePolicy { multiplier: 2.0, ..base },
             // A driver in trouble needs longer than a process does.
             Self::DriverError | Self::GpuLost => FailurePolicy { multiplier: 4.0, accuses_device: true, ..base },
-            Self::PortConflict => FailurePolicy { counts: false, ..base },
+            Self::PortConflict | Self::Node => FailurePolicy { counts: false, ..base },
             Self::CpuFallback | Self::MaskBreach | Self::Artifact | Self::Config => {
                 FailurePolicy { permanent: true, ..base }
             }
@@ -165,6 +170,7 @@ impl FailureClass {
             Self::PortConflict => "found its port taken",
             Self::Artifact => "could not use its model",
             Self::Config => "was given a config that cannot work",
+            Self::Node => "was held up by this node",
         }
     }
 }

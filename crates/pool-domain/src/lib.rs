@@ -25,6 +25,7 @@ pub mod plan;
 pub mod rank;
 pub mod reconcile;
 pub mod reserve;
+pub mod returned;
 pub mod rollout;
 pub mod room;
 pub mod split;

@@ -67,7 +67,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
     match event.kind {
         EventKind::EngineFailed { .. }
         | EventKind::BreakerOpened { .. }
-        | EventKind::Fenced
+        | EventKind::Fenced { .. }
         | EventKind::DeviceSuspected { .. }
         | EventKind::LeaseRefused { .. } => line!(warn),
         EventKind::StateChanged { .. }

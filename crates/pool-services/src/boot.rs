@@ -18,6 +18,7 @@ use crate::declared::Restored;
 use crate::driver::{Found, Ports, busy};
 use crate::node::Node;
 use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
+use crate::returned::Held;
 use crate::spec::PoolSpec;
 
 /// Devices that admit nobody, by UUID.
@@ -110,7 +111,10 @@ pub(crate) async fn look(node: &Node, pools: &[Restored]) -> Boot {
         if wanted && record.generation >= ports.ledger.last_generation(&key).await {
             // At once, or not now.
             let gone = match &outcome {
-                Ok(engine) => tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok(),
+                Ok(engine) => {
+                    tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok()
+                        && Held::of(&record).is_back(&*ports.gpu).await
+                }
                 Err(_) => false,
             };
             found.insert(key, Found { record, outcome, gone });
@@ -206,12 +210,18 @@ impl Stray {
         };
         if !ended {
             engine.kill();
-            if tokio::time::timeout(stop.prove, engine.gone()).await.is_err() {
-                return (self, false);
-            }
+        }
+        if tokio::time::timeout(stop.prove, self.nothing_left(&ports)).await.is_err() {
+            return (self, false);
         }
         self.forget(&ports).await;
         (self, true)
+    }
+
+    /// Resolves once its processes are gone and its memory is back. May never.
+    async fn nothing_left(&self, ports: &Ports) {
+        self.engine.gone().await;
+        Held::of(&self.record).back(&*ports.gpu).await;
     }
 
     async fn forget(&self, ports: &Ports) {
@@ -238,7 +248,7 @@ async fn reopen(tx: watch::Sender<Closed>, mut ends: Ends, mut unknown: Vec<Stri
                     left.entry(key.clone()).and_modify(|(stage, _)| *stage = Stage::Unproved);
                     let ports = ports.clone();
                     ending.spawn(async move {
-                        stray.engine.gone().await;
+                        stray.nothing_left(&ports).await;
                         stray.forget(&ports).await;
                         (stray, true)
                     });

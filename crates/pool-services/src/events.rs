@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pool_domain::lifecycle::Left;
 use pool_domain::{Failure, Generation, Holder, ReplicaKey};
 
 /// Something worth telling.
@@ -86,7 +87,10 @@ pub enum EventKind {
     /// Nothing of the engine is left.
     Stopped,
     /// Something may be left.
-    Fenced,
+    Fenced {
+        /// Of what.
+        left: Left,
+    },
     /// A person says that nothing is.
     Unfenced,
     /// Engines of several pools failed on a device: nothing new starts there until its probation ends.
@@ -228,7 +232,12 @@ impl Event {
                 format!("The drain of the {pool} pool ended ({outcome}) after {}", seconds(*took))
             }
             EventKind::Stopped => format!("The engine of the {pool} pool is gone"),
-            EventKind::Fenced => format!("Something of the {pool} pool's engine may be left: its devices are fenced"),
+            EventKind::Fenced { left: Left::Processes } => {
+                format!("Something of the {pool} pool's engine may be left: its devices are fenced")
+            }
+            EventKind::Fenced { left: Left::Memory } => {
+                format!("Memory of the {pool} pool's engine has not come back: its devices are fenced")
+            }
             EventKind::Unfenced => format!("Somebody says that nothing of the {pool} pool's engine is left"),
             EventKind::DeviceSuspected { .. } => {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
@@ -300,7 +309,7 @@ impl Event {
             EventKind::DrainStarted { .. } => "drain_started",
             EventKind::DrainEnded { .. } => "drain_ended",
             EventKind::Stopped => "stopped",
-            EventKind::Fenced => "fenced",
+            EventKind::Fenced { .. } => "fenced",
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",

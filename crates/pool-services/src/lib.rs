@@ -27,6 +27,7 @@ pub mod planted;
 pub mod ports;
 pub mod registry;
 mod remember;
+mod returned;
 mod roster;
 pub mod snapshot;
 pub mod spec;

@@ -268,6 +268,8 @@ pub struct EngineRecord {
     pub devices: ResolvedMask,
     /// Bytes promised on each of them.
     pub bytes: Vec<u64>,
+    /// What no process was listed for on each of them before the launch; unset where nobody could say.
+    pub unlisted: Option<Vec<u64>>,
     /// The program it runs, as [`RunningEngine::executable`] told; unset = whatever it was launched as.
     pub executable: Option<String>,
     /// How far it had come.

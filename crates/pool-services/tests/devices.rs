@@ -4,10 +4,13 @@
 use std::time::Duration;
 
 use pool_domain::{DeviceHealth, FailureClass, PoolId};
+use pool_services::ports::{Holder, Residency};
 use pool_services::{Activation, ControlError, Event, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+
+const GIB: u64 = 1 << 30;
 
 /// A pool on the first device alone.
 fn on_first(id: &str) -> PoolSpec {
@@ -195,7 +198,6 @@ async fn a_restart_of_the_daemon_makes_no_device_well() {
 
 #[tokio::test(start_paused = true)]
 async fn a_start_waits_for_memory_that_has_not_come_back_whoever_holds_it() {
-    const GIB: u64 = 1 << 30;
     let node = FakeNode::default();
     let used = |bytes: u64| {
         node.gpus.change(|i| {
@@ -222,6 +224,106 @@ async fn a_start_waits_for_memory_that_has_not_come_back_whoever_holds_it() {
     used(3 * GIB);
     until(&m, &id, PoolSnapshot::ready).await;
     assert_eq!(node.engines.launches().len(), 2);
+}
+
+/// A node with one provable device of 10 GiB, on which its engines hold what is set here: what is used, and by whom.
+fn provable(node: &FakeNode, used: u64, holders: &[(u32, u64)]) {
+    node.gpus.change(|i| {
+        i.devices.truncate(1);
+        let device = &mut i.devices[0];
+        (device.vram_total, device.vram_used, device.vram_free) = (10 * GIB, used * GIB, (10 - used) * GIB);
+    });
+    let holder = |(pid, bytes): &(u32, u64)| Holder { uuid: gpu(0, 0).uuid, pid: *pid, bytes: bytes * GIB };
+    node.gpus.set_residency(Residency::Provable(holders.iter().map(holder).collect()));
+}
+
+/// From now on the device is empty, and whoever is launched later is listed there.
+fn it_comes_back(node: &FakeNode) {
+    let next = u32::try_from(node.engines.launches().len()).unwrap();
+    provable(node, 0, &[(next, 0), (next + 1, 0)]);
+}
+
+/// A pool that holds 6 of 10 GiB, after which its engine died and its memory stayed: nobody is listed for it.
+async fn memory_stays(pools: Vec<PoolSpec>) -> (FakeNode, PoolManager, mpsc::Receiver<Event>, PoolId) {
+    let node = FakeNode::default();
+    provable(&node, 0, &[]);
+    node.engines.script(|s| s.load = Duration::from_secs(5));
+    let (m, events) = node.manage(pools).await;
+    let id: PoolId = "big".parse().unwrap();
+    let live = until(&m, &id, |s| s.replicas[0].live).await;
+    provable(&node, 6, &[(live.replicas[0].pid.unwrap(), 6)]);
+    until(&m, &id, PoolSnapshot::ready).await;
+    provable(&node, 6, &[]);
+    node.engines.crash_all();
+    (node, m, events, id)
+}
+
+fn big() -> PoolSpec {
+    PoolSpec { vram: Some(6 * GIB), ..on_first("big") }
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_that_does_not_come_back_fences_its_device_until_it_does() {
+    let small = PoolSpec { activation: Activation::OnDemand, vram: Some(GIB), ..on_first("small") };
+    let (node, m, mut events, id) = memory_stays(vec![big(), small]).await;
+    let awaited = until(&m, &id, |s| s.replicas[0].reason_code == "memory").await;
+    assert_eq!((state(&awaited), awaited.replicas[0].live), ("stopping", false));
+    let began = Instant::now();
+    let fenced = until(&m, &id, |s| state(s) == "fenced").await;
+    assert_eq!(began.elapsed().as_secs(), 10);
+    assert!(fenced.replicas[0].reason.contains("memory has not come back"), "{fenced:?}");
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert!(matches!(health(&m, 0).await, DeviceHealth::Fenced(_)));
+    assert_eq!(m.node().await.unwrap().devices[0].1, 6 * GIB, "its reservation stands");
+    // There would be room, but not for a newcomer.
+    let newcomer: PoolId = "small".parse().unwrap();
+    m.preload(&newcomer).await.unwrap();
+    until(&m, &newcomer, |s| s.replicas[0].reason.contains("fenced")).await;
+    tokio::time::sleep(Duration::from_secs(3_600)).await;
+    assert_eq!((state(&m.pool(&id).await.unwrap()), node.engines.launches().len()), ("fenced", 1));
+    it_comes_back(&node);
+    until(&m, &id, PoolSnapshot::ready).await;
+    until(&m, &newcomer, PoolSnapshot::ready).await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Ok);
+    let told = told(&mut events);
+    assert!(told.contains(&"fenced") && told.contains(&"stopped") && !told.contains(&"unfenced"), "{told:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn memory_that_comes_back_late_fences_nothing_and_a_person_may_say_that_it_is_back() {
+    let (node, m, mut events, id) = memory_stays(vec![big()]).await;
+    until(&m, &id, |s| s.replicas[0].reason_code == "memory").await;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    it_comes_back(&node);
+    until(&m, &id, PoolSnapshot::ready).await;
+    assert!(!told(&mut events).contains(&"fenced"));
+
+    let (node, m, mut events, id) = memory_stays(vec![big()]).await;
+    until(&m, &id, |s| state(s) == "fenced").await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    m.unfence("0").await.unwrap();
+    // Whoever said so is believed; that there is no room for the next start is another matter.
+    until(&m, &id, |s| s.replicas[0].reason_code == "vram").await;
+    assert_eq!(health(&m, 0).await, DeviceHealth::Ok);
+    assert!(told(&mut events).contains(&"unfenced"));
+    it_comes_back(&node);
+    until(&m, &id, PoolSnapshot::ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_later_daemon_knows_that_memory_did_not_come_back() {
+    let (node, m, _events, id) = memory_stays(vec![big()]).await;
+    until(&m, &id, |s| state(s) == "fenced").await;
+    drop(m);
+    let small = PoolSpec { vram: Some(GIB), ..on_first("a") };
+    let (m, _events) = node.manage(vec![small, big()]).await;
+    until(&m, &id, |s| state(s) == "fenced").await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(!m.pool(&"a".parse().unwrap()).await.unwrap().ready(), "a newcomer");
+    assert_eq!(node.engines.launches().len(), 1);
+    it_comes_back(&node);
+    until(&m, &id, PoolSnapshot::ready).await;
+    until(&m, &"a".parse().unwrap(), PoolSnapshot::ready).await;
 }
 
 #[tokio::test(start_paused = true)]

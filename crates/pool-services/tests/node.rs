@@ -459,6 +459,8 @@ async fn what_an_engine_really_took_is_promised_the_next_time() {
     let first = until(&m, &id, PoolSnapshot::ready).await.replicas[0].vram_reserved;
     assert!((16 << 30..18 << 30).contains(&first), "{first}");
     m.stop(&id).await.unwrap();
+    // It is off the device again.
+    node.gpus.set_residency(Residency::Simulated(Vec::new()));
     until(&m, &id, |s| state(s) == "idle").await;
     assert!(m.plan(PlanRequest::Pool(id.clone())).await.unwrap().learnt);
     m.preload(&id).await.unwrap();

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use pool_domain::PoolId;
+use pool_services::ports::StateLedger;
 use pool_services::{Activation, ControlError, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, spec, until};
 use tokio::time::Instant;
@@ -90,6 +91,30 @@ async fn restarting_the_daemon_between_crashes_never_starts_faster() {
         assert!((v / 2.0..=v + 0.1).contains(gap), "{gaps:?}");
     }
     assert_eq!(m.pool(&id).await.unwrap().replicas[0].restart_count, 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_end_that_was_counted_is_not_counted_again_though_its_record_still_stands() {
+    let (node, id) = crashing();
+    node.engines.script(|s| s.crash_after = Some(Duration::from_secs(30)));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id, PoolSnapshot::ready).await;
+    let stood = node.ledger.recorded().await;
+    let was = until(&m, &id, |s| s.replicas[0].state == "waiting").await;
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert!(node.ledger.recorded().await.is_empty());
+    // As if it had been killed in between.
+    drop(m);
+    node.ledger.tamper(|records| records.extend(stood.into_iter().map(|r| (r.key.clone(), r))));
+    node.engines.script(|s| s.crash_after = None);
+    let (m, mut events) = node.manage(vec![spec("chat")]).await;
+    let waits = until(&m, &id, |s| s.replicas[0].state == "waiting").await;
+    let (was, is) = (&was.replicas[0], &waits.replicas[0]);
+    assert_eq!((is.backoff_failures, is.generation, &is.last_error), (1, was.generation, &was.last_error));
+    let back = until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!((back.replicas[0].backoff_failures, back.replicas[0].restart_count), (1, 1));
+    let told: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).map(|e| e.code()).collect();
+    assert!(told.contains(&"start_delayed") && !told.contains(&"engine_failed"), "{told:?}");
 }
 
 #[tokio::test(start_paused = true)]

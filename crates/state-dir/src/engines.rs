@@ -35,6 +35,9 @@ struct Written {
     engine_version: String,
     devices: Vec<String>,
     bytes: Vec<u64>,
+    /// Not in the first records of this version.
+    #[serde(default)]
+    unlisted: Option<Vec<u64>>,
     executable: Option<String>,
     phase: WrittenPhase,
 }
@@ -91,6 +94,7 @@ impl From<&EngineRecord> for Written {
             engine_version: r.engine_version.clone(),
             devices: r.devices.uuids.clone(),
             bytes: r.bytes.clone(),
+            unlisted: r.unlisted.clone(),
             executable: r.executable.clone(),
             phase: match &r.phase {
                 Phase::Starting => WrittenPhase::Starting,
@@ -138,6 +142,7 @@ impl Written {
             engine_version: self.engine_version,
             devices: ResolvedMask { uuids: self.devices },
             bytes: self.bytes,
+            unlisted: self.unlisted,
             executable: self.executable,
             phase,
         })

@@ -3,7 +3,7 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use pool_domain::lifecycle::Past;
-use pool_domain::{BreakerState, FailureClass, Tick};
+use pool_domain::{BreakerState, FailureClass, Generation, Tick};
 use pool_services::snapshot::LastError;
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,9 @@ pub(crate) struct PastRecord {
     breaker: BreakerRecord,
     not_before: Option<u64>,
     restarts: u64,
+    /// Unset in records of before there was such a number; who does not know it passes over it.
+    #[serde(default)]
+    counted: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +45,7 @@ impl PastRecord {
             breaker,
             not_before: past.not_before.map(|t| t.0),
             restarts: past.restarts,
+            counted: past.counted.0,
         }
     }
 
@@ -53,8 +57,13 @@ impl PastRecord {
             BreakerRecord::Open { until, trips } => BreakerState::Open { until: Tick(until), trips },
             BreakerRecord::HalfOpen { trips } => BreakerState::HalfOpen { trips },
         };
-        let past =
-            Past { failures: self.failures, breaker, not_before: self.not_before.map(Tick), restarts: self.restarts };
+        let past = Past {
+            failures: self.failures,
+            breaker,
+            not_before: self.not_before.map(Tick),
+            restarts: self.restarts,
+            counted: Generation(self.counted),
+        };
         if self.boot_id == boot_id { past } else { past.carried_over(Tick(self.noted), now) }
     }
 }

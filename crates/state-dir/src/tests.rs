@@ -50,6 +50,7 @@ fn engine(key: ReplicaKey, phase: pool_services::ports::Phase) -> EngineRecord {
         engine_version: "1".into(),
         devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
         bytes: vec![1, 2],
+        unlisted: Some(vec![7]),
         executable: Some("1:2".into()),
         phase,
     }
@@ -320,7 +321,7 @@ async fn what_engines_took_is_remembered_within_bounds() {
 
 fn in_trouble() -> Past {
     let breaker = BreakerState::Open { until: Tick(90_000), trips: 2 };
-    Past { failures: 7, breaker, not_before: Some(Tick(61_000)), restarts: 12 }
+    Past { failures: 7, breaker, not_before: Some(Tick(61_000)), restarts: 12, counted: Generation(9) }
 }
 
 #[tokio::test]
@@ -380,6 +381,17 @@ async fn a_record_of_before_there_was_a_past_is_read() {
     let text = r#"{"version":1,"hold":false,"replicas":{"0":{"generation":5}}}"#;
     fs::write(dir.path().join("ledger/chat.json"), text).unwrap();
     assert_eq!((state.last_generation(&a).await, state.past(&a, Tick(0)).await), (Generation(5), Past::default()));
+    // And one of before it said which end was the last that counted.
+    state.note_past(&a, in_trouble(), None, Tick(2)).await.unwrap();
+    let text = fs::read_to_string(dir.path().join("ledger/chat.json")).unwrap();
+    let mut older: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let past = older["replicas"]["0"]["past"].as_object_mut().unwrap();
+    assert_eq!(past.remove("counted"), Some(9.into()), "{text}");
+    older.as_object_mut().unwrap().remove("sha256");
+    for name in ["chat.json", "chat.json.copy"] {
+        fs::write(dir.path().join("ledger").join(name), older.to_string()).unwrap();
+    }
+    assert_eq!(state.past(&a, Tick(2)).await, Past { counted: Generation(0), ..in_trouble() });
 }
 
 fn proof() -> Proof {
@@ -402,6 +414,7 @@ fn record(key: ReplicaKey, phase: Phase) -> EngineRecord {
         engine_version: "1".into(),
         devices: ResolvedMask { uuids: vec!["GPU-a".into(), "GPU-b".into()] },
         bytes: vec![1, 2],
+        unlisted: Some(vec![7]),
         executable: Some("1:2".into()),
         phase,
     }

@@ -166,7 +166,7 @@ impl Metrics {
             | EventKind::BreakerClosed
             | EventKind::DrainStarted { .. }
             | EventKind::Stopped
-            | EventKind::Fenced
+            | EventKind::Fenced { .. }
             | EventKind::Unfenced
             | EventKind::StartDelayed { .. }
             | EventKind::ReloadStarted

@@ -65,6 +65,8 @@ pub enum Fact {
     Missed(Failure),
     /// The main process ended.
     Exited(Failure),
+    /// No process of the engine is left, but its memory has not come back.
+    MemoryHeld,
     /// Nothing of the engine is left.
     Gone,
     /// No lease is held.

@@ -12,4 +12,4 @@ mod tests;
 pub use event::{Action, Command, Event, Fact};
 pub use past::Past;
 pub use policy::{HealthPolicy, Policy, StartPolicy, StopPolicy};
-pub use state::{Launch, OnDeadline, Proof, Replica, State, StopStage, Then, Wait};
+pub use state::{Launch, Left, OnDeadline, Proof, Replica, State, StopStage, Then, Wait};

@@ -16,6 +16,8 @@ pub struct Past {
     pub not_before: Option<Tick>,
     /// Starts that followed a failure.
     pub restarts: u64,
+    /// The last generation whose end is in these numbers: found again by a later daemon, it is not counted again.
+    pub counted: Generation,
 }
 
 impl Past {
@@ -42,6 +44,8 @@ impl Replica {
             // A trial stays one: its engine may be adopted. If it is not, the next start makes it again.
             breaker: CircuitBreaker::resume(past.breaker, now + policy.breaker.max_open_for()),
             restarts: past.restarts,
+            // What was never durable is used again.
+            counted: past.counted.min(generation),
             not_before: past.not_before.map(|t| capped(t, policy.backoff.max())).filter(|t| *t > now),
             ..Self::new(generation)
         }
@@ -55,6 +59,7 @@ impl Replica {
             breaker: self.breaker.state(),
             not_before: self.not_before,
             restarts: self.restarts,
+            counted: self.counted,
         }
     }
 
@@ -169,6 +174,55 @@ mod tests {
             Event::Command(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }),
         );
         step(&mut r, 1_000, Event::Command(Command::Wake));
+        step(&mut r, 1_500, Event::Engine(generation, Fact::Gone));
+        assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
+    }
+
+    /// The daemon was killed after it had written what an end earned and before it struck the engine out.
+    #[test]
+    fn an_end_that_is_counted_is_not_counted_again_by_the_next_daemon() {
+        for (ready_since, failures) in [(None, 1), (None, 5), (Some(Tick(0)), 2)] {
+            let mut before = failed(failures);
+            before.counted = before.generation;
+            let mut r = again(&before, 100);
+            let generation = r.generation;
+            step(&mut r, 100, Event::Command(Command::Adopt { generation, ready_since }));
+            step(&mut r, 200, Event::Engine(generation, Fact::Exited(Failure::crash(Exit::Code(1)))));
+            step(&mut r, 300, Event::Engine(generation, Fact::Gone));
+            assert_eq!(r.past(), before.past());
+            let waits = if failures == 5 { "breaker" } else { "backoff" };
+            assert!(matches!(&r.state, State::Waiting { why, .. } if why.code() == waits), "{r:?}");
+            // The next one is another.
+            step(&mut r, 60_000, Event::Timer);
+            let generation = r.generation;
+            for fact in [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Exited(Failure::crash(Exit::Code(1)))] {
+                step(&mut r, 60_100, Event::Engine(generation, fact));
+            }
+            assert_eq!((r.backoff.failures(), r.past().counted), (failures + 1, generation));
+        }
+    }
+
+    /// A start that failed before anything was launched may leave its number to the next daemon.
+    #[test]
+    fn a_generation_that_never_had_an_engine_counts_when_it_has_one() {
+        let mut r = failed(1);
+        r.counted = r.generation;
+        let mut r = Replica::resume(Generation(0), r.past(), Tick(5_000), &Policy::default());
+        step(&mut r, 5_000, Event::Command(Command::Start));
+        let generation = r.generation;
+        for fact in [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Exited(Failure::crash(Exit::Code(1)))] {
+            step(&mut r, 5_000, Event::Engine(generation, fact));
+        }
+        assert_eq!((generation, r.backoff.failures()), (Generation(1), 2));
+    }
+
+    /// Nor does what is left of it, whoever can or cannot tell how it ended.
+    #[test]
+    fn what_is_left_of_a_counted_engine_does_not_start_the_next_one_sooner() {
+        let mut r = again(&failed(3), 1_000);
+        let generation = r.generation;
+        step(&mut r, 1_000, Event::Command(Command::Adopt { generation, ready_since: None }));
+        step(&mut r, 1_000, Event::Engine(generation, Fact::NotAdopted(Failure::crash(Exit::Unknown))));
         step(&mut r, 1_500, Event::Engine(generation, Fact::Gone));
         assert!(matches!(r.state, State::Waiting { why: Wait::Backoff { until: Tick(4_000) }, .. }), "{r:?}");
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Backoff, CircuitBreaker, Failure, Generation, Tick};
+use crate::{Backoff, CircuitBreaker, Failure, FailureClass, Generation, Tick};
 
 /// What an engine proved before it was called Ready.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,6 +80,20 @@ pub enum StopStage {
         /// When the device is fenced if something is left.
         fence_at: Tick,
     },
+    /// No process is left, but its memory has not come back.
+    Memory {
+        /// When the device is fenced if it still has not.
+        fence_at: Tick,
+    },
+}
+
+/// What of an engine may be left on a fenced device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Processes.
+    Processes,
+    /// Nothing but memory that has not come back.
+    Memory,
 }
 
 /// What follows a stop.
@@ -189,6 +203,8 @@ pub enum State {
     Fenced {
         /// Since when.
         since: Tick,
+        /// Of what.
+        left: Left,
         /// What follows once nothing is left.
         then: Then,
     },
@@ -373,6 +389,10 @@ pub struct Replica {
     pub restarts: u64,
     /// End of the backoff delay that its last failure earned, also while it rests.
     pub(super) not_before: Option<Tick>,
+    /// The last generation whose failure is counted, also by an earlier daemon.
+    pub(super) counted: Generation,
+    /// Starts that the node held up since the last Ready; no fault of the engine.
+    pub(super) held_up: Backoff,
     /// Ports found taken since the last Ready.
     pub(super) port_conflicts: u32,
 }
@@ -389,8 +409,17 @@ impl Replica {
             last_failure: None,
             restarts: 0,
             not_before: None,
+            counted: Generation(0),
+            held_up: Backoff::default(),
             port_conflicts: 0,
         }
+    }
+
+    /// How many failures in a row the last one is the latest of.
+    #[must_use]
+    pub fn nth_failure(&self) -> u32 {
+        let held_up = matches!(&self.last_failure, Some((_, f)) if f.class == FailureClass::Node);
+        if held_up { self.held_up } else { self.backoff }.failures().max(1)
     }
 
     /// Whether anything is held against it.
@@ -410,7 +439,7 @@ impl Replica {
             State::Stopping { stage, .. } => match stage {
                 StopStage::Launching { .. } => None,
                 StopStage::Term { kill_at } => Some(*kill_at),
-                StopStage::Kill { fence_at } => Some(*fence_at),
+                StopStage::Kill { fence_at } | StopStage::Memory { fence_at } => Some(*fence_at),
             },
             State::Ready { since, .. } => {
                 let closes = (self.breaker.code() == "half_open").then(|| *since + policy.breaker.close_after());

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Action, Command, Event, Fact, Launch, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait};
+use super::{
+    Action, Command, Event, Fact, Launch, Left, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait,
+};
 use crate::failure::Exit;
 use crate::{Draw, Failure, FailureClass, Tick};
 
@@ -227,6 +229,7 @@ impl Replica {
 
     fn forget(&mut self) {
         self.backoff.reset();
+        self.held_up.reset();
         self.breaker.reset();
         self.not_before = None;
     }
@@ -312,6 +315,16 @@ impl Replica {
                 }
                 _ => Vec::new(),
             },
+            Fact::MemoryHeld => {
+                match &mut self.state {
+                    State::Stopping { stage, .. } => {
+                        *stage = StopStage::Memory { fence_at: cx.now + cx.policy.stop.prove };
+                    }
+                    State::Fenced { left, .. } => *left = Left::Memory,
+                    _ => {}
+                }
+                Vec::new()
+            }
             Fact::LeasesDone => match self.state {
                 State::Draining { deadline, .. } => {
                     let patient = cx.now + cx.policy.stop.grace;
@@ -335,7 +348,8 @@ impl Replica {
             Fact::NotAdopted(failure) => match self.state {
                 State::Adopting { .. } => {
                     self.last_failure = Some((cx.now, failure));
-                    self.kill(Then::Restart, cx)
+                    let then = self.earned(cx);
+                    self.kill(then, cx)
                 }
                 _ => Vec::new(),
             },
@@ -385,6 +399,7 @@ impl Replica {
     fn become_ready(&mut self, proof: Proof, since: Tick) -> Vec<Action> {
         self.breaker.became_ready();
         self.port_conflicts = 0;
+        self.held_up.reset();
         self.state = State::Ready { since, proof, misses: 0 };
         vec![Action::OpenAdmission, Action::WatchHealth]
     }
@@ -461,15 +476,32 @@ impl Replica {
             _ => None,
         };
         let then = match ready_since {
+            // The daemon before this one had counted it, and was gone before it could strike it out.
+            _ if self.counted >= self.generation => self.counted_already(failure, ready_since.is_some(), cx),
             Some(since) => self.crashed(failure, cx.now.since(since), cx),
             None => self.failed_start(failure, cx),
         };
+        self.counted = self.generation;
         let mut actions = Vec::new();
         if ready_since.is_some() {
             actions.extend([Action::CloseAdmission, Action::RevokeLeases]);
         }
         actions.extend(if at_once { self.kill(then, cx) } else { self.stop(cx.policy.stop.forced_grace(), then, cx) });
         actions
+    }
+
+    /// What it earned then is waited out.
+    fn counted_already(&mut self, failure: Failure, was_ready: bool, cx: &Cx<'_>) -> Then {
+        if failure.class.policy().permanent && !was_ready {
+            self.last_failure = Some((cx.now, failure.clone()));
+            return Then::Fail(failure);
+        }
+        self.earned(cx)
+    }
+
+    /// To start again, but not before what was earned is over.
+    fn earned(&self, cx: &Cx<'_>) -> Then {
+        self.waits_for(cx.now).map_or(Then::Restart, Then::Wait)
     }
 
     fn failed_start(&mut self, failure: Failure, cx: &Cx<'_>) -> Then {
@@ -490,6 +522,10 @@ impl Replica {
         }
         if port_conflict && self.port_conflicts <= PORT_TRIES {
             return Then::Restart;
+        }
+        if failure.class == FailureClass::Node {
+            let delay = self.held_up.next_delay(&cx.policy.backoff, policy.multiplier, cx.draw);
+            return self.wait_for(delay, cx);
         }
         self.pause(policy.multiplier, cx)
     }
@@ -512,6 +548,10 @@ impl Replica {
 
     fn pause(&mut self, multiplier: f64, cx: &Cx<'_>) -> Then {
         let delay = self.backoff.next_delay(&cx.policy.backoff, multiplier, cx.draw);
+        self.wait_for(delay, cx)
+    }
+
+    fn wait_for(&mut self, delay: Duration, cx: &Cx<'_>) -> Then {
         self.not_before = Some(cx.now + delay);
         Then::Wait(match self.breaker.open_until() {
             // The longer of the two holds: a driver in trouble may need longer than a breaker's first pause.
@@ -587,7 +627,11 @@ impl Replica {
                 vec![Action::Kill]
             }
             State::Stopping { stage: StopStage::Kill { fence_at }, then, .. } if now >= *fence_at => {
-                self.state = State::Fenced { since: now, then: then.clone() };
+                self.state = State::Fenced { since: now, left: Left::Processes, then: then.clone() };
+                Vec::new()
+            }
+            State::Stopping { stage: StopStage::Memory { fence_at }, then, .. } if now >= *fence_at => {
+                self.state = State::Fenced { since: now, left: Left::Memory, then: then.clone() };
                 Vec::new()
             }
             State::Ready { since, .. } => {

@@ -43,6 +43,7 @@ fn failure() -> impl Strategy<Value = Failure> {
         1 => Just(Failure::new(FailureClass::PortConflict, "taken")),
         1 => Just(Failure::new(FailureClass::DriverError, "xid")),
         1 => Just(Failure::new(FailureClass::Config, "flag")),
+        1 => Just(Failure::new(FailureClass::Node, "disk")),
     ]
 }
 
@@ -280,6 +281,40 @@ fn a_stolen_port_is_tried_elsewhere_at_once_and_not_counted() {
         [Fact::Staged, Fact::Prepared, Fact::LaunchFailed(Failure::new(FailureClass::PortConflict, "taken"))],
     );
     assert_eq!((r.state.code(), r.breaker.code()), ("waiting", "closed"));
+}
+
+#[test]
+fn what_the_node_holds_up_is_tried_again_later_and_later_and_held_against_nobody() {
+    let full = || Fact::LaunchFailed(Failure::new(FailureClass::Node, "No space left on device"));
+    let policy = Policy::default();
+    for trial in [false, true] {
+        let mut r = Replica::new(Generation(0));
+        if trial {
+            r.breaker = CircuitBreaker::resume(crate::BreakerState::Open { until: Tick(0), trips: 2 }, Tick(0));
+        }
+        let breaker = r.breaker;
+        let (mut now, mut waits) = (Tick(0), Vec::new());
+        let _ = r.step(Event::Command(Command::Start), now, Draw::new(1.0), &policy);
+        for n in 1..=8 {
+            let generation = r.generation;
+            for fact in [Fact::Staged, Fact::Prepared, full()] {
+                let _ = r.step(Event::Engine(generation, fact), now, Draw::new(1.0), &policy);
+            }
+            assert_eq!((r.state.code(), r.backoff.failures(), r.nth_failure()), ("waiting", 0, n));
+            assert_eq!(r.breaker.code(), breaker.code(), "a trial that the node held up says nothing");
+            let until = r.next_deadline(&policy).unwrap();
+            waits.push(until.since(now).as_secs());
+            now = until;
+            let _ = r.step(Event::Timer, now, Draw::new(1.0), &policy);
+        }
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+        let generation = r.generation;
+        for fact in [Fact::Staged, Fact::Prepared, Fact::Launched, Fact::Serving, Fact::Proved(proof())] {
+            let _ = r.step(Event::Engine(generation, fact), now, Draw::new(1.0), &policy);
+        }
+        assert!(r.state.ready());
+        assert_eq!(r.held_up.failures(), 0, "and it is over with the first start that succeeds");
+    }
 }
 
 #[test]

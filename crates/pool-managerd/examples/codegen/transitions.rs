@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::{
-    Action, Command, Event, Fact, Launch, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait,
+    Action, Command, Event, Fact, Launch, Left, OnDeadline, Policy, Proof, Replica, State, StopStage, Then, Wait,
 };
 use pool_domain::{Draw, Failure, FailureClass, Generation, Tick};
 
@@ -57,12 +57,17 @@ fn states() -> Vec<State> {
     for then in
         [Then::Idle, Then::Start, Then::Restart, Then::Wait(Wait::Backoff { until: far() }), Then::Fail(config())]
     {
-        for stage in
-            [StopStage::Launching { kill_at: at }, StopStage::Term { kill_at: at }, StopStage::Kill { fence_at: at }]
-        {
+        for stage in [
+            StopStage::Launching { kill_at: at },
+            StopStage::Term { kill_at: at },
+            StopStage::Kill { fence_at: at },
+            StopStage::Memory { fence_at: at },
+        ] {
             all.push(State::Stopping { since: at, stage, then: then.clone() });
         }
-        all.push(State::Fenced { since: at, then });
+        for left in [Left::Processes, Left::Memory] {
+            all.push(State::Fenced { since: at, left, then: then.clone() });
+        }
     }
     all.push(State::Failed { since: at, failure: config() });
     all.push(State::Adopting { since: at, ready_since: None });

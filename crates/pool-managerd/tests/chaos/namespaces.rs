@@ -81,7 +81,9 @@ fn a_full_disk_holds_up_starts_and_loses_nothing() {
 /// Whichever write met the end of the disk: the daemon's own, or one for the launch.
 fn held_up(pool: &Value) -> bool {
     let reason = pool["reason"].as_str().unwrap();
-    pool["state"] == "waiting" && (reason.contains("state directory") || reason.contains("No space left"))
+    pool["state"] == "waiting"
+        && pool["breaker"] == "closed"
+        && (reason.contains("state directory") || reason.contains("No space left"))
 }
 
 /// Takes all that is left.

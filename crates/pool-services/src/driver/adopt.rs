@@ -15,6 +15,7 @@ use crate::lease_desk::at;
 use crate::ports::{
     Endpoint, EngineProbe, EngineRecord, NotAdopted, PROBE_TIMEOUT, Phase, PreparedEngine, RunningEngine, Up,
 };
+use crate::returned::Held;
 
 /// Between two questions of one check, and of how busy an engine is.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
@@ -69,6 +70,7 @@ impl Driver {
             engine_version: record.engine_version.clone(),
         });
         self.attempt.engine = engine;
+        self.attempt.held = Held::of(&record);
         self.attempt.record = Some(record);
         self.attempt.refused = refused;
         self.attempt.drain = drain;

@@ -32,6 +32,7 @@ use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
     ResolvedModel, RunningEngine, StateLedger,
 };
+use crate::returned::Held;
 use crate::snapshot::{LastError, ReplicaSnapshot};
 use crate::spec::PoolSpec;
 
@@ -138,13 +139,20 @@ pub(crate) struct Accused {
     pub(crate) at: pool_domain::Tick,
 }
 
+/// Memory that an engine was seen to hold.
+#[derive(Debug, Default)]
+pub(crate) struct Holds {
+    /// Bytes on its one device, if that is known.
+    pub(crate) taken: Option<u64>,
+    pub(crate) pids: Vec<u32>,
+}
+
 /// Results of work, told to the driver.
 #[derive(Debug)]
 pub(crate) enum Report {
     Fact(Fact),
     Staged(ResolvedModel, Arc<Demand>),
-    /// With the bytes it holds on its one device, if that is known.
-    Proved(Proof, Option<u64>),
+    Proved(Proof, Holds),
     Preflighted,
     Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
@@ -165,6 +173,8 @@ struct Attempt {
     engine: Option<Arc<dyn RunningEngine>>,
     /// What is written down of it.
     record: Option<EngineRecord>,
+    /// What has to come back when it ends.
+    held: Held,
     /// It is of an earlier daemon: who uses its slots is not known.
     strange: bool,
     /// Why an engine that was found is not taken over.
@@ -416,8 +426,9 @@ impl Driver {
                 self.attempt.demand = Some(demand);
                 Fact::Staged
             }
-            Report::Proved(proof, taken) => {
+            Report::Proved(proof, Holds { taken, pids }) => {
                 self.attempt.taken = taken;
+                self.attempt.held.pids = pids;
                 self.learn(taken);
                 Fact::Proved(proof)
             }
@@ -430,6 +441,7 @@ impl Driver {
             Report::Prepared(both) => {
                 let (prepared, record) = *both;
                 self.attempt.prepared = Some(prepared);
+                self.attempt.held = Held::of(&record);
                 self.attempt.record = Some(record);
                 Fact::Prepared
             }
@@ -465,6 +477,9 @@ impl Driver {
             let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
             self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
+        }
+        if self.replica.state.live() {
+            self.attempt.held.see(&*self.ports.gpu);
         }
         self.memory.keep(self.replica.past(), self.last_error.as_ref());
         self.tell(&before, now, by_hand);

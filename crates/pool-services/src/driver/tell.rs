@@ -1,6 +1,6 @@
 //! What a driver tells others: its picture and its events.
 
-use pool_domain::lifecycle::{Replica, State, Then, Wait};
+use pool_domain::lifecycle::{Left, Replica, State, StopStage, Then, Wait};
 use pool_domain::{Failure, Tick};
 
 use super::{Driver, Published};
@@ -41,7 +41,7 @@ impl Driver {
     /// `by_hand`: nothing was proved, a person said so.
     pub(super) fn tell(&self, before: &Before, now: Tick, by_hand: bool) {
         let (r, from, to) = (&self.replica, before.state.code(), self.replica.state.code());
-        let nth = r.backoff.failures().max(1);
+        let nth = r.nth_failure();
         if let Some((_, failure)) = &r.last_failure
             && before.fails_anew(r)
         {
@@ -80,7 +80,9 @@ impl Driver {
                 let leases = u32::from(self.admission.in_use());
                 self.emit(EventKind::DrainStarted { leases, deadline: deadline.since(now) });
             }
-            (State::Idle, State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. }) => {
+            (_, State::Waiting { why: Wait::Backoff { until } | Wait::Breaker { until }, .. })
+                if from != to && (from == "idle" || r.last_failure.is_none()) =>
+            {
                 self.emit(EventKind::StartDelayed { delay: until.since(now) });
             }
             (_, State::Waiting { why: Wait::Backoff { until }, .. }) if from != to => {
@@ -88,7 +90,7 @@ impl Driver {
                     self.emit(EventKind::RestartPlanned { delay: until.since(now), failure: failure.clone(), nth });
                 }
             }
-            (_, State::Fenced { .. }) if from != to => self.emit(EventKind::Fenced),
+            (_, State::Fenced { left, .. }) if from != to => self.emit(EventKind::Fenced { left: *left }),
             (State::Fenced { .. }, _) if from != to && by_hand => self.emit(EventKind::Unfenced),
             (State::Stopping { .. } | State::Fenced { .. }, _) if from != to => self.emit(EventKind::Stopped),
             _ => {}
@@ -186,11 +188,15 @@ fn reason(state: &State, last: Option<&(Tick, Failure)>) -> (&'static str, Strin
         State::Waiting { why, .. } => (why.code(), why.to_string()),
         State::Failed { failure, .. } => (failure.class.code(), failure.detail.clone()),
         State::Suspect { failure, .. } => (failure.class.code(), failure.detail.clone()),
+        State::Stopping { stage: StopStage::Memory { .. }, .. } => {
+            ("memory", "waiting for the engine's memory to come back".into())
+        }
         State::Stopping { then, .. } => match then {
             Then::Idle => ("stop", "stopping because it was asked to".into()),
             _ => failed(),
         },
-        State::Fenced { .. } => ("fenced", "something of the engine may be left".into()),
+        State::Fenced { left: Left::Processes, .. } => ("fenced", "something of the engine may be left".into()),
+        State::Fenced { left: Left::Memory, .. } => ("fenced", "the engine's memory has not come back".into()),
         State::Staging { .. } => ("staging", "making the model present".into()),
         State::Preparing { .. } => ("preparing", "checking the engine and reserving devices".into()),
         State::Starting { .. } => ("starting", "the engine does not serve yet".into()),

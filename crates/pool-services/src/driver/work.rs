@@ -13,12 +13,13 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Attempt, Driver, Grant, Report, Want};
+use super::{Attempt, Driver, Grant, Holds, Report, Want};
 use crate::planning::demand;
 use crate::ports::{
     Endpoint, EngineRecord, LedgerError, Listener, PROBE_TIMEOUT, Phase, PrepareRequest, Residency, RunningEngine, Up,
     Worked,
 };
+use crate::returned;
 use crate::spec::PoolSpec;
 
 /// Between two looks at a starting engine: a fiftieth of the time it has taken so far, within these bounds. A look
@@ -117,7 +118,7 @@ impl Driver {
         };
         let (ledger, provisioner) = (Arc::clone(&self.ports.ledger), Arc::clone(&self.ports.provisioner));
         let (key, place, generation) = (self.key.clone(), self.place, self.replica.generation);
-        let (host, bytes) = (Arc::clone(&self.ports.host), grant.bytes.clone());
+        let (host, gpu, bytes) = (Arc::clone(&self.ports.host), Arc::clone(&self.ports.gpu), grant.bytes.clone());
         let last_words = self.scribe.tried();
         self.run_work(async move {
             // Intent is durable before a spawn; without it no generation may run.
@@ -131,6 +132,7 @@ impl Driver {
                 return unwritten(e);
             }
             reached(Point::AfterIntent);
+            let unlisted = returned::unlisted(&*gpu, &request.devices.uuids).await;
             let prepared = match provisioner.prepare(&request).await {
                 Ok(prepared) => prepared,
                 Err(failure) => return Report::Fact(Fact::Unstartable(failure)),
@@ -144,6 +146,7 @@ impl Driver {
                 engine_version: prepared.engine_version.clone(),
                 devices: request.devices,
                 bytes,
+                unlisted,
                 executable: None,
                 phase: Phase::Starting,
             };
@@ -192,11 +195,17 @@ impl Driver {
 
     pub(super) fn await_gone(&self) {
         let (tx, generation, engine) = (self.reports_tx.clone(), self.replica.generation, self.attempt.engine.clone());
+        let (gpu, mut held) = (Arc::clone(&self.ports.gpu), self.attempt.held.clone());
         tokio::spawn(async move {
             if let Some(engine) = engine {
+                held.pids.extend(look(&engine, |e| e.pids()).await.unwrap_or_default());
                 engine.gone().await;
             }
             reached(Point::AfterGone);
+            if !held.is_back(&*gpu).await {
+                let _ = tx.send((generation, Report::Fact(Fact::MemoryHeld))).await;
+                held.back(&*gpu).await;
+            }
             let _ = tx.send((generation, Report::Fact(Fact::Gone))).await;
         });
     }
@@ -248,9 +257,9 @@ impl Driver {
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
             match proved {
-                Ok((mut proof, taken)) => {
+                Ok((mut proof, holds)) => {
                     proof.slots = if proof.slots == 0 { slots } else { proof.slots };
-                    Report::Proved(proof, taken)
+                    Report::Proved(proof, holds)
                 }
                 Err(failure) => {
                     // An engine that ends cuts off its answers first; the watch of its end knows why.
@@ -310,7 +319,7 @@ pub(super) async fn prove(
     endpoint: &Endpoint,
     devices: &[String],
     external: bool,
-) -> Result<(Proof, Option<u64>), Failure> {
+) -> Result<(Proof, Holds), Failure> {
     let addr = endpoint.addr;
     let listener = async {
         match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
@@ -354,15 +363,16 @@ pub(super) async fn prove(
         Some(done) => done,
         None => work.await,
     }?;
-    let (residency, taken) = if external { ("served", None) } else { residency(ports, engine, devices).await? };
-    Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, taken))
+    let (residency, holds) =
+        if external { ("served", Holds::default()) } else { residency(ports, engine, devices).await? };
+    Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, holds))
 }
 
 async fn residency(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
     devices: &[String],
-) -> Result<(&'static str, Option<u64>), Failure> {
+) -> Result<(&'static str, Holds), Failure> {
     let (holders, code) = match ports.gpu.residency().await {
         Residency::Provable(h) => (h, "vram"),
         Residency::Simulated(h) => (h, "simulated"),
@@ -381,5 +391,6 @@ async fn residency(
         return Err(Failure::new(FailureClass::CpuFallback, "it holds no memory on a GPU it was given"));
     }
     let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
-    Ok((code, (devices.len() == 1 && taken > 0).then_some(taken)))
+    let taken = (devices.len() == 1 && taken > 0).then_some(taken);
+    Ok((code, Holds { taken, pids: ours.iter().map(|h| h.pid).collect() }))
 }

@@ -134,7 +134,8 @@ impl Script {
                 "preflight_refuses"
             }
             2 => {
-                self.launch = Some(Failure::crash(Exit::Code(127)));
+                let full = Failure::new(FailureClass::Node, "No space left on device");
+                self.launch = Some(if rng.bool() { full } else { Failure::crash(Exit::Code(127)) });
                 "launch_fails"
             }
             3 => {
