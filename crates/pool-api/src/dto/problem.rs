@@ -203,7 +203,8 @@ impl From<ControlError> for Problem {
             ControlError::PoolInFile(_) => Self::new(Code::PoolInFile, text).with_hint(
                 "change the file and POST /v1/config/reload, or POST …/reload, which holds until the file changes",
             ),
-            ControlError::Conflict(_) => Self::new(Code::Conflict, text),
+            ControlError::Conflict(_) => Self::new(Code::Conflict, text)
+                .with_hint("GET /v1/pools/{id} shows how the pool stands, GET /v1/operations what is under way"),
             ControlError::Saturated { retry_after } => Self::new(Code::PoolSaturated, text)
                 .with_retry(Some(retry_after))
                 .with_hint("ask again then, or wait for a slot with wait_ms"),
