@@ -96,7 +96,7 @@ fn what_cannot_be_declared_changes_nothing() {
         ("PUT", "gpt", put(json!({})), 409, "CONFLICT"),
         ("PUT", "new", put(json!({"aliases": ["filed"]})), 409, "CONFLICT"),
         ("PUT", "new", put(json!({"id": "other"})), 400, "INVALID_PARAMS"),
-        ("PUT", "new", put(json!({"engine": "sglang"})), 422, "ENGINE_UNKNOWN"),
+        ("PUT", "new", put(json!({"engine": "nobodys"})), 422, "ENGINE_UNKNOWN"),
         ("PUT", "new", put(json!({"args": ["--host", "0.0.0.0"]})), 422, "ARG_DENIED"),
         ("PUT", "new", put(json!({"args": ["--state-file", "/tmp/x"]})), 422, "ARG_DENIED"),
         ("PUT", "new", put(json!({"model": "file:/etc/shadow"})), 422, "MODEL_REF_INVALID"),

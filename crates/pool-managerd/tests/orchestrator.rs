@@ -156,6 +156,7 @@ fn picture(taken: [u32; 2], second_ready: bool) -> PoolSnapshot {
     };
     PoolSnapshot {
         pool_id: "jobs".parse().unwrap(),
+        guards: pool_services::GuardCounts::default(),
         snapshot: 1,
         revision: 1,
         source: "api",
