@@ -1,5 +1,6 @@
 //! A power cut, made by a file system of its own in a file: what that file holds at a moment is what a disk would hold
 //! whose power was cut then. Needs root, loop devices and ext4; elsewhere it says so and passes.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
