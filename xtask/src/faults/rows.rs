@@ -65,7 +65,11 @@ pub(super) const ROWS: &[Row] = &[
         &["engine-host::oom::an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory"],
     ),
     row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::real_logs_tell_their_class"]),
-    later("VRAM is not given back", "the device is fenced", "issue 6 (needs NVML)"),
+    row(
+        "VRAM is not given back",
+        "the device is fenced until it is (by NVML on real GPUs: issue 6)",
+        &["pool-services::devices::memory_that_does_not_come_back_fences_its_device_until_it_does"],
+    ),
     later("XIDs, ECC, NVML that blocks, driver reload, MIG changed", "by device", "issue 6 (needs NVML)"),
     row(
         "`kill -9` of the daemon at every named point, with engines in Starting, Warming, Ready, Draining and Stopping",
