@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use pool_domain::lifecycle::Policy;
 use pool_domain::{BackoffPolicy, BreakerPolicy, PoolId};
-use pool_services::ports::StateLedger;
-use pool_services::{DrainOptions, PoolControl, PoolSnapshot, PoolSpec};
+use pool_services::ports::{Phase, StateLedger};
+use pool_services::{DrainOptions, LeaseRequest, PoolControl, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::time::{Instant, sleep};
 
@@ -297,4 +297,43 @@ async fn an_engine_that_nobody_wants_is_killed_when_the_time_for_an_orderly_end_
     let (m, _events) = node.manage(vec![]).await;
     assert!(!m.shutdown(Duration::from_millis(100)).await);
     assert!(node.engines.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_stands_where_an_engine_was_recorded_is_not_shown_as_its_process() {
+    for phase in [None, Some(Phase::Starting), Some(Phase::Stopping)] {
+        let node = FakeNode::default();
+        ready_and_left(&node).await;
+        node.ledger.tamper(|records| {
+            for r in records.values_mut() {
+                r.nonce = "another".into();
+                r.phase = phase.clone().unwrap_or(r.phase.clone());
+            }
+        });
+        let (m, _events) = node.manage(vec![spec("chat")]).await;
+        until(&m, &id(), |p| {
+            assert!(!p.live(), "{phase:?}: {p:#?}");
+            p.replicas[0].state == "fenced"
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_of_before_keeps_its_slot_though_a_newer_lease_is_idle() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.engines.script(|s| s.busy = Some(1));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let leases = async || m.pool(&id()).await.unwrap().replicas[0].active_leases;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    sleep(Duration::from_secs(12)).await;
+    let lease = m.lease(&id(), LeaseRequest::lasting(Duration::from_secs(60))).await.unwrap();
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(leases().await, 2, "the one request may be anybody's");
+    m.release(&lease.id).await.unwrap();
+    assert_eq!(leases().await, 1);
+    node.engines.script(|s| s.busy = Some(0));
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(leases().await, 0);
 }

@@ -425,8 +425,8 @@ async fn after_a_restart_slots_are_taken_until_they_are_renewed_or_the_engine_is
     let lease = waits.await.unwrap().unwrap();
     assert!(began.elapsed() >= 10 * SECOND && began.elapsed() < 13 * SECOND, "{:?}", began.elapsed());
     assert_ne!(lease.id, old.id);
-    // Two requests run: one is of the lease that was renewed, the other one of nobody that is known.
-    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 3);
+    // Two requests run. One may be of the lease that was renewed, or both of nobody that is known.
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].active_leases, 4);
     m.release(&old.id).await.unwrap();
     m.release(&old.id).await.unwrap();
     node.engines.script(|s| s.busy = Some(0));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
-use pool_domain::liveness::Work;
+use pool_domain::liveness::{Signals, Work};
 use pool_domain::{Failure, FailureClass};
 
 use super::work::prove;
@@ -182,8 +182,7 @@ impl Driver {
             desk.adopted(at, guards).await;
             loop {
                 tokio::time::sleep(ASK_AGAIN).await;
-                let busy = busy_if_told(&*probe, &endpoint).await;
-                if desk.busy(at, busy).await == 0 {
+                if desk.busy(at, told(&*probe, &endpoint).await).await == 0 {
                     return;
                 }
             }
@@ -192,10 +191,10 @@ impl Driver {
 
     /// Keeps the record in step with the state. Called before the actions of a step, which may forget the attempt.
     pub(super) fn note_phase(&mut self) {
-        let Some(record) = &mut self.attempt.record else { return };
-        if self.ports.provisioner.external(&self.spec).is_some() {
+        if self.runs_elsewhere() {
             return;
         }
+        let Some(record) = &mut self.attempt.record else { return };
         let generation = record.generation;
         let phase = match &self.replica.state {
             _ if self.replica.generation != generation => None,
@@ -248,12 +247,12 @@ async fn may_be_busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> bool {
 /// Requests that an engine says it works on.
 pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
     // Who does not say has nothing that could be waited for.
-    busy_if_told(probe, endpoint).await.unwrap_or(0)
+    told(probe, endpoint).await.map_or(0, |work| u16::try_from(work.running).unwrap_or(u16::MAX))
 }
 
-async fn busy_if_told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<u16> {
+async fn told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<Signals> {
     match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
-        Ok(Work::Told(signals)) => Some(u16::try_from(signals.running).unwrap_or(u16::MAX)),
+        Ok(Work::Told(signals)) => Some(signals),
         Ok(Work::Untold | Work::Silent) | Err(_) => None,
     }
 }

@@ -192,13 +192,11 @@ impl Clerk {
                 self.step(Event::Adopted { at, slots });
                 self.prune();
             }
-            DeskCommand::Busy { at, busy, left } => {
+            DeskCommand::Busy { at, work, left } => {
                 self.prune();
                 // Who does not say how busy it is may be busy.
-                if let Some(busy) = busy {
-                    let in_use = self.admission(at.replica).map_or(0, |a| a.in_use());
-                    let ours = in_use.saturating_sub(self.book.strange(at));
-                    self.step(Event::Busy { at, strange: busy.saturating_sub(ours) });
+                if let Some(work) = work {
+                    self.step(Event::Busy { at, work });
                 }
                 let _ = left.send(self.book.strange(at));
             }

@@ -193,6 +193,7 @@ impl Runner {
             let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
             // A drain that may be given up may leave it running; one on demand may have been found so.
             let asked = self.wanted.get(&pool.pool_id).copied().flatten();
+            let asked = asked.filter(|run| *run || !self.watch.lock().scene.may_give_up(&pool.pool_id));
             let wanted = match (spec.activation, pool.hold) {
                 (Activation::Preload, false) => Some(true),
                 (_, true) if spec.on_deadline == OnDeadline::Force => asked.filter(|run| !run),

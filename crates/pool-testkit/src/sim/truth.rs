@@ -216,6 +216,8 @@ pub struct Scene {
     lifting: BTreeSet<PoolId>,
     /// Pools with a drain that may be given up, or was.
     given_up: BTreeSet<PoolId>,
+    /// The last daemon went with something unwritten, for all that is known.
+    unwritten: bool,
     /// Since when facts can be written at once; never unset but at times.
     disk_well: Option<Duration>,
     /// Since when the daemon is gone, if it is.
@@ -236,6 +238,7 @@ impl Default for Scene {
             told_to_end: BTreeMap::new(),
             lifting: BTreeSet::new(),
             given_up: BTreeSet::new(),
+            unwritten: false,
             disk_well: Some(Duration::ZERO),
             down: None,
             up: Duration::ZERO,
@@ -272,6 +275,12 @@ impl Scene {
         self.disk_well.is_some()
     }
 
+    /// Whether a drain that may be given up may be all that this daemon knows of a later one that may not.
+    #[must_use]
+    pub fn may_give_up(&self, pool: &PoolId) -> bool {
+        self.unwritten && self.given_up.contains(pool)
+    }
+
     /// Takes in what happened.
     pub fn saw(&mut self, Entry { at, what }: &Entry) {
         let at = *at;
@@ -306,8 +315,9 @@ impl Scene {
             What::Down(_) => {
                 self.down = Some(at);
                 let lifting = std::mem::take(&mut self.lifting);
+                self.unwritten = !self.written(Duration::ZERO, at);
                 // The next daemon may find the hold that was lifted.
-                if !self.written(Duration::ZERO, at) {
+                if self.unwritten {
                     lifting.iter().for_each(|pool| self.blame(Some(pool)));
                 }
                 // A drain that was given up leaves an engine that serves, and a hold, which the next daemon follows.
