@@ -86,6 +86,7 @@ impl PoolManager {
     pub(crate) fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
         let mut snapshot = handle.facts.borrow().at(self.inner.clock.now());
         snapshot.leases_waiting = handle.desk.waiting();
+        snapshot.guards = handle.desk.tally.read();
         // Leases move faster than snapshots are published.
         for seat in &handle.roster().seats {
             if let Some(r) = snapshot.replicas.iter_mut().find(|r| r.id == seat.key.replica) {

@@ -11,6 +11,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::admission::SlotGuard;
 use crate::control::ControlError;
 use crate::lease::{Lease, LeaseRequest};
+use crate::tally::Tally;
 
 pub(super) type Granted<T> = Result<T, ControlError>;
 pub(super) type Guarded = (ReplicaKey, SlotGuard);
@@ -36,6 +37,8 @@ pub(crate) struct Desk {
     /// Rung when somebody who waited is gone.
     pub(super) gone: Arc<Notify>,
     pub(super) waiting: Arc<AtomicU32>,
+    /// Guards, whether they had to wait or not.
+    pub(crate) tally: Arc<Tally>,
 }
 
 fn stopping<E>(_: E) -> ControlError {
