@@ -12,10 +12,14 @@ from round to round, so that what else the machine does falls on all alike. Meas
 - serving again: `/health` of the engine answers 200, asked every 2 ms, and by how much that is later than a bare start
   of the same engine (its own load time, the median of as many bare starts).
 
+Hangs: the stub engine, whose decoder stands still while /health stays ok; and a real llama-server (and llama-swap over
+one, where it is installed) of which the thread that computes is stopped by ptrace.
+
 Loopback, temporary directories, everything stopped at the end. Standard library only.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -245,6 +249,123 @@ def hang(binary):
         daemon.close()
 
 
+# linux/ptrace.h
+PTRACE_SEIZE, PTRACE_INTERRUPT = 0x4206, 0x4207
+
+
+def freeze(pid, port):
+    """Stops the one thread of a llama-server that computes, as a kernel that never ends on its GPU would; the threads
+    that answer HTTP run on. Needs the right to trace the process."""
+    spent = lambda: {int(t.name): sum(map(int, (t / "stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+                     for t in Path(f"/proc/{pid}/task").iterdir()}
+    before = spent()
+    body = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True}
+    for _ in range(3):
+        ask(port, "POST", "/v1/completions", json.dumps(body))
+    thread = max(after := spent(), key=lambda t: after[t] - before.get(t, 0))
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+        if libc.ptrace(request, thread, None, None) != 0:
+            raise OSError(ctypes.get_errno(), "ptrace")
+    return thread
+
+
+def let_go(thread):
+    """A traced thread that was killed is there until its tracer has waited for it."""
+    try:
+        os.waitpid(thread, 0x40000000 | os.WNOHANG)  # __WALL
+    except ChildProcessError:
+        pass
+
+
+def answers(port):
+    try:
+        return ask(port, "POST", "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 1}), timeout=5.0)[0] == 200
+    except Exception:
+        return False
+
+
+def watched(seconds, port, says, over):
+    """What is said of a frozen engine until it is found, or for so many seconds."""
+    began = time.monotonic()
+    row = {"asked": 0, "health_ok": 0, "says_ok": 0, "found_s": None}
+    while time.monotonic() - began < seconds:
+        if over():
+            row["found_s"] = time.monotonic() - began
+            break
+        row["asked"] += 1
+        row["health_ok"] += serves(port)
+        row["says_ok"] += says()
+        time.sleep(0.25)
+    return row
+
+
+def frozen(binary, engine, model, llama_swap, seconds=60):
+    """A real llama-server whose computing thread stands still: its own word, llama-swap's and ours."""
+    rows = {}
+    port = free_port()
+    alone = start([engine, "-m", model, "--port", port, "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for("llama-server", lambda: serves(port))
+        freeze(alone.pid, port)
+        rows["llama-server"] = watched(seconds, port, lambda: serves(port), lambda: False)
+        rows["llama-server"]["answers"] = answers(port)
+    finally:
+        stop(alone)
+
+    if llama_swap:
+        front, port = free_port(), free_port()
+        home = Path(tempfile.mkdtemp(prefix="detection-llama-swap-"))
+        (home / "c.yaml").write_text(
+            f"models:\n  m:\n    proxy: http://127.0.0.1:{port}\n    cmd: {engine} -m {model} --port {port} -t 1\n"
+        )
+        swap = start([llama_swap, "-config", home / "c.yaml", "-listen", f"127.0.0.1:{front}"],
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for("llama-swap", lambda: connects(front))
+            ask(front, "POST", "/v1/completions", json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}))
+            freeze(pid := listener(port), port)
+            ready = lambda: json.loads(ask(front, "GET", "/running")[1])["running"][0]["state"] == "ready"
+            rows["llama-swap"] = watched(seconds, port, ready, lambda: listener(port) != pid)
+            rows["llama-swap"]["answers"] = answers(port)
+        finally:
+            stop(swap)
+            if pid := listener(port):
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(home, ignore_errors=True)
+
+    pool = (
+        f'[[pool]]\nid = "p"\nmodel = "{model}"\nengine = "real"\ncontext = 2048\nactivation = "preload"\n'
+        'args = ["-t", "1"]\n'
+    )
+    declared = f'[engines.real]\nkind = "llama.cpp"\nmode = "binary"\npath = "{engine}"\n'
+    daemon = Daemon(binary, pool, declared, model.parent)
+    view = lambda: json.loads(ask(daemon.port, "GET", "/v1/pools/p")[1])
+    try:
+        wait_for("Ready", lambda: view()["ready"])
+        replica = view()["replicas"][0]
+        port = int(replica["endpoint"].rsplit(":", 1)[1])
+        thread = freeze(replica["pid"], port)
+        over = lambda: let_go(thread) or not (now := view())["live"] or now["replicas"][0]["generation"] != replica["generation"]
+        rows["pool-managerd"] = watched(seconds, port, lambda: view()["ready"], over)
+        again = lambda: let_go(thread) or (now := view())["ready"] and now["replicas"][0]["generation"] > replica["generation"]
+        began = time.monotonic()
+        wait_for("restart", again)
+        rows["pool-managerd"]["ready_again_s"] = time.monotonic() - began
+        rows["pool-managerd"]["answers"] = answers(int(view()["replicas"][0]["endpoint"].rsplit(":", 1)[1]))
+    finally:
+        daemon.close()
+    return {"seconds": seconds, "rows": rows}
+
+
+def connects(port):
+    try:
+        return bool(ask(port, "GET", "/running", timeout=1.0))
+    except Exception:
+        return False
+
+
 def ticks(pid):
     return sum(int(field) for field in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
 
@@ -256,7 +377,7 @@ def idle(binary, count, seconds):
     )
     daemon = Daemon(binary, pools)
     try:
-        everyone = lambda: json.loads(ask(daemon.port, "GET", "/v1/pools")[1]).get("pools", [])
+        everyone = lambda: json.loads(ask(daemon.port, "GET", "/v1/pools")[1])
         wait_for("all Ready", lambda: sum(p["ready"] for p in everyone()) == count, 0.1)
         time.sleep(3)
         shims = children(daemon.process.pid)
@@ -291,6 +412,12 @@ def show(result):
             print(f"| {name} | {spread(f['seen_ms'])} | {spread(f['again_ms'])} |")
     if h := result.get("hang"):
         print(f"\nHang found after {h['found_s']:.1f} s; /health said ok {h['health_ok']} times of {h['health_asked']}.")
+    if f := result.get("frozen"):
+        print(f"\nThe computing thread of a real llama-server stopped, watched for at most {f['seconds']} s.\n")
+        print("| who | found after | engine's /health said ok | who said ok of it | answers at the end |\n|---|---|---|---|---|")
+        for name, r in f["rows"].items():
+            found = "not found" if r["found_s"] is None else f"{r['found_s']:.1f} s"
+            print(f"| {name} | {found} | {r['health_ok']} of {r['asked']} | {r['says_ok']} of {r['asked']} | {'yes' if r['answers'] else 'no'} |")
     if result.get("idle"):
         print("\n| engines | daemon RSS / PSS, MiB | daemon CPU, % | largest shim RSS / PSS, MiB | all shims CPU, % |")
         print("|---|---|---|---|---|")
@@ -308,7 +435,9 @@ def main():
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/pool-managerd")
     parser.add_argument("--rounds", type=int, default=30, help="kills under each supervisor (default 30)")
     parser.add_argument("--idle", type=float, default=30.0, help="seconds of rest (default 30)")
-    parser.add_argument("--only", choices=["crashes", "hang", "idle"], help="measure only this")
+    parser.add_argument("--only", choices=["crashes", "hang", "frozen", "idle"], help="measure only this")
+    parser.add_argument("--engine", type=Path, help="llama-server; by default what `cargo xtask engine` built")
+    parser.add_argument("--llama-swap", default=shutil.which("llama-swap"), help="llama-swap; left out when missing")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     binary = options.binary.absolute()
@@ -321,6 +450,12 @@ def main():
             result["crashes"] = crashes(binary, options.rounds)
         if wanted("hang"):
             result["hang"] = hang(binary)
+        if wanted("frozen"):
+            source = ROOT / "target/engine/source/bin/llama-server"
+            engine = options.engine or (source if source.exists() else ROOT / "target/engine/bin/llama-server")
+            model = ROOT / "target/engine/models/tiny.gguf"
+            if engine.exists() and model.exists():
+                result["frozen"] = frozen(binary, engine.absolute(), model, options.llama_swap)
         if wanted("idle"):
             result["idle"] = [idle(binary, count, options.idle) for count in (8, 64)]
     finally:

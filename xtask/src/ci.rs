@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::{codegen, deny, process, tests_run, tidy, trace};
+use crate::{codegen, deny, faults, process, tests_run, tidy, trace};
 
 type Step = (&'static str, fn() -> Result<()>);
 
@@ -20,8 +20,9 @@ const STEPS: &[Step] = &[
     ("tidy", tidy::run),
     ("trace", || trace::run(None)),
     ("deny", deny::run),
-    // Last: its closing lines are what readers of the log look for.
     ("test", || tests_run::run(&[])),
+    // From the report of the tests just run.
+    ("faults", || faults::run(true)),
 ];
 
 /// Runs all steps; fails at the end if any failed.

@@ -7,13 +7,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::delegated::{divide, hand_down, is_delegated};
+use crate::delegated::{hand_down, is_delegated, step_aside};
 use crate::memory_cgroup::counted;
 
 /// How often to look whether a cgroup has emptied: its file tells of that by poll(2) only.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Names tried for one cgroup.
 pub(crate) const TRIES: u32 = 16;
+/// Where `DelegateSubgroup=` of deploy/systemd puts the daemon, so that no process is in the cgroup of the unit itself: only
+/// then may controllers be given to cgroups below it (cgroup-v2.rst, "No Internal Process Constraint").
+pub(crate) const SUBGROUP: &str = "supervisor";
+/// Which controllers cgroups below may use.
+pub(crate) const CONTROL: &str = "cgroup.subtree_control";
 pub(crate) const PREFIX: &str = "pool-managerd-";
 
 /// Where this process makes its cgroups.
@@ -23,19 +28,22 @@ pub(crate) struct Parent {
 }
 
 impl Parent {
-    /// Makes `pool-managerd-<pid>` in this process's own cgroup, or beside it where that is delegated to be divided.
+    /// Makes `pool-managerd-<pid>` in this process's own cgroup, or beside it where it has one for itself.
     pub(crate) fn create() -> io::Result<Arc<Self>> {
         let unsupported = |what: &str| io::Error::new(ErrorKind::Unsupported, what.to_owned());
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let cgroups = fs::read_to_string("/proc/self/cgroup")?;
         let own = own_cgroup(&mounts, &cgroups).ok_or_else(|| unsupported("no cgroup2 is mounted"))?;
-        let pid = std::process::id();
-        let dir = divide(&own, is_delegated, pid).join(format!("{PREFIX}{pid}"));
+        let (pid, divided) = (std::process::id(), to_divide(own.clone()));
+        if divided != own || step_aside(&own, is_delegated, pid) {
+            hand_down(&divided);
+        }
+        let dir = divided.join(format!("{PREFIX}{pid}"));
         create_new_or_existing(&dir)?;
         let parent = Self { dir };
         let writable = rustix::fs::access(parent.dir.join("cgroup.procs"), rustix::fs::Access::WRITE_OK);
         writable.map_err(io::Error::from)?;
-        // So that memory is limited and kills for it are counted for each engine, where we were given that to divide.
+        // So that kills for memory are counted for each engine, where we were given that to divide.
         hand_down(&parent.dir);
         Ok(Arc::new(parent))
     }
@@ -91,6 +99,15 @@ pub(crate) fn remove_leftovers(own: Option<&Path>, known: &[&str]) {
         }
         let _in_use = fs::remove_dir(entry.path());
     }
+}
+
+/// The cgroup in which engines get theirs.
+fn to_divide(own: PathBuf) -> PathBuf {
+    let of_the_unit = own.parent().filter(|unit| {
+        let ours = rustix::fs::access(unit.join(CONTROL), rustix::fs::Access::WRITE_OK).is_ok();
+        ours && own.file_name().is_some_and(|name| name == SUBGROUP)
+    });
+    of_the_unit.map(Path::to_owned).unwrap_or(own)
 }
 
 /// The directory of this process's cgroup.
@@ -201,6 +218,16 @@ mod tests {
     const MOUNTS: &str = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
         32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
         41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+
+    #[test]
+    fn engines_are_beside_a_daemon_that_has_a_cgroup_for_itself() {
+        let unit = tempfile::tempdir().unwrap();
+        let [own, other] = [SUBGROUP, "other"].map(|name| unit.path().join(name));
+        assert_eq!(to_divide(own.clone()), own, "the unit's is not ours to divide");
+        fs::write(unit.path().join(CONTROL), "").unwrap();
+        assert_eq!(to_divide(own), unit.path());
+        assert_eq!(to_divide(other.clone()), other);
+    }
 
     #[test]
     fn the_own_cgroup_is_found_below_the_mount() {

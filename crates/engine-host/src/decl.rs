@@ -10,6 +10,8 @@ use pool_domain::EngineName;
 pub enum Kind {
     /// `llama-server`.
     LlamaCpp,
+    /// `vllm serve`.
+    Vllm,
     /// The stub engine.
     Stub,
 }
@@ -20,6 +22,7 @@ impl Kind {
     pub fn code(self) -> &'static str {
         match self {
             Self::LlamaCpp => "llama.cpp",
+            Self::Vllm => "vllm",
             Self::Stub => "stub",
         }
     }

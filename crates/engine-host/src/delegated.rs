@@ -5,14 +5,11 @@
 //! starts it there, which it has to when the engines of an earlier daemon are beside it still.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::cgroup::create_new_or_existing;
+use crate::cgroup::{CONTROL, SUBGROUP, create_new_or_existing};
 
-/// Where the daemon itself is.
-const OWN: &str = "supervisor";
 /// What engines are given, where there is such.
 const CONTROLLERS: [&str; 2] = ["memory", "pids"];
 
@@ -27,34 +24,24 @@ pub(crate) fn is_delegated(dir: &Path) -> bool {
     says_so("user.delegate") || says_so("trusted.delegate") || owned()
 }
 
-/// Makes room for the cgroups of engines: where they are to be made, from the one that this process is in.
-pub(crate) fn divide(own: &Path, delegated: impl Fn(&Path) -> bool, pid: u32) -> PathBuf {
-    if own.file_name().is_some_and(|name| name == OWN)
-        && let Some(above) = own.parent().filter(|above| delegated(above))
-    {
-        hand_down(above);
-        return above.to_owned();
+/// Goes from a cgroup that is delegated into one of its own below it, so that it can be divided. Says whether it did.
+pub(crate) fn step_aside(own: &Path, delegated: impl Fn(&Path) -> bool, pid: u32) -> bool {
+    if !delegated(own) {
+        return false;
     }
-    if delegated(own) {
-        match step_aside(own, pid) {
-            Ok(()) => hand_down(own),
-            Err(error) => tracing::warn!(%error, "the daemon stays in its cgroup: engines get no limits of version 2"),
-        }
+    let aside = own.join(SUBGROUP);
+    let done = create_new_or_existing(&aside).and_then(|()| fs::write(aside.join("cgroup.procs"), pid.to_string()));
+    if let Err(error) = &done {
+        tracing::warn!(%error, "the daemon stays in its cgroup: engines get no limits of version 2");
     }
-    own.to_owned()
-}
-
-fn step_aside(own: &Path, pid: u32) -> io::Result<()> {
-    let aside = own.join(OWN);
-    create_new_or_existing(&aside)?;
-    fs::write(aside.join("cgroup.procs"), pid.to_string())
+    done.is_ok()
 }
 
 /// Hands down to those below what there is to hand down. One refusal is no reason not to try the next.
 pub(crate) fn hand_down(dir: &Path) {
     let there = fs::read_to_string(dir.join("cgroup.controllers")).unwrap_or_default();
     for controller in CONTROLLERS.iter().filter(|c| there.split_whitespace().any(|there| there == **c)) {
-        if let Err(error) = fs::write(dir.join("cgroup.subtree_control"), format!("+{controller}")) {
+        if let Err(error) = fs::write(dir.join(CONTROL), format!("+{controller}")) {
             tracing::debug!(controller, %error, "a controller is not handed down to engines");
         }
     }
@@ -83,34 +70,20 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let unit = root.path().join("pool-managerd.service");
         cgroup(&unit, "cpu memory io\n");
-        assert_eq!(divide(&unit, |dir| dir == unit, 42), unit);
+        assert!(step_aside(&unit, |dir| dir == unit, 42));
+        hand_down(&unit);
         assert_eq!(text(&unit.join("supervisor"), "cgroup.procs"), "42");
         assert_eq!(text(&unit, "cgroup.subtree_control"), "+memory");
     }
 
     #[test]
-    fn one_that_was_started_aside_stays_there_and_makes_engines_beside_it() {
-        let root = tempfile::tempdir().unwrap();
-        let unit = root.path().join("pool-managerd.service");
-        let own = unit.join("supervisor");
-        cgroup(&unit, "pids\n");
-        cgroup(&own, "");
-        assert_eq!(divide(&own, |dir| dir == unit, 42), unit);
-        assert_eq!(
-            (text(&own, "cgroup.procs").as_str(), text(&unit, "cgroup.subtree_control").as_str()),
-            ("1\n", "+pids")
-        );
-    }
-
-    #[test]
     fn what_is_not_delegated_is_left_as_it_is() {
         let root = tempfile::tempdir().unwrap();
-        for own in [root.path().join("session.scope"), root.path().join("another/supervisor")] {
-            cgroup(&own, "memory pids\n");
-            assert_eq!(divide(&own, |_| false, 42), own);
-            assert_eq!(text(&own, "cgroup.subtree_control"), "");
-            assert!(!own.join("supervisor").exists());
-        }
+        let own = root.path().join("session.scope");
+        cgroup(&own, "memory pids\n");
+        assert!(!step_aside(&own, |_| false, 42));
+        assert_eq!(text(&own, "cgroup.subtree_control"), "");
+        assert!(!own.join("supervisor").exists());
     }
 
     #[test]
@@ -119,7 +92,6 @@ mod tests {
         let unit = root.path().join("unit");
         cgroup(&unit, "memory\n");
         fs::write(unit.join("supervisor"), "no directory").unwrap();
-        assert_eq!(divide(&unit, |_| true, 42), unit);
-        assert_eq!(text(&unit, "cgroup.subtree_control"), "", "it holds a process still");
+        assert!(!step_aside(&unit, |_| true, 42), "it holds a process still");
     }
 }

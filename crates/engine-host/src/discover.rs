@@ -57,6 +57,14 @@ pub(crate) struct Discovery {
 }
 
 impl Discovery {
+    /// Finds `program` without asking it, where that would take it too long; `version` looks for its version elsewhere.
+    pub(crate) async fn unasked(program: &Path, version: fn(&Path) -> Option<String>) -> Result<Program, Failure> {
+        let (path, _) = find(program).await?;
+        let beside = path.clone();
+        let version = tokio::task::spawn_blocking(move || version(&beside)).await.ok().flatten();
+        Ok(Program { path, version: version.unwrap_or_else(|| "unknown".to_owned()), flags: BTreeSet::new() })
+    }
+
     /// Finds `program` and asks it; `leading` are the arguments that come before its own flags.
     pub(crate) async fn program(&self, program: &Path, leading: &[String]) -> Result<Arc<Program>, Failure> {
         let (path, stamp) = find(program).await?;

@@ -25,6 +25,7 @@ mod signals;
 mod text;
 mod tree;
 mod users;
+mod vllm;
 
 pub use decl::{EngineDecl, Kind, Mode, StubCommand};
 pub use host::{HostOptions, ProcessHost, ShimCommand};

@@ -1,4 +1,4 @@
-//! Asks engines over llama-server's API, which the stub engine has too.
+//! Asks engines over the API of their kind; here is llama-server's, which the stub engine has too.
 
 use std::time::Duration;
 
@@ -9,12 +9,14 @@ use pool_services::Workload;
 use pool_services::ports::{Endpoint, EngineProbe, Identity, PROBE_TIMEOUT, Up, Worked};
 use serde_json::{Value, json};
 
+use crate::decl::Kind;
 use crate::http::{Answer, Ask, NoAnswer};
 use crate::signals;
 use crate::text::tidy;
+use crate::vllm;
 
 /// Who asks for health or work decides how long to wait (`[pool.health]`); this only bounds what was forgotten.
-const PATIENCE: Duration = Duration::from_secs(3600);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3600);
 /// Enough for any answer about health.
 const UP_BYTES: usize = 64 * 1024;
 /// A chat template, a wide vector, the parameters of many slots.
@@ -37,6 +39,7 @@ impl EngineProbe for HttpProbe {
     async fn up(&self, endpoint: &Endpoint) -> Up {
         let ask = Ask { addr: endpoint.addr, path: "/health", body: None, timeout: PATIENCE, limit: UP_BYTES };
         match ask.send().await {
+            Ok(answer) if is_vllm(endpoint) => vllm::up(&answer),
             Ok(answer) => up(&answer),
             Err(NoAnswer::Refused) => Up::Refused,
             Err(NoAnswer::TooLong) => Up::Wrong("/health answers with something long".to_owned()),
@@ -45,15 +48,11 @@ impl EngineProbe for HttpProbe {
     }
 
     async fn identify(&self, endpoint: &Endpoint) -> Result<Identity, Failure> {
-        let (models, props) = tokio::join!(get(endpoint, "/v1/models"), get(endpoint, "/props"));
-        let (models, props) = (models?, props?);
-        let served = models.json.as_ref().and_then(|models| models["data"][0]["id"].as_str());
-        let Some(served) = served.filter(|_| models.status == 200) else {
-            return Err(wrong(format!("/v1/models names no model (status {})", models.status)));
-        };
-        if served != endpoint.model {
-            return Err(wrong(format!("it serves `{}` instead of `{}`", tidy(served), endpoint.model)));
+        if is_vllm(endpoint) {
+            return vllm::identify(endpoint).await;
         }
+        let (served, props) = tokio::join!(served_model(endpoint), get(endpoint, "/props"));
+        let (served, props) = (served?, props?);
         let props = props.json.filter(|_| props.status == 200).unwrap_or_default();
         if let (Some(expected), Some(path)) = (&endpoint.model_path, props["model_path"].as_str())
             && !same_file(expected, path.as_ref()).await
@@ -62,7 +61,7 @@ impl EngineProbe for HttpProbe {
         }
         let slots = props["total_slots"].as_u64().unwrap_or(1).max(1);
         Ok(Identity {
-            model: served.to_owned(),
+            model: served,
             slots: u16::try_from(slots).unwrap_or(u16::MAX),
             version: props["build_info"].as_str().map(tidy),
         })
@@ -70,7 +69,9 @@ impl EngineProbe for HttpProbe {
 
     async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure> {
         let model = &endpoint.model;
+        let vllm = is_vllm(endpoint);
         let (path, body) = match endpoint.workload {
+            Workload::Generate if vllm => vllm::unit_of_work(endpoint),
             Workload::Generate => ("/completion", json!({ "prompt": "Hi", "n_predict": 1, "cache_prompt": false })),
             Workload::Embed => ("/v1/embeddings", json!({ "model": model, "input": "Hi" })),
             Workload::Rerank => ("/v1/rerank", json!({ "model": model, "query": "Hi", "documents": ["Hi"] })),
@@ -80,23 +81,45 @@ impl EngineProbe for HttpProbe {
             NoAnswer::TimedOut(_) => Failure::new(FailureClass::Hang, format!("{path}: {error}")),
             _ => Failure::new(FailureClass::Health, format!("{path}: {error}")),
         })?;
-        if answer.status == 200 && answer.json.as_ref().is_some_and(|json| did_work(endpoint.workload, json)) {
+        let done = |json: &Value| match endpoint.workload {
+            Workload::Generate if vllm => vllm::did_work(json),
+            workload => did_work(workload, json),
+        };
+        if answer.status == 200 && answer.json.as_ref().is_some_and(done) {
             return Ok(Worked::Done);
         }
         if matches!(answer.status, 429 | 503) {
             return Ok(Worked::Declined);
         }
+        let message = if vllm { vllm::said } else { message };
         let said = answer.json.as_ref().and_then(message).map(|text| format!(": {}", tidy(text))).unwrap_or_default();
         let detail = format!("{path} answered {} without a {}{said}", answer.status, unit(endpoint.workload));
         Err(Failure::new(FailureClass::Health, detail))
     }
 
     async fn signals(&self, endpoint: &Endpoint) -> Work {
-        signals::ask(endpoint).await
+        if is_vllm(endpoint) { vllm::signals(endpoint).await } else { signals::ask(endpoint).await }
     }
 }
 
-async fn get(endpoint: &Endpoint, path: &str) -> Result<Answer, Failure> {
+fn is_vllm(endpoint: &Endpoint) -> bool {
+    endpoint.kind == Kind::Vllm.code()
+}
+
+/// The model it says it serves, which is the one expected.
+pub(crate) async fn served_model(endpoint: &Endpoint) -> Result<String, Failure> {
+    let models = get(endpoint, "/v1/models").await?;
+    let served = models.json.as_ref().and_then(|models| models["data"][0]["id"].as_str());
+    let Some(served) = served.filter(|_| models.status == 200) else {
+        return Err(wrong(format!("/v1/models names no model (status {})", models.status)));
+    };
+    if served != endpoint.model {
+        return Err(wrong(format!("it serves `{}` instead of `{}`", tidy(served), endpoint.model)));
+    }
+    Ok(served.to_owned())
+}
+
+pub(crate) async fn get(endpoint: &Endpoint, path: &str) -> Result<Answer, Failure> {
     let ask = Ask { addr: endpoint.addr, path, body: None, timeout: PROBE_TIMEOUT, limit: ANSWER_BYTES };
     ask.send().await.map_err(|error| Failure::new(FailureClass::Health, format!("{path}: {error}")))
 }
@@ -156,7 +179,7 @@ async fn same_file(expected: &std::path::Path, served: &std::path::Path) -> bool
     matches!((expected, served), (Ok(expected), Ok(served)) if expected == served)
 }
 
-fn wrong(detail: String) -> Failure {
+pub(crate) fn wrong(detail: String) -> Failure {
     Failure::new(FailureClass::WrongServer, detail)
 }
 

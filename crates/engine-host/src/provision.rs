@@ -111,6 +111,9 @@ impl Provisioner {
         kinds::check_args(kind, &spec.args)?;
         let program = match (kind, mode) {
             (Kind::LlamaCpp, Some(Mode::Binary { path })) => self.discovery.program(path, &[]).await?,
+            (Kind::Vllm, Some(Mode::Binary { path })) => {
+                Arc::new(Discovery::unasked(path, kinds::vllm::version_beside).await?)
+            }
             _ => self.discovery.program(&self.stub.program, &self.stub.args).await?,
         };
         if let Some(unknown) = kinds::flags(&spec.args).find(|flag| !program.knows_or_says_nothing(flag)) {
@@ -126,6 +129,17 @@ impl Provisioner {
             )));
         }
         Ok(program)
+    }
+}
+
+/// A kind reads files, or folders of them.
+async fn fits(kind: Kind, model: Option<&Path>) -> Result<(), Failure> {
+    let Some(model) = model else { return Ok(()) };
+    let is_folder = tokio::fs::metadata(model).await.is_ok_and(|metadata| metadata.is_dir());
+    match kind {
+        Kind::LlamaCpp if is_folder => Err(config("llama.cpp serves GGUF files, and this model is a folder")),
+        Kind::Vllm if !is_folder => Err(config("vLLM serves folders with a config.json, and this model is a file")),
+        _ => Ok(()),
     }
 }
 
@@ -180,7 +194,7 @@ impl EngineProvisioner for Provisioner {
             Ok((_, Some(Mode::External { .. }))) => EngineMemory::Fixed(0),
             Ok((Kind::Stub, _)) => kinds::stub::memory(&spec.args),
             Ok((Kind::LlamaCpp, _)) => kinds::llama_cpp::memory(spec),
-            Err(_) => EngineMemory::Unknown,
+            Ok((Kind::Vllm, _)) | Err(_) => EngineMemory::Unknown,
         }
     }
 
@@ -210,8 +224,10 @@ impl EngineProvisioner for Provisioner {
             Some(run_as) => Some(self.resident(run_as).await?),
             None => None,
         };
+        fits(kind, request.model.local_path.as_deref()).await?;
         let args = match kind {
             Kind::LlamaCpp => kinds::llama_cpp::args(request, &program)?,
+            Kind::Vllm => kinds::vllm::args(request)?,
             Kind::Stub => kinds::stub::args(request, &self.stub.args)?,
         };
         Ok(PreparedEngine {
@@ -228,6 +244,18 @@ impl EngineProvisioner for Provisioner {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn files_are_for_one_kind_and_folders_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m.gguf");
+        std::fs::write(&file, "GGUF").unwrap();
+        assert!(fits(Kind::LlamaCpp, Some(&file)).await.is_ok());
+        assert!(fits(Kind::LlamaCpp, Some(dir.path())).await.is_err());
+        assert!(fits(Kind::Vllm, Some(dir.path())).await.is_ok());
+        assert!(fits(Kind::Vllm, Some(&file)).await.is_err());
+        assert!(fits(Kind::Stub, Some(&file)).await.is_ok());
+    }
 
     #[test]
     fn a_pin_names_a_version_or_its_leading_number() {

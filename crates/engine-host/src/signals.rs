@@ -40,7 +40,7 @@ fn read(slots: Option<&Value>, metrics: Option<&str>, prefill_told: bool) -> Wor
     let Some(slots) = slots.and_then(Value::as_array) else { return Work::Untold };
     let busy = slots.iter().enumerate().filter(|(_, slot)| slot["is_processing"] == true);
     let slots: Vec<_> = busy.map(|(at, slot)| slot_work(at, slot)).collect();
-    let metric = |name: &str| metrics.and_then(|text| value(text, name));
+    let metric = |name: &str| metrics.and_then(|text| total(text, name));
     Work::Told(Signals {
         running: u32::try_from(slots.len()).unwrap_or(u32::MAX),
         waiting: metric(WAITING).and_then(|n| u32::try_from(n).ok()).unwrap_or(0),
@@ -66,10 +66,22 @@ fn slot_work(at: usize, slot: &Value) -> SlotWork {
     }
 }
 
-/// A metric without labels, in Prometheus' text form. Whole numbers are enough to see that it moved.
-fn value(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))?;
-    let number: f64 = line.split_whitespace().next()?.parse().ok()?;
+/// A metric over all its labels, in Prometheus' text form.
+pub(crate) fn total(text: &str, name: &str) -> Option<u64> {
+    let of_line = |line: &str| {
+        let rest = line.strip_prefix(name)?;
+        let value = match rest.strip_prefix('{') {
+            Some(labels) => labels.rsplit_once("} ")?.1,
+            None => rest.strip_prefix(' ')?,
+        };
+        count(value)
+    };
+    text.lines().filter_map(of_line).reduce(u64::saturating_add)
+}
+
+/// Whole numbers are enough to see that it moved.
+fn count(value: &str) -> Option<u64> {
+    let number: f64 = value.split_whitespace().next()?.parse().ok()?;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
     (number >= 0.0).then_some(number as u64)
 }

@@ -446,6 +446,41 @@ async fn llama_cpp_gets_only_flags_it_knows() {
     assert_eq!(told, "engine `llama-server` does not know the argument `--flash-atn`");
 }
 
+/// `bin/vllm` of an environment is not asked for its version: that takes it many seconds.
+#[tokio::test]
+async fn vllm_is_told_model_place_and_limits_and_says_how_much_memory_it_takes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, model) = (dir.path().join("bin/vllm"), dir.path().join("m"));
+    let package = dir.path().join("lib/python3.11/site-packages/vllm-0.32.0+cpu.dist-info");
+    for folder in [path.parent().unwrap(), &model, &package] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(&path).unwrap();
+    file.write_all(b"#!/bin/sh\nexit 1\n").unwrap();
+    drop(file);
+    let decl = EngineDecl { name: "vllm".parse().unwrap(), kind: Kind::Vllm, mode: Mode::Binary { path } };
+    let provisioner = Bench::provisioner(vec![decl]);
+    let request = |args: &[&str]| PrepareRequest {
+        spec: spec("vllm", args),
+        model: ResolvedModel { id: "m".into(), local_path: Some(model.clone()), bytes: 1 },
+        devices: ResolvedMask { uuids: vec!["GPU-a".into()] },
+        listen: "127.0.0.1:4242".parse().unwrap(),
+        tensor_split: None,
+        context: Some(3072),
+    };
+    let engine = provisioner.prepare(&request(&["--gpu-memory-utilization", "0.4"])).await.unwrap();
+    let expected = format!(
+        "serve {} --served-model-name m --host 127.0.0.1 --port 4242 --max-num-seqs 3 --max-model-len 1024 \
+         --gpu-memory-utilization 0.4",
+        model.display()
+    );
+    assert_eq!((engine.args.join(" "), engine.engine_version.as_str()), (expected, "0.32.0+cpu"));
+    let greedy = provisioner.prepare(&request(&[])).await.unwrap_err();
+    assert!(greedy.class == FailureClass::Config && greedy.detail.contains("--gpu-memory-utilization"), "{greedy}");
+    let owned = provisioner.preflight(&spec("vllm", &["--max-num-seqs", "9"])).await.unwrap_err();
+    assert!(owned.detail.contains("--max-num-seqs"), "{owned}");
+}
+
 #[tokio::test]
 async fn an_external_engine_is_left_not_ended() {
     let bench = Bench::new(true);

@@ -22,6 +22,8 @@ use rustix::fs::OFlags;
 
 pub use self::profile::{ProfileError, profile, profile_gguf, profile_safetensors};
 
+/// What makes a folder a model.
+const CONFIG: &str = "config.json";
 /// GGUF versions the engines read.
 const GGUF_VERSIONS: [u32; 2] = [2, 3];
 
@@ -69,7 +71,12 @@ impl LocalModels {
         if !self.roots.iter().filter_map(|root| fs::canonicalize(root).ok()).any(|root| real.starts_with(root)) {
             return Err(self.outside());
         }
-        regular(&fs::metadata(&real).map_err(|e| file_problem(&e))?)?;
+        let metadata = fs::metadata(&real).map_err(|e| file_problem(&e))?;
+        if metadata.is_dir() {
+            let bytes = self.folder(&real)?;
+            return Ok((real, bytes));
+        }
+        regular(&metadata)?;
         // The file may have become a FIFO since: opening one must not wait.
         let mut file = OpenOptions::new()
             .read(true)
@@ -86,6 +93,23 @@ impl LocalModels {
             check_gguf(&mut file)?;
         }
         Ok((real, opened.len()))
+    }
+
+    /// The bytes of a folder as engines other than llama.cpp read one: `config.json`, and weights beside it.
+    fn folder(&self, folder: &Path) -> Result<u64, String> {
+        if !folder.join(CONFIG).is_file() {
+            return Err(format!("is a directory without a {CONFIG}, not a model"));
+        }
+        let mut bytes = 0_u64;
+        for entry in fs::read_dir(folder).map_err(|e| file_problem(&e))? {
+            let path = entry.map_err(|e| file_problem(&e))?.path();
+            if !path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
+                continue;
+            }
+            // A file of a cache is often a link to where it really lies: that counts.
+            bytes = bytes.saturating_add(self.check(&path)?.1);
+        }
+        if bytes == 0 { Err("is a directory without safetensors files".to_owned()) } else { Ok(bytes) }
     }
 
     fn lexically_inside(&self, path: &Path) -> bool {

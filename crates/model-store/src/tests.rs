@@ -99,6 +99,23 @@ fn only_a_regular_file_with_something_in_it_is_a_model() {
     b.refused(&b.model("root/loop.gguf"), "cannot be read");
 }
 
+#[test]
+fn a_folder_with_a_config_and_weights_is_a_model() {
+    let b = Bench::new();
+    fs::create_dir(b.path("root/m")).unwrap();
+    b.refused(&b.model("root/m"), "without a config.json");
+    b.write("root/m/config.json", b"{}");
+    b.refused(&b.model("root/m"), "without safetensors");
+    b.write("root/m/a.safetensors", b"12345");
+    b.write("root/m/b.safetensors", b"678");
+    let found = b.models.resolve(&b.model("root/m")).unwrap();
+    assert_eq!((found.id.as_str(), found.bytes), ("m", 8));
+    // Weights may lie elsewhere below a root, as in a cache, but nowhere else.
+    b.write("outside.safetensors", b"x");
+    symlink(b.path("outside.safetensors"), b.path("root/m/c.safetensors")).unwrap();
+    b.refused(&b.model("root/m"), "outside of the folders");
+}
+
 #[tokio::test]
 async fn a_fifo_is_refused_without_waiting_for_a_writer() {
     let b = Bench::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use common::{chat, id, node};
 use pool_api::metrics::{ALL, Metrics};
 use pool_domain::{Failure, FailureClass, Generation, Holder, ReplicaId, ReplicaKey};
-use pool_services::{Event, EventKind};
+use pool_services::{Event, EventKind, GuardCounts, PoolSnapshot};
 
 #[test]
 fn exposed_families_are_documented_and_the_other_way_round() {
@@ -40,7 +40,8 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
         m.observe(&Event { key, generation: Generation(1), kind });
     }
-    let text = m.render(&[chat()], &node());
+    let guards = GuardCounts { granted: 7, saturated: 2, closed: 1 };
+    let text = m.render(&[PoolSnapshot { guards, ..chat() }], &node());
     let mut exposed = BTreeSet::new();
     for line in text.lines().filter_map(|l| l.strip_prefix("# TYPE ")) {
         let (name, kind) = line.split_once(' ').unwrap();
@@ -62,6 +63,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
     }
     assert!(text.ends_with("# EOF\n"));
     assert!(text.contains("pool_managerd_simulated 1"));
+    assert!(text.contains("pool_managerd_guards_granted_total{pool_id=\"chat\"} 7"));
     assert!(text.contains("pool_managerd_replica_state{pool_id=\"chat\",replica_id=\"r1\",state=\"ready\"} 1"));
     assert!(text.contains("readiness_transitions_total{pool_id=\"chat\",replica_id=\"r0\",ready=\"false\"} 1"));
 }

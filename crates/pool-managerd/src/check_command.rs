@@ -28,7 +28,10 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
         events_lost: 0,
     };
     print(&tables::devices(&node))?;
-    compose::check_masks(&config, &inventory.devices)?;
+    // The daemon would wait for them, but who asks wants to know.
+    if let Some(absent) = compose::check_masks(&config, &inventory.devices)?.into_iter().next() {
+        return Err(absent.into());
+    }
     let (mut problems, promised) = (Vec::new(), BTreeMap::new());
     let (models, provisioner) = (compose::models(&config), compose::provisioner(&config)?);
     for (i, pool) in config.specs().enumerate() {

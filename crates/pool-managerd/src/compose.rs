@@ -13,6 +13,7 @@ use gpu_nvml::{NvmlError, NvmlGpus};
 use gpu_sim::SimulatedGpus;
 use model_store::LocalModels;
 use pool_domain::DeviceSnapshot;
+use pool_domain::mask::MaskError;
 use pool_services::ports::GpuProbe;
 use pool_services::{BuildError, Event, PoolManager};
 use state_dir::{StateDir, StateDirError};
@@ -96,20 +97,35 @@ async fn open_nvml(wait: Option<Duration>) -> Result<Arc<dyn GpuProbe>, Exit> {
     }
 }
 
-/// Checks that every mask names devices of this node.
+/// Checks that every mask can be one of this node. What names a device that is not there, and may come, is returned.
 ///
 /// # Errors
-/// The first that does not.
-pub fn check_masks(config: &Config, devices: &[DeviceSnapshot]) -> Result<(), ConfigError> {
+/// The first that cannot be, whatever comes.
+pub fn check_masks(config: &Config, devices: &[DeviceSnapshot]) -> Result<Vec<ConfigError>, ConfigError> {
+    let mut absent = Vec::new();
     for (i, pool) in config.specs().enumerate() {
         for mask in &pool.devices {
-            if let Err(e) = mask.validate_against_discovered(devices) {
-                return Err(config.pool_error(i, "devices", e.to_string()).hinting(format!(
-                    "`pool-managerd check` lists the devices of this node; pool `{}` can also use \"auto\"",
-                    pool.id
-                )));
+            let Err(e) = mask.validate_against_discovered(devices) else { continue };
+            let wrong = config.pool_error(i, "devices", e.to_string()).hinting(format!(
+                "`pool-managerd check` lists the devices of this node; pool `{}` can also use \"auto\"",
+                pool.id
+            ));
+            match e {
+                MaskError::Absent { .. } => absent.push(wrong),
+                _ => return Err(wrong),
             }
         }
+    }
+    Ok(absent)
+}
+
+/// The same for a daemon: a pool waits for its devices, and nobody else waits for that pool.
+///
+/// # Errors
+/// The first mask that cannot be.
+pub fn check_masks_patiently(config: &Config, devices: &[DeviceSnapshot]) -> Result<(), ConfigError> {
+    for error in check_masks(config, devices)? {
+        tracing::warn!(%error, hint = error.hint, "a pool waits for a device that is not there");
     }
     Ok(())
 }
@@ -155,13 +171,13 @@ pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
 fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {
     let kind = match engine.kind {
         EngineKind::LlamaCpp => Kind::LlamaCpp,
+        EngineKind::Vllm => Kind::Vllm,
         EngineKind::Stub => Kind::Stub,
     };
+    let own = if kind == Kind::Vllm { "vllm" } else { "llama-server" };
     let mode = match &engine.mode {
         EngineMode::External(addr) => Mode::External { addr: *addr },
-        EngineMode::Binary(path) => {
-            Mode::Binary { path: path.clone().unwrap_or_else(|| PathBuf::from("llama-server")) }
-        }
+        EngineMode::Binary(path) => Mode::Binary { path: path.clone().unwrap_or_else(|| PathBuf::from(own)) },
     };
     let name = name.parse().map_err(|e: pool_domain::id::IdError| Exit::new(CONFIG, e.to_string()))?;
     Ok(EngineDecl { name, kind, mode })

@@ -93,7 +93,7 @@ impl Rereader {
         let wanted = self.config.reread()?;
         let told = self.manager.node().await;
         let devices: Vec<_> = told.map(|n| n.devices.into_iter().map(|(d, _)| d).collect()).unwrap_or_default();
-        compose::check_masks(&wanted, &devices)?;
+        compose::check_masks_patiently(&wanted, &devices)?;
         compose::check_isolation(&wanted)?;
         for (i, spec) in wanted.specs().enumerate() {
             if let Err(error) = self.manager.admits(spec) {

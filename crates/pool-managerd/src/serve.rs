@@ -54,7 +54,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         }
     };
     let inventory = gpus.inventory().borrow().clone();
-    compose::check_masks(&config, &inventory.devices)?;
+    compose::check_masks_patiently(&config, &inventory.devices)?;
     compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
     let told = tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), config.node.log));

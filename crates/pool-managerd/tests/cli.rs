@@ -78,14 +78,18 @@ fn an_invalid_config_is_78_with_line_and_hint() {
 }
 
 #[test]
-fn a_device_that_is_not_there_is_78() {
+fn a_mask_that_cannot_be_is_78_and_check_says_which_device_is_not_there() {
     let pool =
         "[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\nactivation = \"preload\"\ndevices = \"7\"\n";
     let (dir, file) = site(&simulated(pool));
+    let output = run(&["check", "--config", file.to_str().unwrap()]);
+    assert_eq!(code(&output), Some(78), "{}", stderr(&output));
+    assert!(stderr(&output).contains("c.toml:13: pool[0].devices: `7` is not on this node"), "{}", stderr(&output));
+    fs::write(&file, fs::read_to_string(&file).unwrap().replace("\"7\"", "\"0,gpu7\"")).unwrap();
     for command in ["serve", "check"] {
         let output = run(&[command, "--config", file.to_str().unwrap()]);
         assert_eq!(code(&output), Some(78), "{}", stderr(&output));
-        assert!(stderr(&output).contains("c.toml:13: pool[0].devices: `7` is not on this node"), "{}", stderr(&output));
+        assert!(stderr(&output).contains("c.toml:13: pool[0].devices: `gpu7`"), "{}", stderr(&output));
     }
     // Nothing was launched.
     assert!(!dir.path().join("state/run/a-r0").exists());

@@ -26,7 +26,7 @@ fn example() -> PathBuf {
 fn the_example_is_valid_and_complete() {
     let config = config::load(Some(&example()), &Overrides::default()).unwrap();
     assert_eq!(config.pools.len(), 1);
-    assert_eq!(config.engines.len(), 3);
+    assert_eq!(config.engines.len(), 4);
     // Every key that exists stands in the example, at least as a comment.
     let text = fs::read_to_string(example()).unwrap();
     let schema = serde_json::to_value(schemars::schema_for!(config::RawConfig)).unwrap();

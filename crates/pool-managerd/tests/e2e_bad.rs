@@ -117,9 +117,13 @@ fn when_every_engine_port_is_taken_pools_wait_and_say_so() {
 
 #[test]
 fn devices_that_cannot_be_are_refused_before_anything_is_started() {
-    for (mask, word) in
-        [("0,0", "twice"), ("-1", "`-1`"), ("7", "not on this node"), ("GPU-nope", "GPU-nope"), ("", "empty")]
-    {
+    for (mask, word) in [
+        ("0,0", "twice"),
+        ("-1", "`-1`"),
+        ("GPU-nope", "GPU-nope"),
+        ("0,GPU-51000000-0000-4000-8000-000000000001", "same device"),
+        ("", "empty"),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let pool = format!(
             "{NEIGHBOUR}[[pool]]\nid = \"bad\"\nmodel = \"stub:bad\"\nengine = \"stub\"\ndevices = \"{mask}\"\n"
@@ -130,5 +134,26 @@ fn devices_that_cannot_be_are_refused_before_anything_is_started() {
         assert_eq!(out.status.code(), Some(78), "{mask}: {text}");
         assert!(text.contains("pool[1].devices: ") && text.contains(word), "{mask}: {text}");
         assert!(!dir.path().join("state/run/neighbour-r0").exists(), "{mask}: something was launched");
+    }
+}
+
+#[test]
+fn a_pool_whose_device_is_not_there_waits_for_it_and_nobody_waits_for_that_pool() {
+    let absent = "GPU-51000000-0000-4000-8000-0000000000ff";
+    for mask in ["7", absent] {
+        let late = format!(
+            "[[pool]]\nid = \"late\"\nmodel = \"stub:late\"\nengine = \"stub\"\nactivation = \"preload\"\n\
+             devices = \"{mask}\"\n"
+        );
+        let mut daemon = Daemon::start(&(late + NEIGHBOUR));
+        let pool = failed(&daemon, "late");
+        assert_eq!((&pool["state"], &pool["replicas"][0]["reason_code"]), (&"waiting".into(), &"devices".into()));
+        let reason = pool["reason"].as_str().unwrap();
+        assert!(reason.contains(mask) && reason.contains("not on this node"), "{reason}");
+        assert!(daemon.wait_log("waits for a device that is not there").contains("pool[0].devices"));
+        let lease = daemon.post("/v1/pools/late/leases", "{}");
+        assert_eq!((lease.status, lease.json()["code"].as_str()), (503, Some("POOL_UNREADY")), "{lease:?}");
+        assert!(lease.json()["detail"].as_str().unwrap().contains("not on this node"), "{lease:?}");
+        assert_eq!(daemon.stop(), Some(0));
     }
 }

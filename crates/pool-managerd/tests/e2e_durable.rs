@@ -4,9 +4,11 @@
 mod support;
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
-use support::{Daemon, eventually};
+use support::stream::Stream;
+use support::{Daemon, Engines, alive, eventually};
 
 #[test]
 fn a_crash_loop_is_not_reset_by_restarting_the_daemon() {
@@ -95,5 +97,54 @@ fn a_device_is_fenced_while_something_may_be_left_and_unfence_or_proof_ends_it()
     assert_eq!(daemon.get("/v1/node").json()["devices"][0]["health"], "ok");
     support::signal(shim, "CONT");
     eventually(|| (!support::alive(shim)).then_some(()));
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+/// What the record of an engine says of its drain: the deadline, in milliseconds since the machine was booted.
+fn recorded_deadline(dir: &Path) -> Option<u64> {
+    let record: Value = serde_json::from_str(&fs::read_to_string(dir.join("state/engines/chat-r0.json")).ok()?).ok()?;
+    fn find(value: &Value) -> Option<u64> {
+        let object = value.as_object()?;
+        object.get("deadline").and_then(Value::as_u64).or_else(|| object.values().find_map(find))
+    }
+    find(&record)
+}
+
+/// Milliseconds since the machine was booted, within ten of them.
+fn uptime() -> u64 {
+    let text = fs::read_to_string("/proc/uptime").unwrap();
+    let (seconds, parts) = text.split_whitespace().next().unwrap().split_once('.').unwrap();
+    seconds.parse::<u64>().unwrap() * 1000 + parts.parse::<u64>().unwrap() * 10
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline_though_the_daemon_was_killed_meanwhile() {
+    let config = "[[pool]]\nid = \"chat\"\nmodel = \"stub:chat\"\nengine = \"stub\"\nactivation = \"preload\"\n";
+    let daemon = Daemon::start(config);
+    let engines = Engines::of(&daemon);
+    let pool = daemon.until("chat", |p| p["ready"] == true);
+    let lease = daemon.post("/v1/pools/chat/leases", r#"{"ttl_ms":600000}"#);
+    assert_eq!(lease.status, 201, "{lease:?}");
+    let mut stream = Stream::open(&pool);
+    let before = uptime();
+    let drain = daemon.post("/v1/pools/chat/drain", r#"{"deadline_ms":6000}"#);
+    assert_eq!(drain.status, 202, "{drain:?}");
+    let deadline = eventually(|| recorded_deadline(daemon.dir()));
+    assert!(before + 5_990 <= deadline, "{before} {deadline}");
+    let dir = daemon.kill(&engines);
+    stream.goes_on();
+    let mut daemon = Daemon::start_in_place(dir);
+    let engine = u32::try_from(pool["replicas"][0]["pid"].as_u64().unwrap()).unwrap();
+    let stopped = daemon.until("chat", |p| {
+        let gone = !alive(engine);
+        // A record that is there, is there with the deadline that it had.
+        let recorded = recorded_deadline(daemon.dir()).unwrap_or(deadline);
+        assert_eq!(recorded, deadline, "{p:#}");
+        assert_eq!(p["ready"], false, "{p:#}");
+        gone && p["state"] == "idle"
+    });
+    assert!(uptime() + 10 >= deadline, "it was cut off before its time");
+    assert_eq!((&stopped["hold"], &stopped["replicas"][0]["generation"]), (&true.into(), &1.into()), "{stopped:#}");
+    daemon.wait_log("The drain of the chat pool ended (forced)");
     assert_eq!(daemon.stop(), Some(0));
 }

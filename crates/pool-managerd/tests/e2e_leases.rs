@@ -123,6 +123,9 @@ fn one_idempotency_key_is_one_lease() {
     let other = lease(&daemon, &json!({ "idempotency_key": "k", "ttl_ms": 5 }));
     assert_eq!((other.status, other.json()["code"].as_str()), (409, Some("CONFLICT")));
     assert_eq!((release(&daemon, &one), release(&daemon, &one)), (204, 204));
+    let over = daemon.post(&format!("{}/renew", path(&one)), "{}");
+    assert_eq!((over.status, over.json()["code"].as_str()), (404, Some("LEASE_NOT_FOUND")), "{over:?}");
+    assert!(over.json()["hint"].is_string(), "{over:?}");
     assert_eq!(lease(&daemon, &wish).status, 409, "a lease that is over is not given out again");
     assert_eq!(daemon.pool("chat")["active_leases"], 0);
 }

@@ -96,7 +96,7 @@ fn what_cannot_be_declared_changes_nothing() {
         ("PUT", "gpt", put(json!({})), 409, "CONFLICT"),
         ("PUT", "new", put(json!({"aliases": ["filed"]})), 409, "CONFLICT"),
         ("PUT", "new", put(json!({"id": "other"})), 400, "INVALID_PARAMS"),
-        ("PUT", "new", put(json!({"engine": "vllm"})), 422, "ENGINE_UNKNOWN"),
+        ("PUT", "new", put(json!({"engine": "nobodys"})), 422, "ENGINE_UNKNOWN"),
         ("PUT", "new", put(json!({"args": ["--host", "0.0.0.0"]})), 422, "ARG_DENIED"),
         ("PUT", "new", put(json!({"args": ["--state-file", "/tmp/x"]})), 422, "ARG_DENIED"),
         ("PUT", "new", put(json!({"model": "file:/etc/shadow"})), 422, "MODEL_REF_INVALID"),
@@ -108,10 +108,13 @@ fn what_cannot_be_declared_changes_nothing() {
         ("POST", "free/reload", json!({"args": ["--state-file", "/tmp/x"]}), 422, "ARG_DENIED"),
         ("POST", "free/reload", json!({"id": "other"}), 400, "INVALID_PARAMS"),
         ("POST", "none/reload", json!({}), 404, "POOL_NOT_FOUND"),
+        ("POST", "none/drain", json!({}), 404, "POOL_NOT_FOUND"),
+        ("POST", "free/drain", json!({"deadline_ms": -1}), 400, "INVALID_PARAMS"),
         ("POST", "free/rollback", json!({}), 409, "CONFLICT"),
     ] {
         let answer = ask(&daemon, method, &format!("/v1/pools/{path}"), &body);
         assert_eq!(code(&answer), (status, expected.to_owned()), "{method} {path} {body}: {answer:?}");
+        assert!(answer.json()["hint"].is_string(), "{method} {path} {body}: {answer:?}");
         assert!(!answer.body.contains("/etc/shadow") && !answer.body.contains(daemon.dir().to_str().unwrap()));
     }
     assert_eq!(seen(), before);
@@ -149,7 +152,7 @@ fn a_file_that_is_read_again_touches_only_the_pools_that_changed() {
     for (bad, place, why) in [
         (stub("stays", ""), "pool[2].id", "two pools"),
         (stub("more", "slotz = 1"), "pool[2].slotz", "unknown field"),
-        (stub("more", "devices = \"7\""), "pool[2].devices", "not on this node"),
+        (stub("more", "devices = \"0,0\""), "pool[2].devices", "twice"),
         (stub("more", "aliases = [\"stays\"]"), "pool[2].aliases", "alias"),
         (stub("more", "args = [\"--host\", \"x\"]"), "pool[2].args", "--host"),
     ] {

@@ -44,7 +44,32 @@ fn manager(c: &mut Criterion) {
     c.bench_function("leases/manager: take and give back", |b| {
         b.iter(|| drop(black_box(manager.allocate_lease(black_box(&ids[0])).unwrap())));
     });
+    c.bench_function("leases/slots of a pool: take and give back", |b| {
+        let mut slots = manager.slots(&ids[0]).unwrap();
+        b.iter(|| drop(black_box(slots.take().unwrap())));
+    });
     for threads in [1, 2] {
+        c.bench_function(&format!("leases/100,000 pairs of slots in each of {threads} threads, a pool each"), |b| {
+            b.iter(|| {
+                std::thread::scope(|s| {
+                    for id in &ids[..threads] {
+                        let mut slots = manager.slots(id).unwrap();
+                        s.spawn(move || (0..PAIRS).for_each(|_| drop(slots.take().unwrap())));
+                    }
+                });
+            });
+        });
+        c.bench_function(&format!("leases/100,000 pairs of words in each of {threads} threads"), |b| {
+            b.iter(|| {
+                std::thread::scope(|s| {
+                    for _ in 0..threads {
+                        let admission = Arc::new(<Admission>::default());
+                        admission.open(Generation(1), 4);
+                        s.spawn(move || (0..PAIRS).for_each(|_| drop(admission.acquire().unwrap())));
+                    }
+                });
+            });
+        });
         c.bench_function(&format!("leases/100,000 pairs in each of {threads} threads, a pool each"), |b| {
             b.iter(|| {
                 std::thread::scope(|s| {

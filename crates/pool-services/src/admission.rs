@@ -23,14 +23,15 @@ pub enum Refused {
     Saturated,
 }
 
-/// The word taken apart: 32 bits of the generation, one of openness, one that says that somebody waits, 14 of limit, 16 of
-/// use.
+/// The word taken apart: 32 bits of the generation, one of openness, one that says that somebody waits, 14 of limit, one
+/// that says that somebody waits for the first lease, 15 of use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Word {
     generation: u32,
     open: bool,
     awaited: bool,
     limit: u16,
+    watched: bool,
     in_use: u16,
 }
 
@@ -41,7 +42,8 @@ impl Word {
             open: w & (1 << 31) != 0,
             awaited: w & (1 << 30) != 0,
             limit: ((w >> 16) & u64::from(MOST)) as u16,
-            in_use: (w & 0xffff) as u16,
+            watched: w & (1 << 15) != 0,
+            in_use: (w & 0x7fff) as u16,
         }
     }
     fn pack(self) -> u64 {
@@ -49,6 +51,7 @@ impl Word {
             | (u64::from(self.open) << 31)
             | (u64::from(self.awaited) << 30)
             | (u64::from(self.limit & MOST) << 16)
+            | (u64::from(self.watched) << 15)
             | u64::from(self.in_use)
     }
 }
@@ -85,12 +88,13 @@ impl Bell for Notify {
     }
 }
 
-/// The admission word of one replica.
+/// The admission word of one replica, in cache lines of its own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Admission<W: AtomicWord = AtomicU64, B: Bell = Notify> {
     word: W,
     idle: B,
-    /// Told of the first lease that is granted; whoever does not wait then is not told later.
+    /// Told of the first lease that is granted, where the word is watched; whoever does not wait then is not told later.
     granted: Notify,
     /// Rung when there may be a slot for somebody who waits.
     desk: Arc<B>,
@@ -203,10 +207,10 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     }
 
     fn take(self: &Arc<Self>, may: impl Fn(Word) -> bool) -> Result<SlotGuard<W, B>, Refused> {
-        match self.update(|w| (w.open && w.in_use < w.limit && may(w)).then(|| Word { in_use: w.in_use + 1, ..w })) {
+        let free = |w: &Word| w.open && w.in_use < w.limit && may(*w);
+        match self.update(|w| free(&w).then(|| Word { in_use: w.in_use + 1, watched: false, ..w })) {
             Ok(w) => {
-                // Whoever waits for a lease waits while there is none.
-                if w.in_use == 0 {
+                if w.watched {
                     self.granted.notify_waiters();
                 }
                 Ok(SlotGuard { admission: Arc::clone(self), generation: w.generation })
@@ -227,9 +231,9 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
         loop {
             let told = self.granted.notified();
             tokio::pin!(told);
-            // From here on none is missed.
+            // From here on none is missed: the first lease finds the word watched.
             told.as_mut().enable();
-            if self.in_use() > 0 {
+            if self.update(|w| (w.in_use == 0).then_some(Word { watched: true, ..w })).is_err() {
                 return;
             }
             told.await;
@@ -393,6 +397,25 @@ mod tests {
             }
         });
         assert_eq!(a.in_use(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_lease_is_told_to_who_waits_for_one_each_time() {
+        let a = Arc::new(<Admission>::default());
+        a.open(Generation(1), 5);
+        for _ in 0..2 {
+            let waiting = tokio::spawn({
+                let a = Arc::clone(&a);
+                async move { a.taken().await }
+            });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            assert_eq!((a.in_use(), a.free()), (0, 5), "to be watched takes no slot");
+            let g = a.acquire().unwrap();
+            waiting.await.unwrap();
+            a.taken().await;
+            drop(g);
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fault_points::{Point, reached};
-use pool_domain::{PoolId, ReplicaId, ReplicaKey};
+use pool_domain::lifecycle::StopPolicy;
+use pool_domain::{PoolId, ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
 use crate::declared::Restored;
 use crate::driver::{Found, Ports, busy};
+use crate::node::Node;
 use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::returned::Held;
 use crate::spec::PoolSpec;
@@ -23,10 +24,6 @@ use crate::spec::PoolSpec;
 /// Devices that admit nobody, by UUID.
 pub(crate) type Closed = BTreeSet<String>;
 
-/// What an engine that nobody wants any more gets to stop by itself.
-const GRACE: Duration = Duration::from_millis(1_800);
-/// What a kill takes to be proved.
-const KILLED: Duration = Duration::from_secs(2);
 /// Between two looks at a device that something unknown may be on.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 /// Between two questions of one engine that leaves.
@@ -41,41 +38,61 @@ pub(crate) struct Boot {
     pub(crate) strays: Strays,
 }
 
-/// Engines that nobody wants any more, on their way out.
-#[derive(Debug)]
-pub(crate) struct Strays {
-    /// How many are left.
-    left: watch::Receiver<usize>,
-    /// Cancelled when those of a pool have no more time.
-    hurry: Arc<Hurry>,
-}
-
-/// Who can hurry the strays of each pool that has any.
-pub(crate) type Hurry = BTreeMap<PoolId, CancellationToken>;
-
-impl Strays {
-    pub(crate) fn hurry(&self) -> Arc<Hurry> {
-        Arc::clone(&self.hurry)
-    }
-
-    /// Ends them, whatever they still serve; says whether they are gone within `patience`, and what ends any takes.
-    pub(crate) async fn end(&self, patience: Duration) -> bool {
-        self.hurry.values().for_each(CancellationToken::cancel);
-        let gone = async { self.left.clone().wait_for(|left| *left == 0).await.is_ok() };
-        // Whoever counts them has ended when none is left.
-        let gone = async { gone.await || *self.left.borrow() == 0 };
-        tokio::time::timeout(patience.min(GRACE + KILLED), gone).await.unwrap_or(false)
-    }
-}
-
 /// An engine of a replica that is no more.
 struct Stray {
     record: EngineRecord,
     engine: Arc<dyn RunningEngine>,
 }
 
+/// How far the end of a stray has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Ending,
+    /// It was killed, and something of it may be left all the same.
+    Unproved,
+}
+
+/// The ends of all strays.
+struct Ends {
+    left: BTreeMap<ReplicaKey, (Stage, Vec<String>)>,
+    /// Each says whether nothing is left.
+    ending: JoinSet<(Stray, bool)>,
+    stages: watch::Sender<Vec<Stage>>,
+}
+
+/// The strays as a shutdown sees them.
+#[derive(Debug)]
+pub(crate) struct Strays {
+    left: watch::Receiver<Vec<Stage>>,
+    hurry: CancellationToken,
+    /// The same for those of one pool.
+    pub(crate) of_pools: Arc<Hurry>,
+}
+
+/// What tells the strays of each pool that has any that their time is over.
+pub(crate) type Hurry = BTreeMap<PoolId, CancellationToken>;
+
+impl Strays {
+    /// Their requests get no more time than those of other engines.
+    pub(crate) fn hurry(&self) {
+        self.hurry.cancel();
+    }
+
+    /// Resolves once nothing is left of them but what may never be proved gone.
+    pub(crate) async fn end(&self) {
+        let mut left = self.left.clone();
+        let _gone = left.wait_for(|left| left.iter().all(|s| *s == Stage::Unproved)).await;
+    }
+
+    /// Whether something of them may be left.
+    pub(crate) fn left(&self) -> bool {
+        !self.left.borrow().is_empty()
+    }
+}
+
 /// Looks at every record, and at what no record names.
-pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: &Arc<Notify>) -> Boot {
+pub(crate) async fn look(node: &Node, pools: &[Restored]) -> Boot {
+    let ports = &node.ports;
     let (mut found, mut strays, mut known) = (BTreeMap::new(), Vec::new(), Vec::new());
     let recorded = ports.ledger.recorded().await;
     let of =
@@ -119,20 +136,20 @@ pub(crate) async fn look(ports: &Ports, pools: &[Restored], clock: Clock, bell: 
     let mut closed: Closed = strays.iter().flat_map(|s| s.record.devices.uuids.clone()).collect();
     closed.extend(unknown.iter().cloned());
     let (tx, closed) = watch::channel(closed);
-    let (count, left) = watch::channel(strays.len());
-    let hurry: Arc<Hurry> =
-        Arc::new(strays.iter().map(|s| (s.record.key.pool.clone(), CancellationToken::new())).collect());
+    let (stages, left) = watch::channel(vec![Stage::Ending; strays.len()]);
+    let hurry = CancellationToken::new();
+    let of_pools: Hurry = strays.iter().map(|s| (s.record.key.pool.clone(), hurry.child_token())).collect();
     if !strays.is_empty() || !unknown.is_empty() {
-        tokio::spawn(reopen(
-            (tx, count),
-            (strays, Arc::clone(&hurry)),
-            unknown,
-            ports.clone(),
-            clock,
-            Arc::clone(bell),
-        ));
+        let mut ends = Ends { left: BTreeMap::new(), ending: JoinSet::new(), stages };
+        for stray in strays {
+            let (key, devices) = (stray.record.key.clone(), stray.record.devices.uuids.clone());
+            let hurry = of_pools.get(&key.pool).cloned().unwrap_or_default();
+            ends.left.insert(key, (Stage::Ending, devices));
+            ends.ending.spawn(stray.end(ports.clone(), node.clock.now(), hurry, node.last_call.clone()));
+        }
+        tokio::spawn(reopen(tx, ends, unknown, ports.clone(), Arc::clone(&node.bell)));
     }
-    Boot { found, places, closed, strays: Strays { left, hurry } }
+    Boot { found, places, closed, strays: Strays { left, hurry, of_pools: Arc::new(of_pools) } }
 }
 
 /// Who has each place of a pool: first whoever was made for it, then the replica that bears its number. So a reload that
@@ -172,52 +189,83 @@ async fn idle(probe: &dyn EngineProbe, endpoint: &Endpoint) {
     }
 }
 
-/// Ends the strays and opens each device again once nothing is left there.
-async fn reopen(
-    (tx, count): (watch::Sender<Closed>, watch::Sender<usize>),
-    (strays, hurry): (Vec<Stray>, Arc<Hurry>),
-    mut unknown: Vec<String>,
-    ports: Ports,
-    clock: Clock,
-    bell: Arc<Notify>,
-) {
-    let mut left: BTreeMap<ReplicaKey, Vec<String>> = BTreeMap::new();
-    let mut ends = JoinSet::new();
-    for Stray { record, engine } in strays {
-        left.insert(record.key.clone(), record.devices.uuids.clone());
-        let (probe, gpu, now) = (Arc::clone(&ports.probe), Arc::clone(&ports.gpu), clock.now());
-        let hurry = hurry.get(&record.key.pool).cloned().unwrap_or_default();
-        ends.spawn(async move {
-            if let Phase::Draining { deadline, .. } = record.phase {
-                // It was leaving; those that it serves have the time they were given.
-                let idle = idle(&*probe, &record.endpoint);
-                let idle = tokio::time::timeout(deadline.since(now), idle);
-                let _late = hurry.run_until_cancelled(idle).await;
+impl Stray {
+    /// Asks it to end, and makes it. Says how far that came within the time in which an end is proved.
+    async fn end(
+        self,
+        ports: Ports,
+        now: Tick,
+        hurry: CancellationToken,
+        last_call: CancellationToken,
+    ) -> (Self, bool) {
+        let Self { record, engine } = &self;
+        if let Phase::Draining { deadline, .. } = record.phase {
+            // It was leaving; those that it serves have the time they were given.
+            let idle = tokio::time::timeout(deadline.since(now), idle(&*ports.probe, &record.endpoint));
+            tokio::select! {
+                biased;
+                () = hurry.cancelled() => {}
+                _late = idle => {}
             }
-            engine.terminate();
-            if tokio::time::timeout(GRACE, engine.gone()).await.is_err() {
-                engine.kill();
-                engine.gone().await;
-            }
-            Held::of(&record).back(&*gpu).await;
-            record
-        });
+        }
+        let stop = StopPolicy::default();
+        engine.terminate();
+        let ended = tokio::select! {
+            biased;
+            () = last_call.cancelled() => false,
+            ended = tokio::time::timeout(stop.forced_grace(), engine.gone()) => ended.is_ok(),
+        };
+        if !ended {
+            engine.kill();
+        }
+        if tokio::time::timeout(stop.prove, self.nothing_left(&ports)).await.is_err() {
+            return (self, false);
+        }
+        self.forget(&ports).await;
+        (self, true)
     }
+
+    /// Resolves once its processes are gone and its memory is back. May never.
+    async fn nothing_left(&self, ports: &Ports) {
+        self.engine.gone().await;
+        Held::of(&self.record).back(&*ports.gpu).await;
+    }
+
+    async fn forget(&self, ports: &Ports) {
+        if let Err(error) = ports.ledger.forget(&self.record.key, self.record.generation).await {
+            tracing::warn!(pool_id = %self.record.key.pool, %error, "not written down");
+        }
+    }
+}
+
+/// Ends the strays and opens each device again once nothing is left there.
+async fn reopen(tx: watch::Sender<Closed>, mut ends: Ends, mut unknown: Vec<String>, ports: Ports, bell: Arc<Notify>) {
+    let Ends { left, ending, stages } = &mut ends;
     let mut look_again = tokio::time::interval(LOOK_AGAIN);
     while !left.is_empty() || !unknown.is_empty() {
         tokio::select! {
             biased;
-            Some(ended) = ends.join_next() => {
-                let Ok(record) = ended else { continue };
-                left.remove(&record.key);
-                count.send_replace(left.len());
-                if let Err(error) = ports.ledger.forget(&record.key, record.generation).await {
-                    tracing::warn!(pool_id = %record.key.pool, %error, "not written down");
+            Some(ended) = ending.join_next() => match ended {
+                Ok((stray, true)) => {
+                    left.remove(&stray.record.key);
                 }
-            }
+                Ok((stray, false)) => {
+                    let key = &stray.record.key;
+                    tracing::error!(pool_id = %key.pool, replica_id = %key.replica, "something of an engine that nobody wants may be left: its devices stay closed");
+                    left.entry(key.clone()).and_modify(|(stage, _)| *stage = Stage::Unproved);
+                    let ports = ports.clone();
+                    ending.spawn(async move {
+                        stray.nothing_left(&ports).await;
+                        stray.forget(&ports).await;
+                        (stray, true)
+                    });
+                }
+                Err(_) => continue,
+            },
             _ = look_again.tick() => unknown.retain(|device| !ports.host.device_clear(device)),
         }
-        let closed: Closed = left.values().flatten().chain(&unknown).cloned().collect();
+        let closed: Closed = left.values().flat_map(|(_, devices)| devices).chain(&unknown).cloned().collect();
+        stages.send_replace(left.values().map(|(stage, _)| *stage).collect());
         let changed = tx.send_if_modified(|now| {
             let changed = *now != closed;
             *now = closed;

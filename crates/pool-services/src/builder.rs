@@ -214,8 +214,8 @@ impl Builder {
             max_lease_ttl: self.max_lease_ttl,
             hurry: Arc::default(),
         };
-        let Boot { mut found, places, closed, strays } = boot::look(&ports, &self.pools, clock, &node.bell).await;
-        node.hurry = strays.hurry();
+        let Boot { mut found, places, closed, strays } = boot::look(&node, &self.pools).await;
+        node.hurry = Arc::clone(&strays.of_pools);
         let records: Vec<_> = found.values().filter(|f| !f.gone).map(|f| f.record.clone()).collect();
         let mut pools = BTreeMap::new();
         for pool in self.pools {

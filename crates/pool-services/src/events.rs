@@ -332,6 +332,11 @@ impl Event {
     }
 }
 
+/// Events that wait to be told.
+const EVENTS: usize = 1024;
+/// As many of them are never of leases: however many come and go, what happens to engines is told.
+const NOT_FOR_LEASES: usize = EVENTS / 2;
+
 /// Where events go: a bounded channel; what does not fit is counted, never waited for.
 #[derive(Debug, Clone)]
 pub struct EventSink {
@@ -343,13 +348,16 @@ impl EventSink {
     /// A sink and its other end.
     #[must_use]
     pub fn channel() -> (Self, tokio::sync::mpsc::Receiver<Event>) {
-        let (tx, rx) = tokio::sync::mpsc::channel(1024);
+        let (tx, rx) = tokio::sync::mpsc::channel(EVENTS);
         (Self { tx, lost: std::sync::Arc::default() }, rx)
     }
 
     /// Tells, or counts a loss.
     pub fn send(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {
-        if self.tx.try_send(Event { key: key.clone(), generation, kind }).is_err() {
+        let event = Event { key: key.clone(), generation, kind };
+        // Who asks at the same moment may find the same place: as many too many as there are threads.
+        let crowded = event.holder().is_some() && self.tx.capacity() <= NOT_FOR_LEASES;
+        if crowded || self.tx.try_send(event).is_err() {
             self.lost.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         }
     }

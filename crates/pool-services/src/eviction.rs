@@ -352,7 +352,7 @@ impl Steward {
                 holds: held.pairs(),
                 ready_since,
                 last_used: ready_since.map_or(now, |since| last_used(ward.admission.unused_for(), since, now)),
-                busy: u32::from(ward.admission.in_use()),
+                busy: u32::from(ward.admission.in_use()).saturating_add(pool.desk.waiting()),
                 on_demand: spec.activation == Activation::OnDemand,
                 pinned: spec.pin,
                 held: in_hand || sibling || !ward.serves || book.line.goes_already(&ward.key),

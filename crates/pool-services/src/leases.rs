@@ -1,18 +1,20 @@
 //! The manager's verbs about leases.
 
 use std::cmp::Reverse;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lease_book::LeaseId;
-use pool_domain::{PoolId, ReplicaKey};
+use pool_domain::{PoolId, ReplicaId, ReplicaKey};
+use tokio::sync::watch;
 
 use crate::admission::{Refused, SlotGuard};
 use crate::control::ControlError;
-use crate::events::EventKind;
 use crate::lease::{Lease, LeaseRequest, MAX_NAME};
 use crate::lease_desk::refusal;
 use crate::manager::PoolManager;
-use crate::roster::PoolHandle;
+use crate::roster::{PoolHandle, Roster, Seat};
+use crate::tally::Tally;
 
 fn invalid(detail: String) -> ControlError {
     ControlError::Refused { code: "INVALID_PARAMS".into(), detail }
@@ -43,24 +45,78 @@ fn check_names(request: &LeaseRequest) -> Result<(), ControlError> {
     Ok(())
 }
 
+/// Where most is free.
+fn take_slot(roster: &Roster) -> Result<(&Seat, SlotGuard), Refused> {
+    if let [seat] = &roster.seats[..] {
+        return Ok((seat, seat.admission.acquire()?));
+    }
+    let mut by_room: Vec<_> = roster.serving().collect();
+    by_room.sort_by_key(|seat| (Reverse(seat.admission.free()), seat.key.replica));
+    let mut why = Refused::Closed;
+    for seat in by_room {
+        match seat.admission.acquire() {
+            Ok(guard) => return Ok((seat, guard)),
+            Err(Refused::Saturated) => why = Refused::Saturated,
+            Err(Refused::Closed) => {}
+        }
+    }
+    Err(why)
+}
+
+/// The slots of one pool, for whoever takes many of them: the pool is looked up once, and what is taken here touches
+/// nothing that another pool's is counted or kept in.
+#[derive(Debug, Clone)]
+pub struct Slots {
+    roster: watch::Receiver<Arc<Roster>>,
+    seen: Arc<Roster>,
+    tally: Arc<Tally>,
+}
+
+impl Slots {
+    /// Takes a slot of this replica; it is given back when the guard is dropped. Nobody who waits is passed.
+    ///
+    /// # Errors
+    /// When no replica is Ready (or the pool is no more), every slot is taken, or somebody waits.
+    pub fn take(&mut self) -> Result<(ReplicaId, SlotGuard), Refused> {
+        let taken = match self.roster.has_changed() {
+            Ok(changed) => {
+                if changed {
+                    self.seen = Arc::clone(&self.roster.borrow_and_update());
+                }
+                take_slot(&self.seen).map(|(seat, guard)| (seat.key.replica, guard))
+            }
+            Err(_) => Err(Refused::Closed),
+        };
+        self.tally.count(&taken);
+        taken
+    }
+}
+
 impl PoolManager {
+    /// The slots of a pool, for whoever takes many.
+    ///
+    /// # Errors
+    /// When there is no such pool.
+    pub fn slots(&self, id: &PoolId) -> Result<Slots, ControlError> {
+        let PoolHandle { roster, desk, .. } = self.handle(id)?;
+        let mut roster = roster;
+        let seen = Arc::clone(&roster.borrow_and_update());
+        Ok(Slots { roster, seen, tally: desk.tally })
+    }
+
     /// Takes a slot in this process; it is given back when the guard is dropped. Nobody who waits is passed.
     ///
     /// # Errors
     /// When no replica is Ready, every slot is taken, or somebody waits.
     pub fn allocate_lease(&self, id: &PoolId) -> Result<(ReplicaKey, SlotGuard), ControlError> {
-        let handle = self.handle(id)?;
-        let saturated = match self.grant(&handle) {
+        let why = match self.grant(id)? {
             Ok(granted) => return Ok(granted),
-            Err(why) => (why == Refused::Saturated).then_some(Duration::from_secs(1)),
+            Err(why) => why,
         };
-        let picture = self.picture(&handle);
-        let (error, reason) = refusal(&picture, saturated);
-        if let (Some(seat), Some(lead)) = (handle.roster().serving().next(), picture.lead()) {
-            let kind = EventKind::LeaseRefused { reason, holder: Default::default() };
-            self.inner.events.send(&seat.key, lead.generation, kind);
-        }
-        Err(error)
+        let handle = self.handle(id)?;
+        handle.desk.tally.refused(why);
+        let saturated = (why == Refused::Saturated).then_some(Duration::from_secs(1));
+        Err(refusal(&self.picture(&handle), saturated).0)
     }
 
     /// The same, but waits this long for a slot, in the order of all who wait; a pool at rest that starts on demand is
@@ -69,33 +125,19 @@ impl PoolManager {
     /// # Errors
     /// When there was no slot in time, or there will be none.
     pub async fn lease_guard(&self, id: &PoolId, wait: Duration) -> Result<(ReplicaKey, SlotGuard), ControlError> {
-        let handle = self.handle(id)?;
-        if let Ok(granted) = self.grant(&handle) {
+        if let Ok(granted) = self.grant(id)? {
             return Ok(granted);
         }
-        handle.desk.guard(wait).await
+        self.handle(id)?.desk.guard(wait).await
     }
 
-    fn grant(&self, handle: &PoolHandle) -> Result<(ReplicaKey, SlotGuard), Refused> {
-        let granted = |key: &ReplicaKey, guard: SlotGuard| {
-            self.inner.events.send(key, guard.generation(), EventKind::LeaseGranted { holder: Default::default() });
-            (key.clone(), guard)
-        };
-        let roster = handle.roster();
-        if let [seat] = &roster.seats[..] {
-            return seat.admission.acquire().map(|guard| granted(&seat.key, guard));
-        }
-        let mut by_room: Vec<_> = roster.serving().collect();
-        by_room.sort_by_key(|seat| (Reverse(seat.admission.free()), seat.key.replica));
-        let mut why = Refused::Closed;
-        for seat in by_room {
-            match seat.admission.acquire() {
-                Ok(guard) => return Ok(granted(&seat.key, guard)),
-                Err(Refused::Saturated) => why = Refused::Saturated,
-                Err(Refused::Closed) => {}
-            }
-        }
-        Err(why)
+    /// A slot, if there is one now. Told as a count, not as an event.
+    fn grant(&self, id: &PoolId) -> Result<Result<(ReplicaKey, SlotGuard), Refused>, ControlError> {
+        let table = self.inner.table.borrow();
+        let handle = table.get(id).ok_or_else(|| ControlError::PoolNotFound(id.to_string()))?;
+        let roster = handle.roster.borrow();
+        let granted = take_slot(&roster).map(|(seat, guard)| (seat.key.clone(), guard));
+        Ok(granted.inspect(|_| handle.desk.tally.granted()))
     }
 
     pub(crate) async fn take_lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {

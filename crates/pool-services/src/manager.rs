@@ -53,7 +53,7 @@ pub(crate) struct Inner {
     pub(crate) ports: Ports,
     /// For engines that are left when time is up.
     pub(crate) last_call: CancellationToken,
-    /// Engines of earlier daemons that nobody wants.
+    /// Engines of earlier daemons that belong to no replica.
     pub(crate) strays: Strays,
 }
 
@@ -86,6 +86,7 @@ impl PoolManager {
     pub(crate) fn picture(&self, handle: &PoolHandle) -> PoolSnapshot {
         let mut snapshot = handle.facts.borrow().at(self.inner.clock.now());
         snapshot.leases_waiting = handle.desk.waiting();
+        snapshot.guards = handle.desk.tally.read();
         // Leases move faster than snapshots are published.
         for seat in &handle.roster().seats {
             if let Some(r) = snapshot.replicas.iter_mut().find(|r| r.id == seat.key.replica) {
@@ -98,15 +99,16 @@ impl PoolManager {
     /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
     /// nothing was: what is Fenced is not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
+        self.inner.strays.hurry();
         // Not `stop`: that would leave a hold behind.
-        let (in_time, strays_gone) = tokio::join!(self.end(Wish::Shutdown, deadline), self.inner.strays.end(deadline));
+        let in_time = self.end(Wish::Shutdown, deadline).await;
         if !in_time {
             self.inner.last_call.cancel();
             // Nothing is waited for any more, but the signals have to be sent.
             let _ = self.end(Wish::Shutdown, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
-        in_time && strays_gone && !self.table().values().any(fenced)
+        in_time && !self.inner.strays.left() && !self.table().values().any(fenced)
     }
 
     /// Ends the management and leaves every engine as it is, for a later daemon to take over.
@@ -129,6 +131,9 @@ impl PoolManager {
             }
             self.inner.memories.close();
             self.inner.memories.wait().await;
+            if matches!(wish, Wish::Shutdown) {
+                self.inner.strays.end().await;
+            }
         };
         tokio::time::timeout(deadline, all_rest).await.is_ok()
     }

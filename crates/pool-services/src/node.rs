@@ -178,6 +178,7 @@ impl Node {
             aliases: spec.aliases.clone(),
             hold,
             leases_waiting: 0,
+            guards: Default::default(),
             replicas: members.iter().map(|m| m.published.borrow().snapshot.clone()).collect(),
         };
         let (facts, facts_seen) =

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use pool_domain::HealthStatus;
+use pool_domain::{DeviceSnapshot, HealthStatus};
 
 use crate::ports::Handoff;
 use crate::snapshot::PoolSnapshot;
@@ -22,6 +22,26 @@ struct Entry {
     engine_catalog_id: Option<String>,
     device_mask: Option<String>,
     draining: bool,
+    room: Option<Room>,
+    perf: PerfHints,
+}
+
+/// The memory of a pool's devices, all of them together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Room {
+    total: u64,
+    free: u64,
+    /// The least of them, where known of all.
+    compute_capability: Option<(u32, u32)>,
+}
+
+/// How fast a pool is, as far as it was measured.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct PerfHints {
+    /// Tokens a second.
+    pub tokens_per_s: Option<f64>,
+    /// Milliseconds to the first token.
+    pub first_token_ms: Option<u64>,
 }
 
 /// One pool as placement sees it.
@@ -43,6 +63,14 @@ pub struct RegistrySnapshot {
     pub active_leases: i32,
     /// Leases are refused.
     pub draining: bool,
+    /// All memory of its devices.
+    pub vram_total_bytes: Option<u64>,
+    /// Of this, free.
+    pub vram_free_bytes: Option<u64>,
+    /// CUDA compute capability of its least device.
+    pub compute_capability: Option<(u32, u32)>,
+    /// How fast it is.
+    pub perf: PerfHints,
 }
 
 /// Pools by name.
@@ -135,6 +163,24 @@ impl Registry {
         }
     }
 
+    /// How fast it is.
+    #[must_use]
+    pub fn get_perf(&self, pool_id: &str) -> Option<PerfHints> {
+        self.pools.get(pool_id).map(|e| e.perf)
+    }
+
+    /// Sets how fast it is.
+    pub fn set_perf(&mut self, pool_id: &str, perf: PerfHints) {
+        self.entry(pool_id).perf = perf;
+    }
+
+    /// Takes over what the devices say, for every pool whose mask names them all by UUID. Of another pool nothing is known.
+    pub fn update_devices(&mut self, devices: &[DeviceSnapshot]) {
+        for entry in self.pools.values_mut() {
+            entry.room = entry.device_mask.as_deref().and_then(|mask| room(mask, devices));
+        }
+    }
+
     /// Slots.
     #[must_use]
     pub fn get_slots_total(&self, pool_id: &str) -> Option<i32> {
@@ -200,13 +246,15 @@ impl Registry {
         let (version, mask) =
             pool.lead().map(|r| (r.engine_version.clone(), r.device_mask.clone())).unwrap_or_default();
         let e = self.entry(pool.pool_id.as_str());
-        e.health = HealthStatus { live, ready, ..HealthStatus::default() };
+        let consecutive_failures = pool.lead().map_or(0, |r| r.consecutive_failures);
+        e.health = HealthStatus { live, ready, consecutive_failures, ..HealthStatus::default() };
         e.draining = draining;
         e.slots_total = Some(i32::try_from(slots).unwrap_or(i32::MAX));
         e.active_leases = i32::try_from(leases).unwrap_or(i32::MAX);
         e.last_error = error;
         e.engine_version = Some(version);
         e.device_mask = Some(mask);
+        e.perf.first_token_ms = pool.lead().and_then(|r| r.first_unit_ms);
     }
 
     /// Every pool, for placement.
@@ -223,9 +271,22 @@ impl Registry {
                 slots_free: e.slots_total.map(|s| (s - e.active_leases).max(0)),
                 active_leases: e.active_leases,
                 draining: e.draining,
+                vram_total_bytes: e.room.map(|r| r.total),
+                vram_free_bytes: e.room.map(|r| r.free),
+                compute_capability: e.room.and_then(|r| r.compute_capability),
+                perf: e.perf,
             })
             .collect()
     }
+}
+
+fn room(mask: &str, devices: &[DeviceSnapshot]) -> Option<Room> {
+    let named = mask.split(',').map(|uuid| devices.iter().find(|d| d.uuid == uuid)).collect::<Option<Vec<_>>>()?;
+    Some(Room {
+        total: named.iter().map(|d| d.vram_total).sum(),
+        free: named.iter().map(|d| d.vram_free).sum(),
+        compute_capability: named.iter().map(|d| d.compute_capability).min().flatten(),
+    })
 }
 
 #[cfg(test)]

@@ -70,6 +70,17 @@ pub struct ReplicaSnapshot {
     pub context: Option<u64>,
 }
 
+/// Leases that somebody in this process took as guards, since the pool is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GuardCounts {
+    /// Granted.
+    pub granted: u64,
+    /// Refused because every slot was taken, or somebody waited.
+    pub saturated: u64,
+    /// Refused because no replica was Ready.
+    pub closed: u64,
+}
+
 /// One pool.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PoolSnapshot {
@@ -93,6 +104,8 @@ pub struct PoolSnapshot {
     pub hold: bool,
     /// Those who wait for a slot.
     pub leases_waiting: u32,
+    /// Leases within the daemon's own process, which are counted and not told as events.
+    pub guards: GuardCounts,
     /// Its replicas.
     pub replicas: Vec<ReplicaSnapshot>,
 }

@@ -346,3 +346,26 @@ async fn never_more_than_there_is_whoever_asks_in_whatever_order() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn replicas_that_gave_way_come_back_when_somebody_waits_for_a_slot() {
+    let node = small();
+    let two = PoolSpec { replicas: 2, slots: 1, vram: Some(6 * GIB), ..large("a") };
+    let (m, _events) = node.manage(vec![two, PoolSpec { vram: Some(9 * GIB), ..large("b") }]).await;
+    m.preload(&id("a")).await.unwrap();
+    until(&m, &id("a"), |s| s.ready_replicas() == 2).await;
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    m.preload(&id("b")).await.unwrap();
+    until(&m, &id("b"), PoolSnapshot::ready).await;
+    assert_eq!(m.pool(&id("a")).await.unwrap().ready_replicas(), 1, "one of them gave way");
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    let mut held = Vec::new();
+    while let Ok(granted) = m.allocate_lease(&id("a")) {
+        held.push(granted);
+    }
+    assert!(!held.is_empty());
+    // Every slot is held for ever, so this one is of the replica that comes back.
+    let began = Instant::now();
+    let lease = m.lease(&id("a"), LeaseRequest::lasting(TTL).waiting(TTL)).await.unwrap();
+    assert!(began.elapsed() < TTL && held.iter().all(|(key, _)| key.replica != lease.replica_id));
+}

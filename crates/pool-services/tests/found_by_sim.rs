@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use pool_domain::lifecycle::Policy;
 use pool_domain::{BackoffPolicy, BreakerPolicy, PoolId};
-use pool_services::ports::StateLedger;
-use pool_services::{DrainOptions, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
+use pool_services::ports::{Phase, StateLedger};
+use pool_services::{DrainOptions, LeaseRequest, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::time::{Instant, sleep};
 
@@ -226,6 +226,20 @@ async fn a_drain_ends_in_time_though_the_next_daemon_gets_no_answer() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_drain_ends_in_time_though_the_next_daemon_asks_once_more() {
+    let node = FakeNode::default();
+    let health = Policy::default().health;
+    let deadline = health.timeout * health.failures + Duration::from_secs(1);
+    let began = Instant::now();
+    draining_and_left(&node, deadline).await;
+    // Idle, and so asked again when the first time is up.
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    until(&m, &id(), |s| s.replicas[0].state == "idle").await;
+    assert!(began.elapsed() <= deadline + Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_resume_during_the_adoption_calls_the_drain_off() {
     let node = FakeNode::default();
     draining_and_left(&node, Duration::from_secs(60)).await;
@@ -264,4 +278,86 @@ async fn a_fence_outlives_the_daemon() {
     assert_eq!(node.engines.launches().len(), 1, "not for a moment");
     node.engines.leftovers_end();
     until(&m, &newcomer, PoolSnapshot::ready).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_also_waits_for_an_engine_that_nobody_wants_any_more() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.obeys_term = false);
+    ready_and_left(&node).await;
+    let (m, _events) = node.manage(vec![]).await;
+    assert!(m.shutdown(LONG).await);
+    assert!(node.engines.running().is_empty() && node.ledger.recorded().await.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_gives_the_requests_of_an_engine_that_nobody_wants_no_more_time_than_others() {
+    let node = FakeNode::default();
+    draining_and_left(&node, LONG).await;
+    node.engines.script(|s| s.busy = Some(1));
+    let (m, _events) = node.manage(vec![]).await;
+    let began = Instant::now();
+    assert!(m.shutdown(LONG).await);
+    assert!(node.engines.running().is_empty());
+    assert!(began.elapsed() <= Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_says_that_an_engine_that_nobody_wants_may_be_left_and_does_not_wait_for_it() {
+    let node = FakeNode::default();
+    node.engines.script(|s| (s.leaves_child, s.killable) = (true, false));
+    ready_and_left(&node).await;
+    let (m, _events) = node.manage(vec![]).await;
+    let began = Instant::now();
+    assert!(!m.shutdown(Duration::from_secs(600)).await);
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_nobody_wants_is_killed_when_the_time_for_an_orderly_end_is_up() {
+    let node = FakeNode::default();
+    node.engines.script(|s| s.obeys_term = false);
+    ready_and_left(&node).await;
+    let (m, _events) = node.manage(vec![]).await;
+    assert!(!m.shutdown(Duration::from_millis(100)).await);
+    assert!(node.engines.running().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_stands_where_an_engine_was_recorded_is_not_shown_as_its_process() {
+    for phase in [None, Some(Phase::Starting), Some(Phase::Stopping)] {
+        let node = FakeNode::default();
+        ready_and_left(&node).await;
+        node.ledger.tamper(|records| {
+            for r in records.values_mut() {
+                r.nonce = "another".into();
+                r.phase = phase.clone().unwrap_or(r.phase.clone());
+            }
+        });
+        let (m, _events) = node.manage(vec![spec("chat")]).await;
+        until(&m, &id(), |p| {
+            assert!(!p.live(), "{phase:?}: {p:#?}");
+            p.replicas[0].state == "fenced"
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_of_before_keeps_its_slot_though_a_newer_lease_is_idle() {
+    let node = FakeNode::default();
+    ready_and_left(&node).await;
+    node.engines.script(|s| s.busy = Some(1));
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let leases = async || m.pool(&id()).await.unwrap().replicas[0].active_leases;
+    until(&m, &id(), PoolSnapshot::ready).await;
+    sleep(Duration::from_secs(12)).await;
+    let lease = m.lease(&id(), LeaseRequest::lasting(Duration::from_secs(60))).await.unwrap();
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!(leases().await, 2, "the one request may be anybody's");
+    m.release(&lease.id).await.unwrap();
+    assert_eq!(leases().await, 1);
+    node.engines.script(|s| s.busy = Some(0));
+    sleep(Duration::from_secs(2)).await;
+    assert_eq!(leases().await, 0);
 }

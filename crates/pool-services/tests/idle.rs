@@ -136,3 +136,25 @@ async fn its_replicas_stop_together_or_not_at_all() {
     drop(guard);
     until(&m, &id, |s| s.replicas.iter().all(|r| r.state == "idle")).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn one_that_somebody_waits_for_is_not_unused() {
+    // The first one tells when it is suspect; of the second one the patience ends while it is.
+    let mut idle_ttl = TTL;
+    for waits in [false, true] {
+        let node = FakeNode::default();
+        let patient = PoolSpec { idle_ttl: Some(idle_ttl), ..on_demand("chat") };
+        let (m, mut events, id, ready) = woken(&node, patient).await;
+        tokio::time::sleep(Duration::from_secs(61)).await;
+        node.engines.script(|s| s.decodes = false);
+        until(&m, &id, |s| state(s) == "suspect").await;
+        node.engines.script(|s| s.decodes = true);
+        idle_ttl = ready.elapsed() + Duration::from_secs(2);
+        if waits {
+            // A suspect engine grants nothing.
+            assert!(m.lease(&id, LeaseRequest::lasting(TTL).waiting(TTL)).await.is_ok());
+            assert!(ready.elapsed() > idle_ttl);
+            assert_eq!((stops(&mut events), node.engines.launches().len()), (0, 1), "stopped under who waited");
+        }
+    }
+}

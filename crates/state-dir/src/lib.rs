@@ -44,6 +44,9 @@ use tracing::error;
 
 use crate::record::{HandoffRecord, PoolRecord};
 
+/// Where handoffs lie.
+const HANDOFF: &str = "handoff";
+
 /// Why the state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
@@ -98,7 +101,7 @@ impl StateDir {
         let root = path.into();
         let paths = Paths {
             ledger: root.join("ledger"),
-            handoff: root.join("handoff"),
+            handoff: root.join(HANDOFF),
             engines: root.join("engines"),
             pools: root.join("pools"),
             root,
@@ -326,6 +329,26 @@ impl StateLedger for StateDir {
 fn boot_id() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     if id.is_empty() { format!("run-{}", std::process::id()) } else { id.trim().to_owned() }
+}
+
+/// What Ready replicas tell consumers, from the files below a state directory; those of a running daemon, too. What is no
+/// handoff is left out.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn handoffs(state_dir: &Path) -> io::Result<Vec<Handoff>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(state_dir.join(HANDOFF))? {
+        let path = entry?.path();
+        if files::is_leftover(&path) {
+            continue;
+        }
+        // One that was withdrawn in the meantime is none.
+        let record = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<HandoffRecord>(&bytes).ok());
+        found.extend(record.and_then(HandoffRecord::into_handoff));
+    }
+    found.sort_by(|a, b| a.key.cmp(&b.key));
+    Ok(found)
 }
 
 fn handoff_name(key: &ReplicaKey) -> String {

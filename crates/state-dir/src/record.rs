@@ -9,7 +9,7 @@ use std::path::Path;
 
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
-use pool_domain::{Generation, PoolId, ReplicaId, Tick};
+use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, Tick};
 use pool_services::ports::Handoff;
 use pool_services::snapshot::LastError;
 use serde::de::DeserializeOwned;
@@ -218,8 +218,7 @@ pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Re
 }
 
 /// A handoff as consumers read it.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-#[cfg_attr(test, derive(Deserialize))]
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandoffRecord {
     pool: String,
     replica: String,
@@ -262,5 +261,23 @@ impl From<&Handoff> for HandoffRecord {
             slots: h.slots,
             vram: h.vram,
         }
+    }
+}
+
+impl HandoffRecord {
+    /// What it says; nothing if one of its names is none.
+    pub(crate) fn into_handoff(self) -> Option<Handoff> {
+        let replica = ReplicaId(self.replica.strip_prefix('r')?.parse().ok()?);
+        Some(Handoff {
+            key: ReplicaKey { pool: self.pool.parse().ok()?, replica },
+            generation: Generation(self.generation),
+            endpoint: self.endpoint,
+            engine: self.engine,
+            engine_version: self.engine_version,
+            model: self.model,
+            device_mask: self.device_mask,
+            slots: self.slots,
+            vram: self.vram,
+        })
     }
 }

@@ -41,7 +41,10 @@ pub(super) const ROWS: &[Row] = &[
     row(
         "hang: /health says ok, nothing is decoded",
         "found within 45 s, ended, restarted",
-        &["pool-services::node::a_hang_is_seen_within_45_s"],
+        &[
+            "pool-services::health::a_hang_while_idle_is_seen_within_45_s",
+            "pool-services::health::a_hang_while_busy_is_seen_within_45_s_and_says_what_stood_still",
+        ],
     ),
     row(
         "engine stopped by SIGSTOP",
@@ -52,7 +55,7 @@ pub(super) const ROWS: &[Row] = &[
         "slow answers, flapping health",
         "slow is no hang; suspect at the second miss, ended at the third",
         &[
-            "pool-services::node::slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well",
+            "pool-services::health::slow_health_within_its_timeout_and_an_engine_that_does_not_say_how_busy_it_is_are_well",
             "pool-domain::lifecycle::suspect_at_the_second_miss_and_ended_at_the_third",
         ],
     ),
@@ -61,8 +64,12 @@ pub(super) const ROWS: &[Row] = &[
         "told from other SIGKILLs by the cgroup's own counter",
         &["engine-host::oom::an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory"],
     ),
-    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::the_log_decides_the_class"]),
-    later("VRAM is not given back", "the device is fenced", "issue 6 (needs NVML)"),
+    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::real_logs_tell_their_class"]),
+    row(
+        "VRAM is not given back",
+        "the device is fenced until it is (by NVML on real GPUs: issue 6)",
+        &["pool-services::devices::memory_that_does_not_come_back_fences_its_device_until_it_does"],
+    ),
     later("XIDs, ECC, NVML that blocks, driver reload, MIG changed", "by device", "issue 6 (needs NVML)"),
     row(
         "`kill -9` of the daemon at every named point, with engines in Starting, Warming, Ready, Draining and Stopping",
@@ -136,10 +143,10 @@ pub(super) const ROWS: &[Row] = &[
         "engines are found by their locks and ended",
         &["pool-managerd::e2e_adopt::a_state_directory_that_was_deleted_leaves_no_engine_behind"],
     ),
-    later(
+    row(
         "power loss",
-        "files are fsynced, renamed, and so is the directory",
-        "no test: nothing here loses unsynced writes",
+        "whatever counted as written is there",
+        &["state-dir::power::what_counts_as_written_is_there_after_a_power_cut"],
     ),
     row(
         "port taken, or all of them",
@@ -159,7 +166,15 @@ pub(super) const ROWS: &[Row] = &[
         "nothing decides by it",
         "no test: clippy keeps the wall clock out of every crate that decides",
     ),
-    later("suspend; lease holder dies", "leases end by their TTL", "issue 5"),
+    row(
+        "lease holder dies",
+        "its leases end by their TTL; a late release does nothing",
+        &[
+            "pool-services::leases::a_lease_ends_with_its_ttl_unless_it_is_renewed_and_its_slot_goes_to_who_waits",
+            "pool-managerd::e2e_leases::a_lease_expires_and_its_slot_goes_to_who_waits",
+        ],
+    ),
+    later("suspend of the machine", "TTLs do not count it", "no test: the clock of tokio stands still meanwhile"),
     row("contention for slots", "never over-granted", &["pool-services::admission::many_threads_one_limit"]),
     later("slow clients by the thousand", "others are served", "issue 7"),
     row(
@@ -184,5 +199,14 @@ pub(super) const ROWS: &[Row] = &[
         "bounded and rotated, also while no daemon runs; blocks nobody",
         &["pool-managerd::chaos::a_flood_of_log_fills_no_disk_blocks_no_engine_and_outlives_the_daemon"],
     ),
-    later("reload storm; rollback that fails too", "serialised, exact", "issue 5"),
+    row(
+        "reload storm",
+        "one after the other, the last wish wins",
+        &["pool-services::reload::the_same_spec_again_is_nothing_and_the_last_of_many_wins"],
+    ),
+    row(
+        "rollback that fails too",
+        "the pool has failed, with both reasons; others serve on",
+        &["pool-services::reload::when_the_way_back_fails_too_the_pool_has_failed_with_both_reasons"],
+    ),
 ];

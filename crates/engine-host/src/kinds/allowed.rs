@@ -79,6 +79,30 @@ const LLAMA_CPP: &[&str] = &[
     "-lv",
 ];
 
+const VLLM: &[&str] = &[
+    "--dtype",
+    "--quantization",
+    "--kv-cache-dtype",
+    "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
+    "--tensor-parallel-size",
+    "-tp",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--max-num-batched-tokens",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--enable-chunked-prefill",
+    "--no-enable-chunked-prefill",
+    "--enforce-eager",
+    "--block-size",
+    "--seed",
+    "--reasoning-parser",
+    "--tool-call-parser",
+    "--enable-auto-tool-choice",
+    "--scheduling-policy",
+];
+
 const STUB: &[&str] = &[
     "--load-ms",
     "--slots",
@@ -101,6 +125,7 @@ const STUB: &[&str] = &[
 pub(crate) fn check(kind: Kind, args: &[String]) -> Result<(), Failure> {
     let allowed = match kind {
         Kind::LlamaCpp => LLAMA_CPP,
+        Kind::Vllm => VLLM,
         Kind::Stub => STUB,
     };
     // A negative number is a value; whatever else begins with a dash is an argument.

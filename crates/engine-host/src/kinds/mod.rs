@@ -3,6 +3,7 @@
 pub(crate) mod allowed;
 pub(crate) mod llama_cpp;
 pub(crate) mod stub;
+pub(crate) mod vllm;
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -71,6 +72,7 @@ pub(crate) fn engine_env(
 pub(crate) fn check_args(kind: Kind, args: &[String]) -> Result<(), Failure> {
     let owned: &[&str] = match kind {
         Kind::LlamaCpp => llama_cpp::OWNED,
+        Kind::Vllm => vllm::OWNED,
         Kind::Stub => stub::OWNED,
     };
     match args.iter().map(|arg| flag_of(arg)).find(|flag| owned.contains(flag)) {

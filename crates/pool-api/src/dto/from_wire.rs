@@ -107,6 +107,8 @@ impl TryFrom<PoolView> for PoolSnapshot {
             aliases: p.aliases,
             hold: p.hold,
             leases_waiting: p.leases_waiting,
+            // Nobody takes guards of another process.
+            guards: Default::default(),
             replicas: p.replicas.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
         })
     }

@@ -17,7 +17,6 @@ pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
 };
-pub(crate) use problem::FORM;
 pub use problem::{Code, Problem};
 
 macro_rules! dtos {

@@ -115,7 +115,7 @@ codes! {
 }
 
 /// What helps with a request that is not of the form.
-pub(crate) const FORM: &str = "GET /openapi.json describes what this request takes";
+const FORM: &str = "GET /openapi.json describes what this request takes";
 
 const SOON: Duration = Duration::from_secs(1);
 
@@ -203,7 +203,8 @@ impl From<ControlError> for Problem {
             ControlError::PoolInFile(_) => Self::new(Code::PoolInFile, text).with_hint(
                 "change the file and POST /v1/config/reload, or POST …/reload, which holds until the file changes",
             ),
-            ControlError::Conflict(_) => Self::new(Code::Conflict, text),
+            ControlError::Conflict(_) => Self::new(Code::Conflict, text)
+                .with_hint("GET /v1/pools/{id} shows how the pool stands, GET /v1/operations what is under way"),
             ControlError::Saturated { retry_after } => Self::new(Code::PoolSaturated, text)
                 .with_retry(Some(retry_after))
                 .with_hint("ask again then, or wait for a slot with wait_ms"),
@@ -228,9 +229,6 @@ impl From<ControlError> for Problem {
                 let known = Code::ALL.iter().find(|c| c.as_str() == code).copied();
                 let mut p = Self::new(known.unwrap_or(Code::Internal), detail);
                 p.code = code;
-                if known == Some(Code::InvalidParams) {
-                    return p.with_hint(FORM);
-                }
                 if known.is_none() { p.with_status(StatusCode::BAD_GATEWAY) } else { p }
             }
             other => Self::new(Code::Internal, other.to_string()),
@@ -243,6 +241,10 @@ impl Code {
     #[must_use]
     pub fn hint(self) -> Option<&'static str> {
         Some(match self {
+            Self::InvalidParams => FORM,
+            Self::Conflict => {
+                "GET /v1/pools/{id} and GET /v1/operations show what is there; ask for what follows from it"
+            }
             Self::MaskInvalid => "GET /v1/node lists the devices",
             Self::SplitInvalid => "write \"off\", \"auto\", or one ratio for each device of the mask",
             Self::ModelRefInvalid => "name a file below a root of [models], or stub:NAME for a stub engine",

@@ -197,6 +197,14 @@ impl Scrape {
         }
         register(&mut self.0, doc, family);
     }
+
+    fn counter<T>(&mut self, doc: MetricDoc, items: &[T], read: impl Fn(&T) -> Vec<(Labels, u64)>) {
+        let family = Counters::default();
+        for (labels, value) in items.iter().flat_map(read) {
+            family.get_or_create(&labels).inc_by(value);
+        }
+        register(&mut self.0, doc, family);
+    }
 }
 
 fn flag(yes: bool) -> f64 {
@@ -218,6 +226,11 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     s.gauge(names::POOL_READY, pools, |p| vec![(pool(p), flag(p.ready()))]);
     s.gauge(names::POOL_LIVE, pools, |p| vec![(pool(p), flag(p.live()))]);
     s.gauge(names::LEASES_WAITING, pools, |p| vec![(pool(p), f64::from(p.leases_waiting))]);
+    s.counter(names::GUARDS_GRANTED, pools, |p| vec![(pool(p), p.guards.granted)]);
+    s.counter(names::GUARDS_REFUSED, pools, |p| {
+        let refused = |reason: &str, n| ([pool(p), vec![("reason", reason.to_owned())]].concat(), n);
+        vec![refused("saturated", p.guards.saturated), refused("closed", p.guards.closed)]
+    });
     s.gauge(names::POOL_READY_REPLICAS, pools, |p| vec![(pool(p), f64::from(p.ready_replicas()))]);
     s.gauge(names::POOL_REPLICAS, pools, |p| vec![(pool(p), number(p.replicas.len() as u64))]);
     s.gauge(names::POOL_HOLD, pools, |p| vec![(pool(p), flag(p.hold))]);
@@ -248,8 +261,6 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
         DeviceHealth::CODES.iter().map(|code| (labels(code), flag(*code == d.health.code()))).collect()
     });
     s.gauge(names::SIMULATED, &[node.simulated], |s| vec![(Vec::new(), flag(*s))]);
-    let lost = Counter::<u64>::default();
-    lost.inc_by(node.events_lost);
-    register(&mut s.0, names::EVENTS_LOST, lost);
+    s.counter(names::EVENTS_LOST, &[node.events_lost], |n| vec![(Vec::new(), *n)]);
     s.0
 }

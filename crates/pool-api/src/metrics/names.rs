@@ -41,12 +41,16 @@ metrics! {
     EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
-    LEASES_GRANTED = "leases_granted_total", "counter", REPLICA, "Leases granted";
+    LEASES_GRANTED = "leases_granted_total", "counter", REPLICA, "Leases granted over the API";
     RELOADS = "reloads_total", "counter", &["pool_id", "replica_id", "outcome"],
         "Reloads that ended: in the new spec, in the old one as it was, or in neither";
     LEASES_REFUSED = "leases_refused_total", "counter", &["pool_id", "replica_id", "reason"],
-        "Leases refused, by reason";
+        "Leases refused over the API, by reason";
     LEASES_QUEUED = "leases_queued_total", "counter", REPLICA, "Leases that had to be waited for";
+    GUARDS_GRANTED = "guards_granted_total", "counter", POOL,
+        "Leases granted within the daemon's process, which are counted and not told one by one";
+    GUARDS_REFUSED = "guards_refused_total", "counter", &["pool_id", "reason"],
+        "The same refused: every slot was taken (saturated), or no replica was ready (closed)";
     LEASES_ENDED = "leases_ended_total", "counter", &["pool_id", "replica_id", "how"],
         "Leases that ended: released, expired or revoked with their engine; guards within the process are not counted";
     LEASES_RENEWED = "leases_renewed_total", "counter", REPLICA, "Renewals of leases";

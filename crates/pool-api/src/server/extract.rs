@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::{MAX_BODY, MAX_WAIT};
-use crate::dto::{Code, FORM, Problem};
+use crate::dto::{Code, Problem};
 
 pub(super) fn invalid_params(detail: impl Into<String>) -> Problem {
     Problem::new(Code::InvalidParams, detail)
@@ -49,9 +49,7 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for Body<T> {
         if bytes.iter().find(|b| !b.is_ascii_whitespace()) != Some(&b'{') {
             return Err(invalid_params("the body is no JSON object"));
         }
-        serde_json::from_slice(&bytes)
-            .map(Self)
-            .map_err(|e| invalid_params(format!("the body does not fit: {e}")).with_hint(FORM))
+        serde_json::from_slice(&bytes).map(Self).map_err(|e| invalid_params(format!("the body does not fit: {e}")))
     }
 }
 

@@ -9,7 +9,7 @@ use axum::response::IntoResponse;
 
 use super::extract::{Answer, Body, Id, Pool, invalid_params};
 use super::handlers::App;
-use crate::dto::{FORM, LeaseBody, LeaseView, Problem, RenewBody};
+use crate::dto::{LeaseBody, LeaseView, Problem, RenewBody};
 
 /// Take a slot, or wait for one; who asked first is served first. A pool at rest that starts on demand is started. The
 /// place is lost when the connection is.
@@ -24,7 +24,7 @@ use crate::dto::{FORM, LeaseBody, LeaseView, Problem, RenewBody};
     (status = 503, description = "POOL_UNREADY, POOL_DRAINING or POOL_UNAVAILABLE", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody>) -> Answer {
-    let request = b.request(&id).map_err(|e| invalid_params(e.to_string()).with_hint(FORM))?;
+    let request = b.request(&id).map_err(|e| invalid_params(e.to_string()))?;
     let lease = s.control.lease(&id, request).await?;
     let location = format!("/v1/leases/{}", lease.id);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(LeaseView::from(&lease))).into_response())

@@ -183,11 +183,10 @@ pub struct PoolSpec {
     /// When they start; the default is the profile's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub activation: Option<ActivationText>,
-    /// Time without requests after which an on-demand pool stops; without it, never. Read and kept; nothing stops for it
-    /// yet.
+    /// Time without requests after which an on-demand pool stops; without it, never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idle_ttl: Option<DurationText>,
-    /// Never evicted for another pool. Read and kept; nothing is evicted yet, so every pool is.
+    /// Never evicted for another pool, and not stopped for `idle_ttl`; default false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pin: Option<bool>,
     /// Context in tokens over all slots; default the largest that fits, at most 8192.

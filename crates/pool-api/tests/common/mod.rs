@@ -80,6 +80,7 @@ pub(crate) fn chat() -> PoolSnapshot {
         aliases: vec!["gpt".into()],
         hold: false,
         leases_waiting: 2,
+        guards: Default::default(),
         replicas: vec![replica(0), replica(1)],
     }
 }

@@ -162,7 +162,7 @@ impl LeaseBook {
                 self.strangers.adopted(at, slots, &self.limits, now);
                 Vec::new()
             }
-            Event::Busy { at, strange } => self.strangers.busy(at, strange, now).into_iter().collect(),
+            Event::Busy { at, work } => self.strangers.busy(at, &work, now).into_iter().collect(),
             Event::Timer => self.timer(now),
         }
     }

@@ -14,6 +14,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::liveness::Signals;
 use crate::{Generation, PoolId, ReplicaId, Tick};
 
 pub use book::LeaseBook;
@@ -190,12 +191,12 @@ pub enum Event {
         /// Its slots.
         slots: u16,
     },
-    /// It says that it works on this many requests of which no lease is known.
+    /// It says what it works on.
     Busy {
         /// Which.
         at: At,
-        /// How many.
-        strange: u16,
+        /// On what, requests of known leases among it.
+        work: Signals,
     },
     /// Time has passed.
     Timer,

@@ -1,17 +1,20 @@
 //! Slots of engines that outlived a run of the daemon: leases are not durable, so who holds them is not known.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Action, At, Limits, Mark};
+use crate::liveness::Signals;
 use crate::{Generation, ReplicaId, Tick};
 
 /// Slots that count as taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct Taken {
     generation: Generation,
     slots: u16,
     /// Before this the engine's word does not count: its clients may be between two requests.
     believe_from: Tick,
+    /// Requests, by slot and task, that it has worked on whenever it was believed.
+    lasting: Option<BTreeSet<(u32, u64)>>,
     /// No lease of the earlier run lasts longer.
     until: Tick,
 }
@@ -26,8 +29,13 @@ pub(super) struct Strangers {
 
 impl Strangers {
     pub(super) fn adopted(&mut self, at: At, slots: u16, limits: &Limits, now: Tick) {
-        let taken =
-            Taken { generation: at.generation, slots, believe_from: now + limits.grace, until: now + limits.max_ttl };
+        let taken = Taken {
+            generation: at.generation,
+            slots,
+            believe_from: now + limits.grace,
+            lasting: None,
+            until: now + limits.max_ttl,
+        };
         self.taken.insert(at.replica, taken);
     }
 
@@ -41,12 +49,22 @@ impl Strangers {
         self.taken.values().map(|t| u32::from(t.slots)).sum()
     }
 
-    pub(super) fn busy(&mut self, at: At, strange: u16, now: Tick) -> Option<Action> {
+    /// As many may be in use as there are requests that may be older than every lease of this run. That a lease is held
+    /// does not say that any of them is its own: its client may be between two requests.
+    pub(super) fn busy(&mut self, at: At, work: &Signals, now: Tick) -> Option<Action> {
         let taken = self.taken.get_mut(&at.replica)?;
         if taken.generation != at.generation || now < taken.believe_from {
             return None;
         }
-        self.keep(at, strange)
+        let mut lasting: BTreeSet<_> = work.slots.iter().map(|s| (s.slot, s.task)).collect();
+        // What it does not tell apart may be old.
+        let unnamed = work.running.saturating_sub(u32::try_from(lasting.len()).unwrap_or(u32::MAX));
+        if let Some(before) = &taken.lasting {
+            lasting.retain(|request| before.contains(request));
+        }
+        let old = u32::try_from(lasting.len()).unwrap_or(u32::MAX).saturating_add(unnamed);
+        taken.lasting = Some(lasting);
+        self.keep(at, u16::try_from(old).unwrap_or(u16::MAX))
     }
 
     /// Keeps at most this many.

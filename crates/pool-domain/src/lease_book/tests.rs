@@ -2,6 +2,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use super::*;
 use crate::dice::Dice;
+use crate::liveness::SlotWork;
 
 const RUN: u64 = 7;
 const SECOND: Duration = Duration::from_secs(1);
@@ -175,12 +176,12 @@ fn retry_after_follows_recent_leases_and_stays_within_bounds() {
 fn slots_of_an_adopted_engine_are_taken_until_it_is_idle_after_the_grace_or_they_are_renewed() {
     let mut b = book();
     let _ = b.step(Event::Adopted { at: at(1), slots: 4 }, Tick(0));
-    assert_eq!(b.step(Event::Busy { at: at(1), strange: 0 }, Tick(9_999)), [], "its clients may think");
+    assert_eq!(b.step(Event::Busy { at: at(1), work: counted(0) }, Tick(9_999)), [], "its clients may think");
     assert_eq!(b.step(renew(foreign(1), Some(5 * SECOND)), Tick(9_999)), [Action::Recognised(foreign(1))]);
     assert_eq!(b.strange(at(1)), 3);
     let freed = |slots| [Action::Freed { at: at(1), slots }];
-    assert_eq!(b.step(Event::Busy { at: at(1), strange: 2 }, Tick(10_000)), freed(1));
-    assert_eq!(b.step(Event::Busy { at: at(1), strange: 4 }, Tick(11_000)), [], "never taken again");
+    assert_eq!(b.step(Event::Busy { at: at(1), work: counted(2) }, Tick(10_000)), freed(1));
+    assert_eq!(b.step(Event::Busy { at: at(1), work: counted(4) }, Tick(11_000)), [], "never taken again");
     assert_eq!(b.step(release(foreign(2)), Tick(11_000)), [Action::Over, Action::Freed { at: at(1), slots: 1 }]);
     assert_eq!(b.step(release(foreign(2)), Tick(11_000)), [Action::Over], "one lease frees one slot");
     assert!(matches!(b.step(Event::Timer, Tick(15_000))[..], [Action::Ended { how: End::Expired, .. }]));
@@ -193,6 +194,43 @@ fn slots_of_an_adopted_engine_are_taken_until_it_is_idle_after_the_grace_or_they
     let newer = Event::Renew { lease: foreign(4), at: at(3), current: Some(Generation(2)), ttl: None };
     assert_eq!(b.step(newer, Tick(3_600_000)), [Action::Unknown]);
     assert_eq!(b.step(renew(mark(1), None), Tick(3_600_000)), [Action::Unknown], "ours, and never granted");
+}
+
+/// Work of which only the amount is told.
+fn counted(running: u32) -> Signals {
+    Signals { running, ..Signals::default() }
+}
+
+/// Work on these requests.
+fn named(requests: &[(u32, u64)]) -> Signals {
+    let slots: Vec<_> = requests.iter().map(|&(slot, task)| SlotWork { slot, task, prompt: 0, decoded: 0 }).collect();
+    Signals { running: u32::try_from(slots.len()).unwrap(), slots, ..Signals::default() }
+}
+
+#[test]
+fn a_slot_of_an_adopted_engine_is_taken_while_a_request_may_be_older_than_every_lease() {
+    let mut b = book();
+    let says = |b: &mut LeaseBook, work, s: u64| {
+        let _ = b.step(Event::Busy { at: at(1), work }, Tick(s * 1_000));
+        b.strange(at(1))
+    };
+    let _ = b.step(Event::Adopted { at: at(1), slots: 4 }, Tick(0));
+    assert_eq!(says(&mut b, named(&[(0, 1)]), 9), 4);
+    assert_eq!(says(&mut b, named(&[(0, 1), (1, 2)]), 10), 2);
+    let _lease = granted(&mut b, ask(1, 3600, Tick(99_000)), Tick(10_000));
+    assert_eq!(says(&mut b, named(&[(0, 1)]), 11), 1, "the lease has no request yet, the other one has");
+    assert_eq!(says(&mut b, named(&[(0, 1), (1, 3)]), 12), 1);
+    assert_eq!(says(&mut b, named(&[(0, 4), (1, 3)]), 13), 0, "as busy as before, but with other requests");
+
+    let _ = b.step(Event::Adopted { at: at(2), slots: 4 }, Tick(0));
+    let says = |b: &mut LeaseBook, work, s: u64| {
+        let _ = b.step(Event::Busy { at: at(2), work }, Tick(s * 1_000));
+        b.strange(at(2))
+    };
+    assert_eq!(says(&mut b, counted(3), 20), 3);
+    assert_eq!(says(&mut b, counted(2), 21), 2);
+    assert_eq!(says(&mut b, counted(4), 22), 2);
+    assert_eq!(says(&mut b, counted(0), 23), 0);
 }
 
 /// A replica whose slots are counted by hand.
@@ -383,8 +421,8 @@ impl World {
                 }
             }
             12 => {
-                let strange = u16::try_from(dice.below(4)).unwrap();
-                self.step(Event::Busy { at, strange });
+                let work = counted(u32::try_from(dice.below(4)).unwrap());
+                self.step(Event::Busy { at, work });
             }
             13 if dice.below(10) == 0 => self.step(Event::Dismiss),
             14 => {

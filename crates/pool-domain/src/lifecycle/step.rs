@@ -44,8 +44,15 @@ impl Replica {
             },
             Command::ResetBreaker => {
                 self.forget();
-                match &self.state {
+                match &mut self.state {
                     State::Waiting { why: Wait::Backoff { .. } | Wait::Breaker { .. }, .. } => self.attempt(cx),
+                    // The wait that would follow is one that was held against it.
+                    State::Stopping { then, .. } | State::Fenced { then, .. }
+                        if matches!(then, Then::Wait(Wait::Backoff { .. } | Wait::Breaker { .. })) =>
+                    {
+                        *then = Then::Start;
+                        Vec::new()
+                    }
                     _ => Vec::new(),
                 }
             }

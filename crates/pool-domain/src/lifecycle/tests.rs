@@ -221,6 +221,25 @@ fn a_crash_loop_waits_longer_each_time_and_then_opens_the_breaker() {
 }
 
 #[test]
+fn a_reset_while_a_failed_engine_is_being_ended_ends_its_wait_too() {
+    for fenced in [false, true] {
+        let mut r = Replica::new(Generation(0));
+        let _ = r.step(Event::Command(Command::Start), Tick(0), Draw::new(1.0), &Policy::default());
+        let crash = Fact::Exited(Failure::crash(Exit::Code(1)));
+        drive(&mut r, Tick(0), [Fact::Staged, Fact::Prepared, Fact::Launched, crash]);
+        let mut now = Tick(1);
+        if fenced {
+            now = Tick(10_001);
+            let _ = r.step(Event::Timer, now, Draw::new(1.0), &Policy::default());
+        }
+        assert_eq!(r.state.code(), if fenced { "fenced" } else { "stopping" });
+        let _ = r.step(Event::Command(Command::ResetBreaker), now, Draw::new(1.0), &Policy::default());
+        drive(&mut r, now, [Fact::Gone]);
+        assert_eq!(r.state.code(), "staging", "nothing is held against it any more");
+    }
+}
+
+#[test]
 fn ready_for_ten_minutes_comes_back_at_once() {
     let mut r = Replica::new(Generation(0));
     to_ready(&mut r, Tick(0));

@@ -214,6 +214,7 @@ fn models(raw: &RawModels, source: &Source) -> Result<Models, ConfigError> {
 fn engines(raw: BTreeMap<String, RawEngine>, source: &Source) -> Result<BTreeMap<String, Engine>, ConfigError> {
     let mut engines = BTreeMap::from([
         ("llama.cpp".to_owned(), Engine { kind: EngineKind::LlamaCpp, mode: EngineMode::Binary(None) }),
+        ("vllm".to_owned(), Engine { kind: EngineKind::Vllm, mode: EngineMode::Binary(None) }),
         ("stub".to_owned(), Engine { kind: EngineKind::Stub, mode: EngineMode::Binary(None) }),
     ]);
     for (name, raw) in raw {
@@ -232,11 +233,12 @@ fn engine(name: &str, raw: &RawEngine, source: &Source) -> Result<Engine, Config
     }
     let kind = match raw.kind.as_str() {
         "llama.cpp" => EngineKind::LlamaCpp,
+        "vllm" => EngineKind::Vllm,
         "stub" => EngineKind::Stub,
         other => {
-            let hint = match similar(other, ["llama.cpp", "stub"].into_iter()) {
+            let hint = match similar(other, ["llama.cpp", "vllm", "stub"].into_iter()) {
                 Some(word) => format!("did you mean `{word}`?"),
-                None => "known kinds: llama.cpp, stub".into(),
+                None => "known kinds: llama.cpp, vllm, stub".into(),
             };
             return Err(error("kind", format!("engine kind `{other}` is not known")).hinting(hint));
         }

@@ -114,6 +114,8 @@ pub struct Engine {
 pub enum EngineKind {
     /// llama.cpp's `llama-server`.
     LlamaCpp,
+    /// vLLM.
+    Vllm,
     /// The engine without a model.
     Stub,
 }

@@ -44,3 +44,30 @@ impl Stream {
         assert!(busy() || request(&self.addr, "GET", "/slots", None).body.contains("\"is_processing\":true"));
     }
 }
+
+/// Streams this many tokens to their end and gives the last event. `begun` is called at the first token.
+pub fn whole(endpoint: &str, tokens: u64, begun: impl FnOnce()) -> Value {
+    let addr = endpoint.trim_start_matches("http://");
+    let mut socket = TcpStream::connect(addr).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let body = json!({ "prompt": "go on", "n_predict": tokens, "stream": true }).to_string();
+    write!(
+        socket,
+        "POST /completion HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let (mut begun, mut seen, mut last) = (Some(begun), 0, Value::Null);
+    for line in BufReader::new(socket).lines() {
+        let line = line.unwrap_or_else(|e| panic!("the stream broke after {seen} tokens: {e}"));
+        let Some(data) = line.strip_prefix("data: ") else { continue };
+        assert_ne!(last["stop"], true, "something came after the end");
+        last = serde_json::from_str(data).unwrap();
+        seen += u64::from(last["stop"] == false);
+        if let Some(begun) = begun.take() {
+            begun();
+        }
+    }
+    assert_eq!((&last["stop"], seen), (&json!(true), tokens), "the stream was cut off");
+    last
+}

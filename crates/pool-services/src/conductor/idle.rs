@@ -32,7 +32,8 @@ impl Conductor {
         }
         let now = self.node.clock.now();
         let policy = IdlePolicy { idle_ttl, min_ready_time: self.node.min_ready_time };
-        let activities: Vec<Activity> = self.members.iter().map(|m| activity(m, now)).collect();
+        let waited_for = self.desk.waiting() > 0;
+        let activities: Vec<Activity> = self.members.iter().map(|m| activity(m, waited_for, now)).collect();
         verdict(&activities, self.asked, &policy, now)
     }
 
@@ -85,11 +86,12 @@ impl Member {
     }
 }
 
-fn activity(member: &Member, now: Tick) -> Activity {
+/// `waited_for`: somebody waits for a slot of the pool.
+fn activity(member: &Member, waited_for: bool, now: Tick) -> Activity {
     match &member.published.borrow().state {
         State::Idle | State::Failed { .. } | State::Fenced { .. } => Activity::Rests,
         State::Waiting { .. } => Activity::Waits,
-        _ if member.admission.in_use() > 0 => Activity::Busy,
+        _ if waited_for || member.admission.in_use() > 0 => Activity::Busy,
         State::Ready { since: ready_since, .. } | State::Suspect { ready_since, .. } => {
             let last_used = last_used(member.admission.unused_for(), *ready_since, now);
             Activity::Unused { ready_since: *ready_since, last_used }

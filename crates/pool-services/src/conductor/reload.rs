@@ -164,7 +164,7 @@ impl Conductor {
         if *reload.to.spec == *self.made.spec {
             self.source = reload.source.unwrap_or_else(|| self.source.clone());
             self.show();
-            self.end_operation(&operation, OperationState::Succeeded("unchanged".into()));
+            self.end_operation(&operation, OperationState::Succeeded(crate::execute::UNCHANGED.into()));
             return;
         }
         let held = self.hold.held();

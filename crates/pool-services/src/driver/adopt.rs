@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, Event, Fact, OnDeadline, Proof, State};
-use pool_domain::liveness::Work;
+use pool_domain::liveness::{Signals, Work};
 use pool_domain::{Failure, FailureClass};
 use tokio_util::sync::CancellationToken;
 
@@ -147,11 +147,10 @@ impl Driver {
         let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
         let again = self.policy.health.timeout;
         let patience = again * self.policy.health.failures;
-        // The end of a drain does not wait for a proof, however long that may take with all its questions.
-        let longest = patience + again + PROBE_TIMEOUT * 2;
+        // The end of a drain does not wait for a proof, nor for whatever is asked in its place.
         let ends_in = match self.attempt.drain {
-            Some((deadline, OnDeadline::Force)) => Some(deadline.since(self.clock.now())).filter(|d| *d < longest),
-            _ => None,
+            Some((deadline, OnDeadline::Force)) => deadline.since(self.clock.now()),
+            _ => Duration::MAX,
         };
         self.run_work(async move {
             let check = || async {
@@ -166,28 +165,26 @@ impl Driver {
                 }
             };
             let asked = async {
-                let first = tokio::time::timeout(ends_in.unwrap_or(patience), check()).await;
+                let mut checked = tokio::time::timeout(patience, check()).await;
                 // With every slot taken by requests of before, nothing can be asked of it; busy is not dead.
-                if first.is_ok() || ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await {
-                    return first;
+                if checked.is_err() && !may_be_busy(&*ports.probe, &endpoint).await {
+                    // It was until just now, perhaps.
+                    checked = tokio::time::timeout(again, check()).await;
                 }
-                // It was until just now, perhaps.
-                tokio::time::timeout(again, check()).await
+                match checked {
+                    Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
+                    Ok(Err(failure)) => Fact::Unproved(failure),
+                    Err(_) if may_be_busy(&*ports.probe, &endpoint).await => Fact::Adopted(Some(recorded.clone())),
+                    Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
+                }
             };
-            let checked = tokio::select! {
+            let fact = tokio::select! {
                 biased;
                 // Of its end the watch tells, and knows why.
                 _ = engine.exited() => std::future::pending().await,
-                checked = asked => checked,
+                fact = tokio::time::timeout(ends_in, asked) => fact,
             };
-            Report::Fact(match checked {
-                Ok(Ok(proof)) => Fact::Adopted(Some(Proof { slots: recorded.slots, ..proof })),
-                Ok(Err(failure)) => Fact::Unproved(failure),
-                Err(_) if ends_in.is_some() || may_be_busy(&*ports.probe, &endpoint).await => {
-                    Fact::Adopted(Some(recorded))
-                }
-                Err(_) => Fact::Unproved(Failure::new(FailureClass::Hang, "it does not do a unit of work in time")),
-            })
+            Report::Fact(fact.unwrap_or(Fact::Adopted(Some(recorded))))
         });
     }
 
@@ -212,8 +209,7 @@ impl Driver {
             desk.adopted(at, guards).await;
             loop {
                 tokio::time::sleep(ASK_AGAIN).await;
-                let busy = busy_if_told(&*probe, &endpoint).await;
-                if desk.busy(at, busy).await == 0 {
+                if desk.busy(at, told(&*probe, &endpoint).await).await == 0 {
                     return;
                 }
             }
@@ -222,10 +218,10 @@ impl Driver {
 
     /// Keeps the record in step with the state. Called before the actions of a step, which may forget the attempt.
     pub(super) fn note_phase(&mut self) {
-        let Some(record) = &mut self.attempt.record else { return };
-        if self.ports.provisioner.external(&self.spec).is_some() {
+        if self.runs_elsewhere() {
             return;
         }
+        let Some(record) = &mut self.attempt.record else { return };
         let generation = record.generation;
         let phase = match &self.replica.state {
             _ if self.replica.generation != generation => None,
@@ -278,12 +274,12 @@ async fn may_be_busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> bool {
 /// Requests that an engine says it works on.
 pub(crate) async fn busy(probe: &dyn EngineProbe, endpoint: &Endpoint) -> u16 {
     // Who does not say has nothing that could be waited for.
-    busy_if_told(probe, endpoint).await.unwrap_or(0)
+    told(probe, endpoint).await.map_or(0, |work| u16::try_from(work.running).unwrap_or(u16::MAX))
 }
 
-async fn busy_if_told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<u16> {
+async fn told(probe: &dyn EngineProbe, endpoint: &Endpoint) -> Option<Signals> {
     match tokio::time::timeout(PROBE_TIMEOUT, probe.signals(endpoint)).await {
-        Ok(Work::Told(signals)) => Some(u16::try_from(signals.running).unwrap_or(u16::MAX)),
+        Ok(Work::Told(signals)) => Some(signals),
         Ok(Work::Untold | Work::Silent) | Err(_) => None,
     }
 }

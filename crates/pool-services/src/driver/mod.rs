@@ -560,6 +560,11 @@ impl Driver {
         self.attempt.engine.as_ref().and_then(|e| e.pid())
     }
 
+    /// Whether somebody else runs it.
+    fn runs_elsewhere(&self) -> bool {
+        self.ports.provisioner.external(&self.spec).is_some()
+    }
+
     fn handoff(&self) -> Option<Handoff> {
         let (prepared, grant) = (self.attempt.prepared.as_ref()?, self.attempt.grant.as_ref()?);
         let proof = self.replica.state.proof()?;

@@ -133,8 +133,13 @@ impl Driver {
         let r = &self.replica;
         let (reason_code, reason) = reason(&r.state, r.last_failure.as_ref());
         let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
-        // Who runs an external engine alone knows of its process: it lives once it answers.
-        let live = r.state.live() && (self.process().is_some() || !matches!(r.state, State::Starting { .. }));
+        let live = r.state.live()
+            && match self.process() {
+                Some(_) => true,
+                // Who runs an external engine alone knows of its process: it lives once it answers. Of others there is
+                // none that is known: what stands in the way of an adoption is not the engine.
+                None => self.runs_elsewhere() && !matches!(r.state, State::Starting { .. }),
+            };
         ReplicaSnapshot {
             id: self.key.replica,
             generation: r.generation,

@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use pool_domain::lease_book::{At, LeaseId};
+use pool_domain::liveness::Signals;
 use pool_domain::{Generation, ReplicaKey};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::admission::SlotGuard;
 use crate::control::ControlError;
 use crate::lease::{Lease, LeaseRequest};
+use crate::tally::Tally;
 
 pub(super) type Granted<T> = Result<T, ControlError>;
 pub(super) type Guarded = (ReplicaKey, SlotGuard);
@@ -24,7 +26,7 @@ pub(super) enum DeskCommand {
     Release { id: LeaseId, answer: oneshot::Sender<Granted<()>> },
     List { answer: oneshot::Sender<Vec<Lease>> },
     Adopted { at: At, guards: Vec<SlotGuard> },
-    Busy { at: At, busy: Option<u16>, left: oneshot::Sender<u16> },
+    Busy { at: At, work: Option<Signals>, left: oneshot::Sender<u16> },
 }
 
 /// The desk of a pool.
@@ -36,6 +38,8 @@ pub(crate) struct Desk {
     /// Rung when somebody who waited is gone.
     pub(super) gone: Arc<Notify>,
     pub(super) waiting: Arc<AtomicU32>,
+    /// Guards, whether they had to wait or not.
+    pub(crate) tally: Arc<Tally>,
 }
 
 fn stopping<E>(_: E) -> ControlError {
@@ -115,10 +119,10 @@ impl Desk {
         let _ = self.commands.send(DeskCommand::Adopted { at, guards }).await;
     }
 
-    /// It works on this many requests, if it says. Returns how many of its slots still count as taken for that.
-    pub(crate) async fn busy(&self, at: At, busy: Option<u16>) -> u16 {
+    /// It works on this, if it says. Returns how many of its slots still count as taken.
+    pub(crate) async fn busy(&self, at: At, work: Option<Signals>) -> u16 {
         let (left, answered) = oneshot::channel();
-        if self.commands.send(DeskCommand::Busy { at, busy, left }).await.is_err() {
+        if self.commands.send(DeskCommand::Busy { at, work, left }).await.is_err() {
             return 0;
         }
         answered.await.unwrap_or(0)

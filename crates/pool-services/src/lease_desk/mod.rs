@@ -14,7 +14,7 @@ use pool_domain::lease_book::{Action, Ask, At, End, Event, LeaseBook, LeaseId, L
 use pool_domain::{Generation, Holder, ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::admission::{Admission, SlotGuard};
+use crate::admission::{Admission, Refused, SlotGuard};
 use crate::clock::Clock;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::ControlError;
@@ -23,6 +23,7 @@ use crate::lease::{DEFAULT_TTL, Lease, LeaseRequest, MAX_WAIT};
 use crate::roster::Roster;
 use crate::snapshot::PoolSnapshot;
 use crate::spec::Activation;
+use crate::tally::Tally;
 
 use handle::{DeskCommand, Granted, Guarded};
 use outlook::{Outlook, start_failed};
@@ -56,13 +57,13 @@ impl EmptyDesk {
     pub(crate) fn new() -> Self {
         let (tx, commands) = mpsc::channel(DESK_QUEUE);
         let (bell, gone) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let desk = Desk { commands: tx, bell, gone, waiting: Arc::new(AtomicU32::new(0)) };
+        let desk = Desk { commands: tx, bell, gone, waiting: Arc::default(), tally: Arc::default() };
         Self { desk, commands }
     }
 
     /// Works until nobody can ask it any more.
     pub(crate) async fn run(self, parts: DeskParts) {
-        let Self { desk: Desk { bell, gone, waiting, .. }, commands } = self;
+        let Self { desk: Desk { bell, gone, waiting, tally, .. }, commands } = self;
         let mut hasher = DefaultHasher::new();
         (parts.seed, parts.clock.now()).hash(&mut hasher);
         let seen = parts.facts.borrow().snapshot.clone();
@@ -77,6 +78,7 @@ impl EmptyDesk {
             tickets: 0,
             demanded: false,
             waiting,
+            tally,
         };
         clerk.run(commands, &bell, &gone).await;
     }
@@ -124,9 +126,10 @@ struct Clerk {
     /// A slot on its way into the book.
     in_hand: Option<SlotGuard>,
     tickets: u64,
-    /// The pool was asked to start since it rests.
+    /// What rests was asked to start since it does.
     demanded: bool,
     waiting: Arc<AtomicU32>,
+    tally: Arc<Tally>,
 }
 
 impl Clerk {
@@ -189,13 +192,11 @@ impl Clerk {
                 self.step(Event::Adopted { at, slots });
                 self.prune();
             }
-            DeskCommand::Busy { at, busy, left } => {
+            DeskCommand::Busy { at, work, left } => {
                 self.prune();
                 // Who does not say how busy it is may be busy.
-                if let Some(busy) = busy {
-                    let in_use = self.admission(at.replica).map_or(0, |a| a.in_use());
-                    let ours = in_use.saturating_sub(self.book.strange(at));
-                    self.step(Event::Busy { at, strange: busy.saturating_sub(ours) });
+                if let Some(work) = work {
+                    self.step(Event::Busy { at, work });
                 }
                 let _ = left.send(self.book.strange(at));
             }
@@ -255,13 +256,11 @@ impl Clerk {
     /// The pool has another picture, or none any more.
     fn look(&mut self, told: bool) {
         let now = self.p.facts.borrow().snapshot.clone();
-        if Outlook::of(&now) != Outlook::Rests {
-            self.demanded = false;
-        }
         if start_failed(&self.seen, &now) {
             self.step(Event::Dismiss);
         }
         self.seen = now;
+        self.demanded &= self.some_rest();
         if !told {
             // Its conductor has ended, and with it the pool.
             self.seen.replicas.clear();
@@ -349,21 +348,28 @@ impl Clerk {
             return;
         }
         match Outlook::of(&self.seen) {
-            Outlook::Serves | Outlook::Coming => {}
-            Outlook::Rests if self.roster().spec.activation == Activation::OnDemand => {
-                if !self.demanded
-                    && let Some(conductor) = self.p.conductor.upgrade()
-                {
-                    let (answer, _) = oneshot::channel();
-                    // A full queue is tried again when anything changes.
-                    self.demanded = conductor.try_send(ConductorCommand { wish: Wish::Demand, answer }).is_ok();
-                }
-            }
-            Outlook::Rests => {}
             Outlook::Hopeless => {
                 self.step(Event::Dismiss);
             }
+            Outlook::Serves | Outlook::Coming | Outlook::Rests => self.demand(),
         }
+    }
+
+    /// Asks for what rests: the pool, or those of its replicas that gave way to another.
+    fn demand(&mut self) {
+        if self.demanded || !self.some_rest() || self.roster().spec.activation != Activation::OnDemand {
+            return;
+        }
+        if let Some(conductor) = self.p.conductor.upgrade() {
+            let (answer, _) = oneshot::channel();
+            // A full queue is tried again when anything changes.
+            self.demanded = conductor.try_send(ConductorCommand { wish: Wish::Demand, answer }).is_ok();
+        }
+    }
+
+    fn some_rest(&self) -> bool {
+        let serves = |id| self.roster().serving().any(|seat| seat.key.replica == id);
+        self.seen.replicas.iter().any(|r| r.state == "idle" && serves(r.id))
     }
 
     /// Feeds the book and does what it says; what is left is for the caller.
@@ -391,10 +397,16 @@ impl Clerk {
             }
             Action::Refused { ticket, why, holder } => {
                 let (error, reason) = self.refusal(why, now);
-                for asker in self.asked.remove(&ticket).unwrap_or_default() {
+                let askers = self.asked.remove(&ticket).unwrap_or_default();
+                if askers.iter().any(|asker| matches!(asker, Asker::Guard(_))) {
+                    let saturated = matches!(error, ControlError::Saturated { .. });
+                    self.tally.refused(if saturated { Refused::Saturated } else { Refused::Closed });
+                } else {
+                    self.tell(None, EventKind::LeaseRefused { reason, holder });
+                }
+                for asker in askers {
                     asker.refuse(error.clone());
                 }
-                self.tell(None, EventKind::LeaseRefused { reason, holder });
             }
             Action::Unwanted(_) => self.in_hand = None,
             Action::Ended { held, how } => {
@@ -434,7 +446,9 @@ impl Clerk {
                 let key = ReplicaKey { pool: self.roster().spec.id.clone(), replica: at.replica };
                 if let Some(Asker::Guard(answer)) = askers.into_iter().next() {
                     // From who is gone the guard comes back, and is dropped.
-                    taken = answer.send(Ok((key, guard))).is_ok();
+                    if answer.send(Ok((key, guard))).is_ok() {
+                        self.tally.granted();
+                    }
                 }
             }
             Some(mark) => {

@@ -172,10 +172,6 @@ impl Invariant for ReadyIsProved {
                 let of = |p: &&Process| p.launch.key == key && p.launch.generation == r.generation;
                 let what = if r.ready { "ready" } else { "live" };
                 let Some(p) = view.scene.processes.values().rev().find(of) else {
-                    // A start that was refused, and what refused it.
-                    if r.state == "adopting" && view.scene.alive().any(|p| p.launch.key == key) {
-                        continue;
-                    }
                     return Err(format!("{key:?} is {what} in generation {} without a process", r.generation.0));
                 };
                 if r.ready && !proved(p, view.scene.up) {

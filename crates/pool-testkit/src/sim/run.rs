@@ -207,6 +207,7 @@ impl Runner {
             let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
             // A drain that may be given up may leave it running; one on demand may have been found so.
             let asked = self.wanted.get(&pool.pool_id).copied().flatten();
+            let asked = asked.filter(|run| *run || !self.watch.lock().scene.may_give_up(&pool.pool_id));
             let wanted = match (spec.activation, pool.hold) {
                 (Activation::Preload, false) => Some(true),
                 (_, true) if spec.on_deadline == OnDeadline::Force => asked.filter(|run| !run),
@@ -251,13 +252,14 @@ impl Runner {
         let fenced = pictures(manager).await.iter().any(|p| p.replicas.iter().any(|r| r.state == "fenced"));
         let known = |p: &&super::truth::Process| !p.disowned && (in_time || !p.launch.unkillable);
         let left = self.watch.lock().scene.alive().find(known).cloned();
-        // What nobody wants any more has no replica to be seen at.
+        // An engine that belongs to no replica any more is Fenced nowhere: its devices stay closed.
+        let stands = |p: &super::truth::Process| p.launch.unkillable || p.forged && !self.schedule.cgroups;
         // Nor can memory be proved that nobody tells of.
-        let strays = {
+        let stands = {
             let scene = &self.watch.lock().scene;
-            scene.alive().any(|p| p.launch.unkillable) || scene.ill.contains(&None)
+            scene.alive().any(stands) || scene.ill.contains(&None)
         };
-        if !in_time && !fenced && !strays {
+        if !in_time && !fenced && !stands {
             self.watch.wrong("shutdown_ends", "it did not end within its deadline".into());
         } else if let Some(p) = left.filter(|_| in_time) {
             self.watch.wrong("shutdown_ends", format!("it ended in time, and there is {p:?}"));

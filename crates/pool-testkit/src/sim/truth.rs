@@ -230,6 +230,8 @@ pub struct Scene {
     given_up: BTreeSet<PoolId>,
     /// Pools that are being brought into another form, for all that is known.
     pub reloading: BTreeSet<PoolId>,
+    /// The last daemon went with something unwritten, for all that is known.
+    unwritten: bool,
     /// Since when facts can be written at once; never unset but at times.
     disk_well: Option<Duration>,
     /// Since when the daemon is gone, if it is.
@@ -251,6 +253,7 @@ impl Default for Scene {
             lifting: BTreeSet::new(),
             given_up: BTreeSet::new(),
             reloading: BTreeSet::new(),
+            unwritten: false,
             disk_well: Some(Duration::ZERO),
             down: None,
             up: Duration::ZERO,
@@ -285,6 +288,12 @@ impl Scene {
     #[must_use]
     pub fn disk_well(&self) -> bool {
         self.disk_well.is_some()
+    }
+
+    /// Whether a drain that may be given up may be all that this daemon knows of a later one that may not.
+    #[must_use]
+    pub fn may_give_up(&self, pool: &PoolId) -> bool {
+        self.unwritten && self.given_up.contains(pool)
     }
 
     /// Takes in what happened.
@@ -332,8 +341,9 @@ impl Scene {
             What::Down(_) => {
                 self.down = Some(at);
                 let lifting = std::mem::take(&mut self.lifting);
+                self.unwritten = !self.written(Duration::ZERO, at);
                 // The next daemon may find the hold that was lifted.
-                if !self.written(Duration::ZERO, at) {
+                if self.unwritten {
                     lifting.iter().for_each(|pool| self.blame(Some(pool)));
                 }
                 // A drain that was given up leaves an engine that serves, and a hold, which the next daemon follows.
