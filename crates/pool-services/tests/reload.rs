@@ -293,6 +293,22 @@ async fn a_pool_that_sleeps_is_changed_without_waking_it() {
     assert_eq!(all_ready(&m, 1).await.model, "stub:other");
 }
 
+/// Otherwise the old engine would come back under the new spec's name when the drain is called off.
+#[tokio::test(start_paused = true)]
+async fn a_pool_that_is_being_drained_is_not_reloaded() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![old(1)]).await;
+    let before = picture(&all_ready(&m, 1).await);
+    let (_, guard) = m.allocate_lease(&chat()).unwrap();
+    m.drain(&chat(), DrainOptions { deadline: Some(LONG), on_deadline: None }).await.unwrap();
+    until(&m, &chat(), PoolSnapshot::draining).await;
+    let state = reload(&m, to(new(1), Strategy::Auto)).await;
+    assert!(matches!(&state, OperationState::Failed(why) if why.contains("drained")), "{state:?}");
+    m.resume(&chat()).await.unwrap();
+    assert_eq!(picture(&all_ready(&m, 1).await), before);
+    drop(guard);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_failed_pool_is_started_by_a_reload() {
     let node = FakeNode::default();

@@ -153,7 +153,7 @@ fn when_no_process_can_be_made_starts_are_tried_again_and_the_daemon_lives() {
     bounded.limit(&bounded.now().to_string());
     daemon.post("/v1/pools/one/preload", "{}");
     let failed = daemon.until("one", |p| !p["last_error"].is_null());
-    assert_eq!(failed["last_error"]["class"], "crash", "{failed:#}");
+    assert_eq!(failed["last_error"]["class"], "node", "{failed:#}");
     assert_eq!(daemon.get("/livez").status, 200);
     bounded.limit("max");
     daemon.post("/v1/pools/one/breaker/reset", "{}");

@@ -164,6 +164,10 @@ impl Conductor {
         }
         let were: BTreeMap<_, _> =
             self.serving().map(|m| (m.key.replica, Was::of(&m.published.borrow().state))).collect();
+        if self.hold.held() && were.values().any(|w| *w != Was::Rest) {
+            let why = "it is being drained: wait until it rests, or resume it first";
+            return self.end_operation(&operation, OperationState::Failed(why.into()));
+        }
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
         let asleep = self.hold.held() || rests && reload.to.spec.activation == Activation::OnDemand;
