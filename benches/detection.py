@@ -279,6 +279,14 @@ def let_go(thread):
         pass
 
 
+def put_down(pid, thread):
+    """Ends an engine of which a thread may be traced."""
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    if thread is not None:
+        wait_for("end of the traced thread", lambda: let_go(thread) or not Path(f"/proc/{thread}").exists(), 0.05)
+
+
 def answers(port):
     try:
         return ask(port, "POST", "/v1/completions", json.dumps({"prompt": "x", "max_tokens": 1}), timeout=5.0)[0] == 200
@@ -303,15 +311,16 @@ def watched(seconds, port, says, over):
 
 def frozen(binary, engine, model, llama_swap, seconds=60):
     """A real llama-server whose computing thread stands still: its own word, llama-swap's and ours."""
-    rows = {}
+    rows, thread = {}, None
     port = free_port()
     alone = start([engine, "-m", model, "--port", port, "-t", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for("llama-server", lambda: serves(port))
-        freeze(alone.pid, port)
+        thread = freeze(alone.pid, port)
         rows["llama-server"] = watched(seconds, port, lambda: serves(port), lambda: False)
         rows["llama-server"]["answers"] = answers(port)
     finally:
+        put_down(alone.pid, thread)
         stop(alone)
 
     if llama_swap:
@@ -320,19 +329,20 @@ def frozen(binary, engine, model, llama_swap, seconds=60):
         (home / "c.yaml").write_text(
             f"models:\n  m:\n    proxy: http://127.0.0.1:{port}\n    cmd: {engine} -m {model} --port {port} -t 1\n"
         )
+        pid = thread = None
         swap = start([llama_swap, "-config", home / "c.yaml", "-listen", f"127.0.0.1:{front}"],
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             wait_for("llama-swap", lambda: connects(front))
             ask(front, "POST", "/v1/completions", json.dumps({"model": "m", "prompt": "x", "max_tokens": 1}))
-            freeze(pid := listener(port), port)
+            pid = listener(port)
+            thread = freeze(pid, port)
             ready = lambda: json.loads(ask(front, "GET", "/running")[1])["running"][0]["state"] == "ready"
             rows["llama-swap"] = watched(seconds, port, ready, lambda: listener(port) != pid)
             rows["llama-swap"]["answers"] = answers(port)
         finally:
+            put_down(pid, thread)
             stop(swap)
-            if pid := listener(port):
-                os.kill(pid, signal.SIGKILL)
             shutil.rmtree(home, ignore_errors=True)
 
     pool = (

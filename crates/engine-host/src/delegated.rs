@@ -2,7 +2,9 @@
 //!
 //! Only leaves hold processes where controllers are handed down (cgroup-v2.rst, "No Internal Process Constraint"). So the daemon
 //! goes into a cgroup of its own, `supervisor`, and those of the engines lie beside it. A unit with `DelegateSubgroup=supervisor`
-//! starts it there, which it has to when the engines of an earlier daemon are beside it still.
+//! starts it there. It does not step aside in a service by itself: systemd before 254 starts each process of a service in
+//! the service's own cgroup, which the kernel refuses with EBUSY once it is divided, so that a daemon that died could not
+//! come back while its engines live. A scope is started once.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -26,7 +28,7 @@ pub(crate) fn is_delegated(dir: &Path) -> bool {
 
 /// Goes from a cgroup that is delegated into one of its own below it, so that it can be divided. Says whether it did.
 pub(crate) fn step_aside(own: &Path, delegated: impl Fn(&Path) -> bool, pid: u32) -> bool {
-    if !delegated(own) {
+    if own.extension().is_some_and(|kind| kind == "service") || !delegated(own) {
         return false;
     }
     let aside = own.join(SUBGROUP);
@@ -68,12 +70,21 @@ mod tests {
     #[test]
     fn a_daemon_whose_cgroup_is_delegated_steps_aside_and_hands_down_what_there_is() {
         let root = tempfile::tempdir().unwrap();
-        let unit = root.path().join("pool-managerd.service");
+        let unit = root.path().join("run-r1.scope");
         cgroup(&unit, "cpu memory io\n");
         assert!(step_aside(&unit, |dir| dir == unit, 42));
         hand_down(&unit);
         assert_eq!(text(&unit.join("supervisor"), "cgroup.procs"), "42");
         assert_eq!(text(&unit, "cgroup.subtree_control"), "+memory");
+    }
+
+    #[test]
+    fn a_service_that_could_not_be_started_again_is_not_divided() {
+        let root = tempfile::tempdir().unwrap();
+        let unit = root.path().join("pool-managerd.service");
+        cgroup(&unit, "memory\n");
+        assert!(!step_aside(&unit, |_| true, 42));
+        assert!(!unit.join("supervisor").exists());
     }
 
     #[test]

@@ -47,8 +47,6 @@ pub enum Step {
     Verify,
     /// Drain and stop these. Undone: those that ran run again.
     Stop(Vec<ReplicaId>),
-    /// Wait until these, which are not to run, do not. Undone: nothing is.
-    Settle(Vec<ReplicaId>),
     /// What these are made from at their next start. Undone: the old again.
     Change(Vec<ReplicaId>),
     /// New replicas, each with its place in the spec; they serve nobody yet. Undone: they are no more.
@@ -74,7 +72,6 @@ impl fmt::Display for Step {
         match self {
             Self::Verify => f.write_str("looking whether the new one can run"),
             Self::Stop(ids) => write!(f, "draining {}", list(ids)),
-            Self::Settle(ids) => write!(f, "waiting until {} are at rest", list(ids)),
             Self::Change(_) => f.write_str("changing the spec"),
             Self::Add(_) => f.write_str("adding replicas"),
             Self::Start(ids) => write!(f, "starting {}", list(ids)),
@@ -94,8 +91,8 @@ pub struct Incumbent {
     pub place: u16,
 }
 
-/// The steps by which a pool comes to run `places` replicas of a new spec. With `asleep` nothing is to run, and what still
-/// does is ending: it is waited for, and nothing is started. [`Strategy::Auto`] is taken for in place: who knows the memory decides before.
+/// The steps by which a pool comes to run `places` replicas of a new spec. With `asleep` nothing runs, nor is to run:
+/// then nothing is started. [`Strategy::Auto`] is taken for in place: who knows the memory decides before.
 #[must_use]
 pub fn plan(strategy: Strategy, old: &[Incumbent], places: u16, asleep: bool) -> Vec<Step> {
     let ids = |of: &[Incumbent]| of.iter().map(|i| i.id).collect::<Vec<_>>();
@@ -125,7 +122,7 @@ pub fn plan(strategy: Strategy, old: &[Incumbent], places: u16, asleep: bool) ->
     };
     for turn in turns.into_iter().filter(|turn| !turn.is_empty()) {
         if asleep {
-            steps.extend([Step::Settle(turn.clone()), Step::Change(turn)]);
+            steps.push(Step::Change(turn));
         } else {
             steps.extend([Step::Stop(turn.clone()), Step::Change(turn.clone()), Step::Start(turn)]);
         }

@@ -318,7 +318,11 @@ async fn resume_cancels_a_running_drain_and_abort_gives_up() {
     let op = m.drain(&id, abort).await.unwrap();
     let done = m.wait_operation(&op.id, LONG).await.unwrap();
     assert!(matches!(done.state, OperationState::Failed(_)), "{done:?}");
-    assert!(m.pool(&id).await.unwrap().ready());
+    let after = m.pool(&id).await.unwrap();
+    assert!(after.ready() && !after.hold, "{after:?}");
+    drop(guard);
+    assert!(m.allocate_lease(&id).is_ok());
+    assert!(!pool_services::ports::StateLedger::held(&*node.ledger, &id).await, "the next daemon would drain it");
 }
 
 #[tokio::test(start_paused = true)]

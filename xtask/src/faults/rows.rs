@@ -176,7 +176,11 @@ pub(super) const ROWS: &[Row] = &[
     ),
     later("suspend of the machine", "TTLs do not count it", "no test: the clock of tokio stands still meanwhile"),
     row("contention for slots", "never over-granted", &["pool-services::admission::many_threads_one_limit"]),
-    later("slow clients by the thousand", "others are served", "issue 7"),
+    row(
+        "slow clients by the hundred",
+        "others are served, and engines watched",
+        &["pool-managerd::chaos::slow_clients_by_the_hundred_hold_up_neither_requests_nor_an_engine"],
+    ),
     row(
         "no descriptors left",
         "engines run on, the crash is seen, the API answers again",

@@ -37,7 +37,7 @@ impl Pool {
         let part = |ids: &[ReplicaId]| ids.iter().copied().take(share).collect::<Vec<_>>();
         match step {
             Step::Verify => {}
-            Step::Stop(ids) | Step::Settle(ids) => self.each(&part(ids), |m| m.runs = false),
+            Step::Stop(ids) => self.each(&part(ids), |m| m.runs = false),
             Step::Change(ids) => self.each(&part(ids), |m| m.new = true),
             Step::Add(new) => {
                 for (id, _) in new.iter().take(share) {
@@ -71,7 +71,7 @@ impl Pool {
 
     fn undo(&mut self, step: &Step) {
         match step {
-            Step::Verify | Step::Settle(_) => {}
+            Step::Verify => {}
             Step::Stop(ids) => {
                 assert!(ids.iter().all(|id| !self.members[id].new), "it comes back as it was");
                 self.each(ids, |m| m.runs = true);

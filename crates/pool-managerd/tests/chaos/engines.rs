@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 
 use crate::checker::Checker;
@@ -154,7 +154,11 @@ fn when_no_process_can_be_made_starts_are_tried_again_and_the_daemon_lives() {
     daemon.post("/v1/pools/one/preload", "{}");
     let failed = daemon.until("one", |p| !p["last_error"].is_null());
     assert_eq!(failed["last_error"]["class"], "node", "{failed:#}");
-    assert_eq!((failed["breaker"].as_str(), failed["backoff"]["failures"].as_u64()), (Some("closed"), Some(0)), "{failed:#}");
+    assert_eq!(
+        (failed["breaker"].as_str(), failed["backoff"]["failures"].as_u64()),
+        (Some("closed"), Some(0)),
+        "{failed:#}"
+    );
     assert_eq!(daemon.get("/livez").status, 200);
     bounded.limit("max");
     daemon.post("/v1/pools/one/breaker/reset", "{}");
@@ -172,4 +176,34 @@ fn ready_once(daemon: &Daemon) {
     daemon.post("/v1/pools/one/stop?wait_ms=30000", "{}");
     until_dead(main);
     state(daemon, "one", "idle");
+}
+
+/// Half a head, half a body, and an answer that nobody reads, four hundred times.
+#[test]
+fn slow_clients_by_the_hundred_hold_up_neither_requests_nor_an_engine() {
+    let dir = place(&pool("one", &[], QUICK));
+    let daemon = Daemon::start_in_place(dir);
+    let (engines, checker) = (Engines::of(&daemon), Checker::of(daemon.dir()));
+    let before = pid(&ready(&daemon, "one"));
+    let words = [
+        "GET /v1/pools HTTP/1.1\r\nHost: h\r\nX-Half: ",
+        "POST /v1/pools/one/leases HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{",
+        "GET /v1/pools HTTP/1.1\r\nHost: h\r\n\r\n",
+    ];
+    let slow: Vec<TcpStream> = (0..400)
+        .map(|n| {
+            let mut stream = TcpStream::connect(daemon.addr()).unwrap();
+            stream.write_all(words[n % words.len()].as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    assert_eq!(daemon.get("/livez").status, 200);
+    signal(before, "KILL");
+    let after = daemon.until("one", |p| generation(p) > 1 && p["ready"] == true);
+    assert_eq!(daemon.post("/v1/pools/one/leases", "{}").status, 201);
+    assert_eq!(engines.running(), [pid(&after)]);
+    drop(slow);
+    let (code, dir) = daemon.end(&engines);
+    assert_eq!(code, Some(0));
+    checker.nothing_is_left(dir.path());
 }

@@ -82,6 +82,7 @@ impl Conductor {
         let serving: Vec<&Published> =
             self.members.iter().zip(&replicas).filter(|(m, _)| m.serves).map(|(_, r)| r).collect();
         let (hold, revision, spec) = (self.hold.held(), self.revision, &self.made.spec);
+        let mut given_up = false;
         self.facts.send_if_modified(|f| {
             let before = f.clone();
             f.snapshot.hold = hold;
@@ -95,14 +96,23 @@ impl Conductor {
             if settled {
                 for o in f.operations.iter_mut().filter(|o| o.state == OperationState::Running) {
                     judge(o, &serving);
+                    // A drain that was given up holds nobody back: all is as it was before.
+                    given_up |= o.verb == "drain" && o.state == OperationState::Failed(GIVEN_UP.into());
                 }
+                f.snapshot.hold &= !given_up;
             }
             let changed = *f != before;
             f.snapshot.snapshot += u64::from(changed);
             changed
         });
+        if given_up {
+            self.hold.set(false);
+        }
     }
 }
+
+/// What became of a drain that aborts at its deadline.
+const GIVEN_UP: &str = "given up: leases were still held at the deadline";
 
 /// How an operation stands, given its pool's replicas.
 fn judge(o: &mut Operation, replicas: &[&Published]) {
@@ -139,7 +149,7 @@ fn judge(o: &mut Operation, replicas: &[&Published]) {
             } else if replicas.iter().any(|r| matches!(r.state, State::Fenced { .. })) {
                 o.state = OperationState::Failed("something of an engine may be left: its devices are fenced".into());
             } else if replicas.iter().any(|r| r.state.ready()) {
-                o.state = OperationState::Failed("given up: leases were still held at the deadline".into());
+                o.state = OperationState::Failed(GIVEN_UP.into());
             }
         }
     }

@@ -174,11 +174,13 @@ impl Conductor {
             if published.verbs != m.sent && !held { Was::Trying } else { Was::of(&published.state) }
         };
         let were: BTreeMap<_, _> = self.serving().map(|m| (m.key.replica, was(m))).collect();
+        if held && were.values().any(|w| *w != Was::Rest) {
+            let why = "it is being drained: wait until it rests, or resume it first";
+            return self.end_operation(&operation, OperationState::Failed(why.into()));
+        }
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
-        // A drain that was given up leaves an engine that serves, and so the new one has to.
-        let serves = |m: &Member| matches!(m.published.borrow().state, State::Ready { .. } | State::Suspect { .. });
-        let asleep = held && !self.serving().any(serves) || rests && reload.to.spec.activation == Activation::OnDemand;
+        let asleep = held || rests && reload.to.spec.activation == Activation::OnDemand;
         self.tell(EventKind::ReloadStarted);
         let policy = &reload.to.spec.reload;
         let (deadline, on_deadline) =
@@ -266,8 +268,6 @@ impl Conductor {
                 let deadline = running.deadline.since(self.node.clock.now());
                 self.command(ids, Command::Drain { deadline, on_deadline: running.on_deadline }).await;
             }
-            // What ends does so in its own time.
-            Step::Settle(_) => {}
             Step::Change(ids) => {
                 let spec = Arc::clone(&reload.to.spec);
                 // What the old earned is not held against the new.
@@ -313,7 +313,7 @@ impl Conductor {
 
     async fn begin_undo(&mut self, running: &mut Running, step: &Step) {
         match step {
-            Step::Verify | Step::Settle(_) | Step::Flip { .. } | Step::Retire(_) => {}
+            Step::Verify | Step::Flip { .. } | Step::Retire(_) => {}
             Step::Stop(ids) => {
                 for id in ids {
                     if running.were.get(id).is_some_and(|was| *was != Was::Rest) {
@@ -367,7 +367,7 @@ impl Conductor {
                 look
             }
             Step::Change(_) | Step::Add(_) | Step::Flip { .. } => Look::Done,
-            Step::Stop(ids) | Step::Settle(ids) => self.over(ids, |seen| {
+            Step::Stop(ids) => self.over(ids, |seen| {
                 if seen.iter().all(|p| matches!(p.state, State::Idle | State::Failed { .. })) {
                     Look::Done
                 } else if seen.iter().any(|p| matches!(p.state, State::Fenced { .. })) {
@@ -399,9 +399,7 @@ impl Conductor {
 
     fn look_undone(&self, running: &Running, step: &Step, found: Option<Verdict>) -> Look {
         match step {
-            Step::Verify | Step::Settle(_) | Step::Change(_) | Step::Add(_) | Step::Flip { .. } | Step::Retire(_) => {
-                Look::Done
-            }
+            Step::Verify | Step::Change(_) | Step::Add(_) | Step::Flip { .. } | Step::Retire(_) => Look::Done,
             Step::Commit => match found {
                 None => Look::Pending,
                 Some(written) => {

@@ -360,6 +360,12 @@ impl World {
         self.judge_devices(&mut inner);
     }
 
+    /// Whether strangers hold memory of a device.
+    #[must_use]
+    pub fn has_strangers(&self) -> bool {
+        self.lock().devices.iter().any(|d| d.foreign > 0)
+    }
+
     /// The name of a device.
     #[must_use]
     pub fn uuid(&self, at: usize) -> String {
