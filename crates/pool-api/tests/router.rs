@@ -144,7 +144,7 @@ async fn every_error_has_its_status_and_code() {
 async fn strangers_are_turned_away_on_every_route_and_method() {
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW"];
     let mut paths: Vec<&str> = ROUTES.iter().map(|(_, p)| *p).collect();
-    paths.extend(["/", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
+    paths.extend(["/", "/dashboard.js", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
     for path in paths {
         for method in methods {
             for (hosts, origin) in [
@@ -152,7 +152,10 @@ async fn strangers_are_turned_away_on_every_route_and_method() {
                 (&["localhost.evil.test:9200"], None),
                 (&[], None),
                 (&["localhost", "evil.test"], None),
-                (&["localhost"], Some("http://localhost")),
+                (&["localhost"], Some("http://localhost:9201")),
+                (&["localhost:9200"], Some("http://localhost")),
+                (&["localhost:9200"], Some("http://127.0.0.1:9200")),
+                (&["evil.test"], Some("http://evil.test")),
                 (&["localhost"], Some("null")),
                 (&["localhost"], Some("")),
             ] {
@@ -183,8 +186,28 @@ async fn known_hosts_and_origins_pass() {
         assert_eq!(response.status(), 200, "{host}");
         assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
     }
+    // What a browser says of the daemon's own page.
+    for (host, origin) in [("127.0.0.1:9200", "http://127.0.0.1:9200"), ("gpu.lan", "https://gpu.lan")] {
+        let mut r = request("GET", "/v1/node");
+        r.headers_mut().insert(header::HOST, host.parse().unwrap());
+        r.headers_mut().insert(header::ORIGIN, origin.parse().unwrap());
+        assert_eq!(send(Fake::default(), r).await.status(), 200, "{origin}");
+    }
     let foreign = send(Fake::default(), request("GET", "http://evil.test/v1/node")).await;
     assert_eq!(foreign.status(), 403);
+}
+
+#[tokio::test]
+async fn the_page_may_do_nothing_but_ask_this_daemon() {
+    for (path, kind) in [("/", "text/html"), ("/dashboard.css", "text/css"), ("/dashboard.js", "text/javascript")] {
+        let response = send(Fake::default(), request("GET", path)).await;
+        assert_eq!(response.status(), 200, "{path}");
+        let header = |name: header::HeaderName| response.headers()[name].to_str().unwrap().to_owned();
+        assert!(header(header::CONTENT_TYPE).starts_with(kind), "{path}");
+        let policy = header(header::CONTENT_SECURITY_POLICY);
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+    }
 }
 
 #[tokio::test]
@@ -256,7 +279,7 @@ async fn good_bodies() {
 
 #[tokio::test]
 async fn unknown_routes_and_methods() {
-    for path in ["/", "/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
+    for path in ["/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
         let (s, p) = problem(send(Fake::default(), request("GET", path)).await).await;
         assert_eq!((s, p["code"].as_str().unwrap()), (404, "NOT_FOUND"), "{path}");
     }

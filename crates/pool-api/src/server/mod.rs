@@ -1,5 +1,6 @@
 //! The router: handlers over a `PoolControl`, behind a guard that looks at Host and Origin of every request.
 
+mod dashboard;
 mod extract;
 mod guard;
 mod handlers;
@@ -166,6 +167,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/operations/{id}", get(handlers::operation))
         .route("/metrics", get(handlers::metrics))
         .route("/openapi.json", get(openapi::document))
+        .merge(dashboard::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
