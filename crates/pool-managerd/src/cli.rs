@@ -41,6 +41,8 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Watch devices, pools and their countdowns until a key ends it
+    Top(ClientArgs),
     /// Start every engine of a pool, and lift its hold
     Preload(VerbArgs),
     /// Refuse new leases, wait for the running ones, stop, and hold the pool
@@ -263,6 +265,7 @@ mod tests {
             "devices --server http://127.0.0.1:1",
             "drain chat --deadline 2s --on-deadline abort",
             "breaker reset chat",
+            "top --server http://127.0.0.1:1",
             "unfence 0",
             "stop chat --no-wait",
             "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",

@@ -75,7 +75,7 @@ impl From<OnDeadline> for lifecycle::OnDeadline {
     }
 }
 
-fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
+pub(crate) fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
     HttpControl::new(&args.server).map_err(|e| Exit::new(USAGE, format!("--server: {e}")))
 }
 

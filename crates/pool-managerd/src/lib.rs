@@ -18,6 +18,7 @@ mod restore;
 pub mod serve;
 pub mod tables;
 mod tell;
+pub mod top;
 
 // Where the project's first users looked for these.
 pub use pool_domain::health;

@@ -224,6 +224,13 @@ fn an_address_that_is_taken_is_78() {
 }
 
 #[test]
+fn a_live_view_without_a_terminal_is_64() {
+    let top = run(&["top"]);
+    assert_eq!(code(&top), Some(64));
+    assert!(stderr(&top).contains("needs a terminal") && stderr(&top).contains("hint: "), "{}", stderr(&top));
+}
+
+#[test]
 fn commands_say_when_nobody_answers() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", free.local_addr().unwrap());

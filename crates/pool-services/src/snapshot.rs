@@ -70,6 +70,40 @@ pub struct ReplicaSnapshot {
     pub context: Option<u64>,
 }
 
+impl ReplicaSnapshot {
+    /// One that never ran.
+    #[must_use]
+    pub fn idle(id: ReplicaId) -> Self {
+        Self {
+            id,
+            generation: Generation(0),
+            state: "idle",
+            reason_code: "",
+            reason: String::new(),
+            live: false,
+            ready: false,
+            draining: false,
+            endpoint: None,
+            pid: None,
+            device_mask: String::new(),
+            engine_version: String::new(),
+            slots_total: 0,
+            active_leases: 0,
+            restart_count: 0,
+            breaker: "closed",
+            backoff_failures: 0,
+            next_start_in_ms: None,
+            proof: "",
+            first_unit_ms: None,
+            last_error: None,
+            consecutive_failures: 0,
+            last_check_at: None,
+            vram_reserved: 0,
+            context: None,
+        }
+    }
+}
+
 /// Leases that somebody in this process took as guards, since the pool is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct GuardCounts {
