@@ -2,6 +2,7 @@
 //! with what it says, byte for byte. A slot is held as long as the answer flows.
 
 mod ask;
+pub(crate) mod docs;
 mod headers;
 mod models;
 mod progress;
@@ -32,7 +33,7 @@ use crate::server::{AppState, Caller};
 
 use ask::{Ask, Payload};
 pub use headers::{LEASE, PROGRESS, REQUEST_ID, WAIT};
-pub(crate) use models::models;
+pub(crate) use models::{__path_models, models};
 pub(crate) use refusal::Dialect;
 use refusal::Refusal;
 use send::Whole;

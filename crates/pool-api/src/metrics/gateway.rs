@@ -23,11 +23,15 @@ type Histograms = Family<Labels, Histogram, Fine>;
 
 /// How one request went.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct GatewayTrip {
-    pub(crate) waited: Duration,
-    pub(crate) first_byte: Option<Duration>,
-    pub(crate) took: Duration,
-    pub(crate) bytes: u64,
+pub struct GatewayTrip {
+    /// For a slot.
+    pub waited: Duration,
+    /// From the request until the engine began to answer, if it did.
+    pub first_byte: Option<Duration>,
+    /// From the request to the end.
+    pub took: Duration,
+    /// What came from the engine.
+    pub bytes: u64,
 }
 
 #[derive(Debug)]
@@ -63,7 +67,8 @@ impl GatewayMetrics {
 }
 
 impl Metrics {
-    pub(crate) fn gateway_trip(&self, pool: &PoolId, tenant: &str, outcome: &str, trip: &GatewayTrip) {
+    /// Counts a request that went to an engine.
+    pub fn gateway_trip(&self, pool: &PoolId, tenant: &str, outcome: &str, trip: &GatewayTrip) {
         let labels = vec![("pool_id", pool.to_string())];
         let g = &self.gateway;
         g.wait.get_or_create(&labels).observe(trip.waited.as_secs_f64());
@@ -76,7 +81,8 @@ impl Metrics {
         count(&g.requests, &labels.into_iter().chain(further).collect());
     }
 
-    pub(crate) fn gateway_refused(&self, code: &str, tenant: &str) {
+    /// Counts a request that did not.
+    pub fn gateway_refused(&self, code: &str, tenant: &str) {
         count(&self.gateway.refused, &vec![("tenant_id", tenant.to_owned()), ("code", code.to_owned())]);
     }
 }

@@ -15,7 +15,7 @@ use prometheus_client::registry::{Metric, Registry};
 use std::sync::atomic::AtomicU64;
 
 use gateway::GatewayMetrics;
-pub(crate) use gateway::GatewayTrip;
+pub use gateway::GatewayTrip;
 pub use names::{ALL, MetricDoc};
 
 type Labels = Vec<(&'static str, String)>;

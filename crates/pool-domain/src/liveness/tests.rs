@@ -201,3 +201,22 @@ fn a_hang_says_what_stood_still() {
         "1 running and 2 waiting requests got no token and no prompt progress for 10 s (slot 0 at 17 tokens)"
     );
 }
+
+#[test]
+fn what_clients_get_from_it_is_a_sign_of_life_also_where_its_kind_tells_nothing() {
+    for work in [Work::Untold, Work::Told(busy(vec![slot(1, 9, 3)])), Work::Silent] {
+        let flows_until = |end: u64| {
+            ended_at(&policy(), 60, |now| Round { flow: now.min(end) / 10_000, ..serving(work.clone()) })
+        };
+        assert_eq!(flows_until(u64::MAX), None, "{work:?}");
+        // What stands still once it flows no more is seen as before; where nothing is told, nothing is.
+        let stood = flows_until(100_000);
+        let told = matches!(work, Work::Told(_));
+        assert_eq!(stood.is_some_and(|at| (100_001..=145_000).contains(&at)), told, "{work:?} {stood:?}");
+    }
+    // It does not outweigh an engine that says that it is ill.
+    let mut liveness = Liveness::new(at(0));
+    let ill = |flow| Round { health: Health::Ill("503".into()), flow, ..serving(Work::Untold) };
+    liveness.observe(ill(1), at(10), &policy());
+    assert_eq!(class(&liveness.observe(ill(2), at(20), &policy())), Some(FailureClass::Health));
+}
