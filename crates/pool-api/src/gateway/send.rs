@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::task::{Context as Poller, Poll};
+use std::time::Duration;
 
 use axum::http::request::Parts;
 use axum::http::uri::{Authority, PathAndQuery, Scheme};
@@ -16,6 +17,8 @@ use super::{Ask, Context, Payload, Refusal, Way, engine_failed, headers};
 
 /// How often a request is given another engine because nobody took the connection.
 const TRIES: u32 = 3;
+/// Until its end is noticed, slots of an engine that is gone are still given away.
+const NOTICED: Duration = Duration::from_millis(50);
 
 /// A body that is there as a whole.
 #[derive(Debug, Clone, Default)]
@@ -94,7 +97,7 @@ pub(super) async fn send(
                 tracing::debug!(error = %e, pool_id = %trip.route.key.pool, "an engine takes no connection");
                 trip.drop_untold();
                 tries += 1;
-                tokio::task::yield_now().await;
+                tokio::time::sleep(NOTICED).await;
             }
             Err(e) => {
                 let detail = if e.is_connect() {
