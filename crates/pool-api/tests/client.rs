@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{Fake, chat, id, node, operation, state};
 use pool_api::client::HttpControl;
 use pool_api::dto::keys;
-use pool_api::server::{LocalAddr, router};
+use pool_api::server::{self, Door, router};
 use pool_api::spec::{Defaults, PoolIdText, PoolSpec};
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
@@ -17,12 +17,12 @@ use pool_services::control::{LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, Declared, DrainOptions, OperationState, PoolControl, PoolSnapshot, ReloadRequest, Source,
 };
+use tokio_util::sync::CancellationToken;
 
 async fn serve(fake: Fake) -> HttpControl {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let app = router(state(fake)).into_make_service_with_connect_info::<LocalAddr>();
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    tokio::spawn(server::serve(Door::Tcp(listener, None), router(state(fake)), 64, CancellationToken::new()));
     HttpControl::new(&format!("http://{address}/")).unwrap()
 }
 

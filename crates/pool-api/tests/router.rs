@@ -15,6 +15,9 @@ use pool_services::ControlError;
 use serde_json::Value;
 use tower::ServiceExt;
 
+const GATEWAY: &[&str] =
+    &["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank"];
+
 const ROUTES: &[(&str, &str)] = &[
     ("GET", "/livez"),
     ("GET", "/readyz"),
@@ -50,6 +53,7 @@ const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/operations/op-1"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
+    ("GET", "/v1/models"),
 ];
 
 async fn send(fake: Fake, request: Request<Body>) -> Response {
@@ -144,6 +148,7 @@ async fn every_error_has_its_status_and_code() {
 async fn strangers_are_turned_away_on_every_route_and_method() {
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW"];
     let mut paths: Vec<&str> = ROUTES.iter().map(|(_, p)| *p).collect();
+    paths.extend(GATEWAY);
     paths.extend(["/", "/dashboard.js", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
     for path in paths {
         for method in methods {
@@ -356,12 +361,14 @@ async fn the_document_names_every_route() {
     assert_eq!(text, pool_api::server::openapi_json());
     let doc: Value = serde_json::from_str(&text).unwrap();
     assert!(doc["openapi"].as_str().unwrap().starts_with("3.1"));
-    for (method, path) in ROUTES {
+    let gateway = GATEWAY.iter().map(|path| ("POST", *path));
+    for (method, path) in ROUTES.iter().copied().chain(gateway) {
         // Two paths of another protocol lead to the same two handlers.
         if path.starts_with("/v2/health") {
             continue;
         }
-        let path = path.split('?').next().unwrap().replace("/chat", "/{id}").replace("/l-1", "/{id}");
+        let path = path.split('?').next().unwrap().replace("/l-1", "/{id}");
+        let path = path.replace("/pools/chat", "/pools/{id}").replace("/models/chat", "/models/{id}");
         let path = path.replace("/op-1", "/{id}").replace("/GPU-51000000-0000-4000-8000-000000000001", "/{uuid}");
         assert!(doc["paths"][&path][method.to_lowercase()].is_object(), "{method} {path}");
     }

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, LocalAddr, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, NodeInfo, router};
 use pool_services::PoolManager;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -22,6 +23,9 @@ use crate::{compose, logging, notify, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Most connections at once, for each way in.
+const CONNECTIONS: usize = 16_384;
 
 /// A daemon that has started.
 #[derive(Debug, Clone)]
@@ -141,15 +145,14 @@ fn app(config: &Config) -> App {
         config: Some(Arc::clone(&reread) as _),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(Flags::default()),
+        gateway: Gateway::new(Arc::clone(&late) as Arc<_>, config.node.gateway_wait),
+        access: Access::Open,
     });
     App { state, late, config: reread }
 }
 
 async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: CancellationToken) {
-    let service = router(state).into_make_service_with_connect_info::<LocalAddr>();
-    if let Err(error) = axum::serve(listener, service).with_graceful_shutdown(closing.cancelled_owned()).await {
-        tracing::error!(%error, "the API ended");
-    }
+    server::serve(Door::Tcp(listener, None), router(state), CONNECTIONS, closing).await;
 }
 
 async fn finish(mut task: JoinHandle<()>) {

@@ -1,6 +1,7 @@
 //! Events become log lines and metrics. One event is the source of both, so they cannot disagree.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pool_api::metrics::Metrics;
 use pool_services::{Event, EventKind, PoolSpec, Specs};
@@ -14,6 +15,10 @@ pub(crate) async fn run(mut events: mpsc::Receiver<Event>, pools: Specs, metrics
         metrics.observe(&event);
         log(&event, pools.of(&event.key.pool).as_deref(), format);
     }
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
@@ -30,7 +35,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         EventKind::DeviceSuspected { device } | EventKind::DeviceReadmitted { device } => Some(device.as_str()),
         _ => None,
     };
-    let backoff_ms = backoff_ms.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+    let backoff_ms = backoff_ms.map(millis);
     let last_error = failure.map(ToString::to_string);
     let engine = spec.map(|s| s.engine.as_str());
     let model_id = spec.map(|s| s.model.model_id());
@@ -43,6 +48,17 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         EventKind::LeaseQueued { position, .. } => Some(position),
         _ => None,
     };
+    let stream = match &event.kind {
+        EventKind::StreamStarted { request, .. } => Some((request, None)),
+        EventKind::StreamEnded { request, outcome, took, first_byte, bytes, .. } => {
+            Some((request, Some((*outcome, millis(*took), millis(*first_byte), *bytes))))
+        }
+        _ => None,
+    };
+    let correlation_id = stream.map(|(request, _)| &**request);
+    let ended = stream.and_then(|(_, ended)| ended);
+    let (outcome, took_ms) = (ended.map(|e| e.0), ended.map(|e| e.1));
+    let (first_byte_ms, bytes_out) = (ended.map(|e| e.2), ended.map(|e| e.3));
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
@@ -59,6 +75,11 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
                 session_id,
                 tenant_id,
                 queue_position,
+                correlation_id,
+                outcome,
+                took_ms,
+                first_byte_ms,
+                bytes_out,
                 human,
                 "{sentence}"
             )
@@ -74,7 +95,10 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         | EventKind::LeaseGranted { .. }
         | EventKind::LeaseQueued { .. }
         | EventKind::LeaseReleased { .. }
-        | EventKind::LeaseRenewed { .. } => line!(debug),
+        | EventKind::LeaseRenewed { .. }
+        | EventKind::StreamStarted { .. }
+        | EventKind::StreamEnded { outcome: "done" | "cancelled", .. } => line!(debug),
+        EventKind::StreamEnded { .. } => line!(warn),
         _ => line!(info),
     }
 }

@@ -1,5 +1,6 @@
 //! One event type, the source of log lines, event streams and metrics.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::Left;
@@ -178,6 +179,28 @@ pub enum EventKind {
         /// How long it was held.
         after: Duration,
     },
+    /// An answer begins to be streamed through the gateway.
+    StreamStarted {
+        /// The request's name, for finding it again.
+        request: Arc<str>,
+        /// For whom it is.
+        holder: Holder,
+    },
+    /// It ended.
+    StreamEnded {
+        /// The request's name, for finding it again.
+        request: Arc<str>,
+        /// For whom it was.
+        holder: Holder,
+        /// `done`, `cancelled` (its client went away) or `engine_failed`.
+        outcome: &'static str,
+        /// Since the request was there.
+        took: Duration,
+        /// Until the engine began to answer.
+        first_byte: Duration,
+        /// Bytes that came from the engine.
+        bytes: u64,
+    },
 }
 
 fn ordinal(n: u32) -> String {
@@ -272,6 +295,15 @@ impl Event {
             EventKind::LeaseRevoked { after, .. } => {
                 format!("A lease of the {pool} pool ended with its engine, after {}", seconds(*after))
             }
+            EventKind::StreamStarted { .. } => format!("The {pool} pool streams an answer"),
+            EventKind::StreamEnded { outcome, took, .. } => {
+                let how = match *outcome {
+                    "cancelled" => "was given up by its client",
+                    "engine_failed" => "broke off with its engine",
+                    _ => "ended",
+                };
+                format!("An answer of the {pool} pool {how} after {}", seconds(*took))
+            }
         };
         text.chars().take(100).collect()
     }
@@ -286,7 +318,9 @@ impl Event {
             | EventKind::LeaseReleased { holder, .. }
             | EventKind::LeaseExpired { holder, .. }
             | EventKind::LeaseRenewed { holder }
-            | EventKind::LeaseRevoked { holder, .. } => Some(holder),
+            | EventKind::LeaseRevoked { holder, .. }
+            | EventKind::StreamStarted { holder, .. }
+            | EventKind::StreamEnded { holder, .. } => Some(holder),
             _ => None,
         }
     }
@@ -328,6 +362,8 @@ impl Event {
             EventKind::LeaseExpired { .. } => "lease_expired",
             EventKind::LeaseRenewed { .. } => "lease_renewed",
             EventKind::LeaseRevoked { .. } => "lease_revoked",
+            EventKind::StreamStarted { .. } => "stream_started",
+            EventKind::StreamEnded { .. } => "stream_ended",
         }
     }
 }

@@ -3,6 +3,7 @@
 mod declare;
 mod from_wire;
 mod leases;
+mod models;
 mod plan;
 mod problem;
 mod to_wire;
@@ -14,6 +15,7 @@ use crate::spec::OnDeadlineText;
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
+pub use models::{ModelView, ModelsView};
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
 };

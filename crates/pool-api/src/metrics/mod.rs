@@ -1,5 +1,6 @@
 //! Counters that follow events, and gauges that are made from snapshots at each scrape, so that nothing stale is shown.
 
+mod gateway;
 pub mod names;
 
 use pool_domain::lifecycle::State;
@@ -13,6 +14,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 use std::sync::atomic::AtomicU64;
 
+use gateway::GatewayMetrics;
+pub use gateway::GatewayTrip;
 pub use names::{ALL, MetricDoc};
 
 type Labels = Vec<(&'static str, String)>;
@@ -52,6 +55,7 @@ pub struct Metrics {
     renewed: Counters,
     start_duration: Histograms,
     drain_duration: Histograms,
+    gateway: GatewayMetrics,
 }
 
 fn register(registry: &mut Registry, doc: MetricDoc, metric: impl Metric) {
@@ -86,6 +90,7 @@ impl Default for Metrics {
         register(&mut r, names::START_DURATION, start_duration.clone());
         let drain_duration = Histograms::new_with_constructor(Buckets);
         register(&mut r, names::DRAIN_DURATION, drain_duration.clone());
+        let gateway = GatewayMetrics::registered(&mut r);
         Self {
             registry: r,
             transitions,
@@ -105,6 +110,7 @@ impl Default for Metrics {
             renewed,
             start_duration,
             drain_duration,
+            gateway,
         }
     }
 }
@@ -171,7 +177,10 @@ impl Metrics {
             | EventKind::StartDelayed { .. }
             | EventKind::ReloadStarted
             | EventKind::DeviceSuspected { .. }
-            | EventKind::DeviceReadmitted { .. } => {}
+            | EventKind::DeviceReadmitted { .. }
+            // Counted as they end, with those that are no streams.
+            | EventKind::StreamStarted { .. }
+            | EventKind::StreamEnded { .. } => {}
         }
     }
 

@@ -58,6 +58,15 @@ metrics! {
         "Time from the start attempt to the proof that the engine serves";
     DRAIN_DURATION = "drain_duration_seconds", "histogram", &["pool_id", "replica_id", "outcome"],
         "Time a drain took";
+    GATEWAY_REQUESTS = "gateway_requests_total", "counter", &["pool_id", "tenant_id", "outcome"],
+        "Requests that the gateway sent to an engine: done, cancelled by their client, or broken off by the engine";
+    GATEWAY_REFUSED = "gateway_refused_total", "counter", &["tenant_id", "code"],
+        "Requests that the gateway answered itself, by the code of the answer";
+    GATEWAY_WAIT = "gateway_wait_seconds", "histogram", POOL, "Time a request waited for a slot";
+    GATEWAY_FIRST_BYTE = "gateway_first_byte_seconds", "histogram", POOL,
+        "Time from the request until the engine began to answer";
+    GATEWAY_DURATION = "gateway_duration_seconds", "histogram", POOL, "Time from the request to the end of its answer";
+    GATEWAY_BYTES = "gateway_answer_bytes_total", "counter", POOL, "Bytes of answers that came from engines";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
     POOL_LIVE = "pool_live", "gauge", POOL, "1 when at least one process exists";
     POOL_READY_REPLICAS = "pool_ready_replicas", "gauge", POOL, "Replicas that are ready";

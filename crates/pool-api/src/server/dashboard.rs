@@ -23,6 +23,11 @@ const HEADERS: [(HeaderName, &str); 4] = [
     (header::CACHE_CONTROL, "no-cache"),
 ];
 
+/// Whether a path is of the page. It holds nothing of this node.
+pub(super) fn has(path: &str) -> bool {
+    FILES.iter().any(|(file, _, _)| *file == path)
+}
+
 pub(super) fn routes<S: Clone + Send + Sync + 'static>() -> Router<S> {
     FILES.iter().fold(Router::new(), |router, &(path, kind, text)| {
         let file = move || async move { ([(header::CONTENT_TYPE, kind)], HEADERS, text).into_response() };

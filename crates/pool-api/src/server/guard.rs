@@ -4,13 +4,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use axum::extract::connect_info::ConnectInfo;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use super::{AppState, LocalAddr};
+use super::{AppState, Via};
 use crate::dto::{Code, Problem};
 
 fn forbidden(detail: &str, hint: &str) -> Response {
@@ -63,7 +62,10 @@ fn is_own(origin: &HeaderValue, host: &HeaderValue) -> bool {
 }
 
 pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
-    let local = request.extensions().get::<ConnectInfo<LocalAddr>>().and_then(|c| c.0.0);
+    let local = match request.extensions().get::<Via>() {
+        Some(Via::Tcp(local)) => *local,
+        _ => None,
+    };
     let info = &state.info;
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let named = match (hosts.next().map(|h| h.to_str()), hosts.next()) {

@@ -5,6 +5,7 @@ use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
 use super::{handlers, health, leases, specs};
+use crate::gateway::{self, docs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -44,6 +45,13 @@ use super::{handlers, health, leases, specs};
         handlers::operations,
         handlers::operation,
         handlers::metrics,
+        gateway::models,
+        docs::chat,
+        docs::completions,
+        docs::embeddings,
+        docs::responses,
+        docs::messages,
+        docs::rerank,
         document
     )
 )]

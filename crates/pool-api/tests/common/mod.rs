@@ -7,20 +7,21 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use pool_api::dto::{ConfigReloadView, Problem};
+use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, NodeInfo, Reconfigure};
+use pool_api::server::{Access, AppState, Flags, NodeInfo, Reconfigure};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
 use pool_domain::{
-    DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
+    DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
     failure::Exit,
 };
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
-    ControlError, Declared, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport, PoolControl,
-    PoolSnapshot, ReloadRequest, ReplicaSnapshot,
+    ControlError, Declared, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed, PlanReport,
+    PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
 };
 
 /// Answers for the pool `chat`; every verb fails with `error` where it is set.
@@ -294,6 +295,24 @@ impl Reconfigure for FakeConfig {
     }
 }
 
+/// Where no model is served.
+#[derive(Debug)]
+pub(crate) struct NoEngines;
+
+#[async_trait]
+impl Routing for NoEngines {
+    fn named(&self, _: &str) -> Result<Vec<PoolId>, ControlError> {
+        Ok(Vec::new())
+    }
+    async fn route(&self, pool: &PoolId, _: Duration, _: &Holder) -> Result<Route, ControlError> {
+        Err(ControlError::PoolNotFound(pool.to_string()))
+    }
+    async fn follow(&self, lease: &str) -> Result<(Lease, Route), ControlError> {
+        Err(ControlError::LeaseNotFound(lease.to_owned()))
+    }
+    fn tell(&self, _: &ReplicaKey, _: Generation, _: EventKind) {}
+}
+
 pub(crate) fn state(fake: Fake) -> Arc<AppState> {
     let flags = Flags::default();
     flags.set_started();
@@ -310,5 +329,7 @@ pub(crate) fn state(fake: Fake) -> Arc<AppState> {
         config: Some(Arc::new(FakeConfig)),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(flags),
+        gateway: Gateway::new(Arc::new(NoEngines), Duration::from_secs(1)),
+        access: Access::Open,
     })
 }

@@ -152,6 +152,7 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
         on_exit: raw.on_exit,
         shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
         max_lease_ttl: max_lease_ttl(&raw.max_lease_ttl, source)?,
+        gateway_wait: duration(&raw.gateway_wait, source, At::Key(&at("gateway_wait")))?,
         min_ready_time: duration(&raw.min_ready_time, source, At::Key(&at("min_ready_time")))?,
         log: raw.log.unwrap_or(match raw.profile {
             Profile::Home => LogFormat::Pretty,

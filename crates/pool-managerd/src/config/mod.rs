@@ -72,6 +72,8 @@ pub struct Node {
     pub shutdown_deadline: Duration,
     /// Longest lease.
     pub max_lease_ttl: Duration,
+    /// How long a request to the gateway waits for a slot.
+    pub gateway_wait: Duration,
     /// How long a replica that became Ready neither stops unused nor gives way to others.
     pub min_ready_time: Duration,
     /// How the log looks.
@@ -180,7 +182,7 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline log);
+        node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("gpu".into(), self.gpu == other.gpu);

@@ -114,6 +114,8 @@ pub struct RawNode {
     /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
     /// the daemon count as taken.
     pub max_lease_ttl: String,
+    /// How long a request to the gateway waits for a slot, also while an engine starts; a request may say otherwise.
+    pub gateway_wait: String,
     /// An engine that became ready less than this ago neither stops because nobody uses it nor gives way to another pool: two
     /// pools that take turns must not load all the time.
     pub min_ready_time: String,
@@ -135,6 +137,7 @@ impl Default for RawNode {
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
             max_lease_ttl: "1h".into(),
+            gateway_wait: "5m".into(),
             min_ready_time: "60s".into(),
             log: None,
         }
