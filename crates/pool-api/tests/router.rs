@@ -216,6 +216,28 @@ async fn the_page_may_do_nothing_but_ask_this_daemon() {
 }
 
 #[tokio::test]
+async fn metrics_come_in_the_format_that_is_accepted() {
+    for (accept, kind, eof) in [
+        (None, "text/plain; version=0.0.4", false),
+        (Some("*/*"), "text/plain; version=0.0.4", false),
+        (
+            Some("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2"),
+            "application/openmetrics-text",
+            true,
+        ),
+    ] {
+        let mut r = request("GET", "/metrics");
+        if let Some(accept) = accept {
+            r.headers_mut().insert(header::ACCEPT, accept.parse().unwrap());
+        }
+        let response = send(Fake::default(), r).await;
+        assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(kind), "{accept:?}");
+        let text = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(text.ends_with(b"# EOF\n"), eof, "{accept:?}");
+    }
+}
+
+#[tokio::test]
 async fn bad_bodies() {
     let large = format!("{{\"deadline_ms\":1{}}}", " ".repeat(70_000));
     let cases: &[(&str, &str, &str, u16)] = &[

@@ -2,6 +2,7 @@
 
 mod gateway;
 pub mod names;
+mod text;
 
 use pool_domain::lifecycle::State;
 use pool_domain::{DeviceHealth, DeviceSnapshot, ReplicaKey};
@@ -193,6 +194,12 @@ impl Metrics {
         let _ = encode_registry(&mut out, &scrape(pools, node));
         let _ = encode_eof(&mut out);
         out
+    }
+
+    /// The same in Prometheus' own text format.
+    #[must_use]
+    pub fn render_plain(&self, pools: &[PoolSnapshot], node: &NodeSnapshot) -> String {
+        text::from_openmetrics(&self.render(pools, node))
     }
 }
 
