@@ -250,6 +250,21 @@ async fn a_resume_during_the_adoption_calls_the_drain_off() {
     assert_eq!(node.engines.launches().len(), 1);
 }
 
+/// Nor is it taken for Ready because the time of the drain that was called off is up.
+#[tokio::test(start_paused = true)]
+async fn a_resume_during_the_adoption_leaves_the_proof_its_time() {
+    let node = FakeNode::default();
+    draining_and_left(&node, Duration::from_secs(8)).await;
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    m.resume(&id()).await.unwrap();
+    sleep(Duration::from_secs(12)).await;
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].state, "adopting", "it has proved nothing yet");
+    node.engines.script(|s| s.decodes = true);
+    until(&m, &id(), PoolSnapshot::ready).await;
+    assert_eq!(node.engines.launches().len(), 1);
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_an_engine_had_that_is_gone_is_not_promised_any_more() {
     let node = FakeNode::default();

@@ -358,8 +358,7 @@ impl Driver {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
                 if matches!(command, Command::Start | Command::Resume) {
-                    // The last wish wins, also over a drain that goes on once its engine is adopted.
-                    self.attempt.drain = None;
+                    self.call_off_drain();
                 }
                 if !self.drains_once_adopted(command) {
                     self.step(Event::Command(command));
