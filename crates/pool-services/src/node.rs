@@ -157,7 +157,7 @@ impl Node {
         begun: Option<Operation>,
     ) -> PoolHandle {
         let standing = Standing::of(&pool);
-        let (spec, revision) = (Arc::new(pool.declared.spec), pool.revision);
+        let (spec, revision, stored) = (Arc::new(pool.declared.spec), pool.revision, pool.stored);
         let (bell, empty) = (Arc::new(Notify::new()), EmptyDesk::new());
         let desk = empty.desk.clone();
         let hold = self.ports.ledger.held(&spec.id).await;
@@ -181,10 +181,9 @@ impl Node {
             guards: Default::default(),
             replicas: members.iter().map(|m| m.published.borrow().snapshot.clone()).collect(),
         };
-        let (facts, facts_seen) =
-            watch::channel(PoolFacts { snapshot, operations: begun.into_iter().collect(), next_starts: Vec::new() });
+        let (facts, facts_seen) = watch::channel(PoolFacts::first(snapshot, begun));
         let seats = members.iter().map(Member::seat).collect();
-        let Standing { document, source, previous, .. } = standing.clone();
+        let Standing { document, source, previous, probation, .. } = standing.clone();
         let standing = Arc::new(standing);
         let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), standing, seats }));
         let (commands, conductor_commands) = mpsc::channel(QUEUE);
@@ -203,11 +202,12 @@ impl Node {
             paper: Paper::of(spec.id.clone(), Arc::clone(&self.ports.ledger)),
             made: Made { spec, document },
             source,
+            stored,
             previous,
             revision,
             running: None,
             queued: None,
-            probation: None,
+            probation,
             node: self.clone(),
             members,
             bell,

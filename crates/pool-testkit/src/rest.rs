@@ -183,6 +183,7 @@ struct Facts {
     broken: bool,
     lies: bool,
     refuses_pools: bool,
+    hangs_pools: bool,
     takes: Duration,
 }
 
@@ -216,6 +217,17 @@ impl FakeLedger {
     /// Whether later writes of what pools are to be fail.
     pub fn refuse_pools(&self, refuse: bool) {
         self.facts().refuses_pools = refuse;
+    }
+
+    /// Whether later writes of what pools are to be hang until this is lifted.
+    pub fn hang_pools(&self, hang: bool) {
+        self.facts().hangs_pools = hang;
+    }
+
+    async fn hangs(&self) {
+        while self.facts().hangs_pools {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// What is written down of what a pool is to be.
@@ -357,6 +369,7 @@ impl StateLedger for FakeLedger {
     }
     async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
         self.slowly().await;
+        self.hangs().await;
         if self.facts().refuses_pools {
             return Err(LedgerError { what: "the pool", source: std::io::ErrorKind::StorageFull.into() });
         }
@@ -366,6 +379,7 @@ impl StateLedger for FakeLedger {
     }
     async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
         self.slowly().await;
+        self.hangs().await;
         self.write(|f| {
             f.stored.remove(pool);
         })
