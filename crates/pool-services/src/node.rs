@@ -71,12 +71,23 @@ pub(crate) struct Birth<'a> {
 impl Node {
     /// Runs a task whose panic must not pass unnoticed.
     pub(crate) fn watched(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.watched_until(name, task, || {});
+    }
+
+    /// The same, and tells of its end, whichever it is.
+    fn watched_until(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+        ended: impl FnOnce() + Send + 'static,
+    ) {
         let broken = self.broken.clone();
         tokio::spawn(async move {
             if tokio::spawn(task).await.is_err_and(|e| e.is_panic()) {
                 tracing::error!(task = name, "a task met a bug: nothing is started any more");
                 broken.cancel();
             }
+            ended();
         });
     }
 
@@ -116,7 +127,8 @@ impl Node {
         if let Some(found) = found {
             driver.take_over(found, hold);
         }
-        self.watched("driver", driver.run());
+        let bell = Arc::clone(bell);
+        self.watched_until("driver", driver.run(), move || bell.notify_one());
         Member { key, place, commands, published, admission, serves, sent: 0 }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
 use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan, time_to_start};
-use pool_domain::{Failure, FailureClass, ReplicaId, Tick};
+use pool_domain::{Failure, FailureClass, ReplicaId, ResolvedMask, Tick};
 use tokio::sync::oneshot;
 
 use super::verify::verify;
@@ -85,6 +85,8 @@ pub(crate) struct Running {
     operation: String,
     pub(super) reload: Reload,
     were: BTreeMap<ReplicaId, Was>,
+    /// Where they ran.
+    homes: BTreeMap<ReplicaId, ResolvedMask>,
     asleep: bool,
     /// Whether the step that is next was begun.
     begun: bool,
@@ -212,6 +214,11 @@ impl Conductor {
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
         let asleep = held || rests && reload.to.spec.activation == Activation::OnDemand;
+        let home = |m: &Member| {
+            let mask = m.published.borrow().snapshot.device_mask.clone();
+            (!mask.is_empty()).then(|| ResolvedMask { uuids: mask.split(',').map(str::to_owned).collect() })
+        };
+        let homes = self.serving().filter_map(|m| Some((m.key.replica, home(m)?))).collect();
         self.tell(EventKind::ReloadStarted);
         let policy = &reload.to.spec.reload;
         let (deadline, on_deadline) =
@@ -221,6 +228,7 @@ impl Conductor {
             operation,
             reload,
             were,
+            homes,
             asleep,
             begun: false,
             deadline: self.node.clock.now() + deadline,
@@ -359,6 +367,9 @@ impl Conductor {
             Step::Stop(ids) => {
                 for id in ids {
                     if running.were.get(id).is_some_and(|was| *was != Was::Rest) {
+                        if let Some(home) = running.homes.get(id) {
+                            self.each(&[*id], || DriverCommand::GoHome(home.clone())).await;
+                        }
                         self.command(&[*id], Command::Resume).await;
                         self.command(&[*id], Command::Start).await;
                     }
@@ -423,7 +434,7 @@ impl Conductor {
                     Look::Pending
                 }
             }),
-            Step::Start(ids) => self.over(ids, |seen| match seen.iter().find_map(failed) {
+            Step::Start(ids) => self.over(ids, |seen| match seen.iter().find_map(|p| failed(p).or_else(|| left(p))) {
                 Some(why) => Look::Failed(why),
                 None if seen.iter().all(|p| p.state.ready()) => Look::Done,
                 None => Look::Pending,
@@ -501,8 +512,12 @@ impl Conductor {
     }
 
     async fn respec(&mut self, ids: &[ReplicaId], spec: &Arc<PoolSpec>) {
+        self.each(ids, || DriverCommand::Respec(Arc::clone(spec))).await;
+    }
+
+    async fn each(&self, ids: &[ReplicaId], command: impl Fn() -> DriverCommand) {
         for member in self.members.iter().filter(|m| ids.contains(&m.key.replica)) {
-            let _ended = member.commands.send(DriverCommand::Respec(Arc::clone(spec))).await;
+            let _ended = member.commands.send(command()).await;
         }
     }
 
@@ -622,6 +637,13 @@ fn waited(found: Option<Verdict>) -> Look {
         Some(Ok(_)) => Look::Done,
         Some(Err(why)) => Look::Failed(why),
     }
+}
+
+/// Why an engine failed of which something may be left.
+fn left(published: &Published) -> Option<String> {
+    let why = published.snapshot.last_error.as_ref().map(|e| format!("{}: {}", e.class.code(), e.detail));
+    let fenced = matches!(published.state, State::Fenced { .. });
+    fenced.then(|| why.unwrap_or_else(|| "something of it may be left".into()))
 }
 
 /// Why a start is not going to succeed; memory and devices are waited for.
