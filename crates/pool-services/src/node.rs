@@ -154,6 +154,7 @@ impl Node {
                 Activation::OnDemand => OperationState::Succeeded("declared".into()),
             },
             progress: String::new(),
+            left: None,
             started_at: self.clock.wall(),
         };
         let places: Vec<ReplicaId> = (0..spec.replicas).map(ReplicaId).collect();

@@ -151,7 +151,7 @@ async fn a_reload_of_a_pool_of_the_file_that_fails_leaves_nothing_written_down()
         node.ledger.set_broken(true);
         let OperationState::Failed(why) = ended(&m, operation).await else { panic!("it was written down") };
         assert!(why.contains("as it was"), "{why}");
-        assert_eq!(node.ledger.stored(&chat()).is_some(), false);
+        assert_eq!(node.ledger.stored(&chat()), None, "whatever the disk said");
         node.ledger.set_broken(false);
         sleep(Duration::from_secs(10)).await;
         assert_eq!(node.ledger.stored(&chat()), None, "an override of what the file says anyway");

@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 
+use fault_points::{Point, reached};
 use pool_domain::rollout::Probation;
 use pool_domain::{PoolId, ReplicaId, Tick};
 use pool_services::ports::StoredPool;
@@ -92,6 +93,7 @@ pub(crate) fn store(dir: &Path, pool: &StoredPool, boot_id: &str) -> io::Result<
     }
     let written = files::sealed(&Written::new(pool, boot_id))?;
     files::write_json(dir, &copy, &written)?;
+    reached(Point::BetweenCopies);
     files::write_json(dir, &main, &written)
 }
 

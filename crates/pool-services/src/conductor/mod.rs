@@ -4,6 +4,7 @@
 mod idle;
 mod operations;
 mod paper;
+mod points;
 mod probation;
 mod reload;
 mod verify;

@@ -25,6 +25,7 @@ impl Conductor {
             pool_id: self.made.spec.id.clone(),
             state: OperationState::Running,
             progress: String::new(),
+            left: None,
             started_at: self.node.clock.wall(),
         };
         self.facts.send_modify(|f| {

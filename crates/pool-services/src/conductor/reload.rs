@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
 use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan, time_to_start};
 use pool_domain::{Failure, FailureClass, ReplicaId, ResolvedMask, Tick};
 use tokio::sync::oneshot;
 
 use super::verify::verify;
-use super::{Conductor, Member};
+use super::{Conductor, Member, points};
 use crate::control::{ControlError, Operation, OperationState};
 use crate::declared::{Source, Standing};
 use crate::driver::{DriverCommand, Published};
@@ -274,7 +275,13 @@ impl Conductor {
                     if !std::mem::replace(&mut running.begun, true) {
                         self.begin(&mut running, &step).await;
                     }
-                    self.look(&mut running, &step, found.take())
+                    let look = self.look(&mut running, &step, found.take());
+                    match look {
+                        Look::Done => reached(points::done(&step)),
+                        Look::Failed(_) if !running.rollout.committed() => reached(Point::UndoBegun),
+                        Look::Failed(_) | Look::Pending => {}
+                    }
+                    look
                 }
                 Next::Undo(step) => {
                     let step = step.clone();
@@ -285,7 +292,11 @@ impl Conductor {
                         running.undo_by = step.time_to_undo(policy).map(|limit| self.node.clock.now() + limit);
                         self.begin_undo(&mut running, &step).await;
                     }
-                    self.look_undone(&running, &step, found.take())
+                    let look = self.look_undone(&running, &step, found.take());
+                    if let (Look::Done, Some(point)) = (&look, points::undone(&step)) {
+                        reached(point);
+                    }
+                    look
                 }
             };
             match look {
@@ -333,6 +344,7 @@ impl Conductor {
             }
             Step::Start(ids) => self.command(ids, Command::Start).await,
             Step::Commit => {
+                reached(Point::BeforeCommit);
                 let standing = Standing {
                     revision: self.revision + 1,
                     document: reload.to.document.clone(),
