@@ -298,6 +298,28 @@ async fn who_waits_while_a_reload_is_given_up_for_a_drain_is_told_so() {
     drop(slot);
 }
 
+/// Nobody wakes it in the middle; it is asked again afterwards.
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_a_sleeping_pool_while_it_is_reloaded_gets_the_new_one() {
+    let node = FakeNode::default();
+    let asleep = |spec: PoolSpec| PoolSpec { activation: Activation::OnDemand, ..spec };
+    let (m, _events) = node.manage(vec![asleep(old())]).await;
+    node.ledger.hang_pools(true);
+    let operation = m.reload(&chat(), to(asleep(new()), Strategy::Auto)).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    let wish = LeaseRequest { wait: Duration::from_secs(300), ..LeaseRequest::lasting(Duration::from_secs(600)) };
+    let waiting = tokio::spawn({
+        let m = m.clone();
+        async move { m.lease(&chat(), wish).await }
+    });
+    sleep(Duration::from_secs(5)).await;
+    assert_eq!((waiting.is_finished(), node.engines.launches().len()), (false, 0));
+    node.ledger.hang_pools(false);
+    assert_eq!(ended(&m, operation).await, OperationState::Succeeded("reloaded".into()));
+    waiting.await.unwrap().unwrap();
+    assert_eq!(m.pool(&chat()).await.unwrap().model_id, "other");
+}
+
 /// One of which something may be left keeps its name until nothing is.
 #[tokio::test(start_paused = true)]
 async fn a_newcomer_never_takes_the_name_of_one_of_which_something_is_left() {
