@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fault_points::{Point, reached};
-use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
+use pool_domain::lifecycle::{Command, OnDeadline, State, Then, Wait};
 use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan, time_to_start};
 use pool_domain::{Failure, FailureClass, ReplicaId, ResolvedMask, Tick};
 use tokio::sync::oneshot;
@@ -70,6 +70,8 @@ impl Was {
     fn of(state: &State) -> Self {
         match state {
             State::Ready { .. } => Self::Ready,
+            // It starts as soon as nothing is left.
+            State::Fenced { then: Then::Start | Then::Wait(_), .. } => Self::Trying,
             State::Idle | State::Failed { .. } | State::Fenced { .. } => Self::Rest,
             _ => Self::Trying,
         }
