@@ -592,6 +592,8 @@ impl Runner {
                 self.watch.wrong("becomes_ready", format!("{} failed with good engines: {}", pool.pool_id, r.reason));
             }
         }
+        // What could not be proved while a device was ill is looked for again soon, and not at once.
+        tokio::time::sleep(Duration::from_secs(1)).await;
         self.shut_down(&m).await;
         let handoffs = self.world.handoffs();
         if !handoffs.is_empty() {
