@@ -208,9 +208,15 @@ pub struct PlanArgs {
 /// Whom to ask and how to answer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// The daemon's API
+    /// The daemon's API: http://HOST:PORT, https://HOST:PORT, or unix:/PATH of its socket
     #[arg(long, value_name = "URL", env = "POOL_MANAGERD_SERVER", default_value = "http://127.0.0.1:9200")]
     pub server: String,
+    /// A file that holds the token to show; without it, POOL_MANAGERD_TOKEN is shown where it is set
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Certificates (PEM) that stand for the daemon's own, for https
+    #[arg(long, value_name = "FILE", env = "POOL_MANAGERD_CA")]
+    pub ca: Option<PathBuf>,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,

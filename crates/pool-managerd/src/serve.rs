@@ -12,14 +12,14 @@ use pool_services::PoolManager;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, OnExit};
+use crate::config::{Config, OnExit, Profile};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
 use crate::reread::{LateConfig, Rereader};
-use crate::{compose, logging, notify, tell};
+use crate::{access, compose, limits, logging, notify, socket, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -44,10 +44,16 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let mut signals = Signals::listen()?;
     logging::start(config.node.log)?;
     let state = compose::open_state(&config)?;
+    let keys = access::open(&config)?;
     let (listener, addr) = bind(&config).await?;
-    let app = app(&config);
+    let app = app(&config, keys.access);
     let closing = CancellationToken::new();
-    let api = tokio::spawn(serve_api(listener, Arc::clone(&app.state), closing.clone()));
+    let mut doors = vec![Door::Tcp(listener, keys.tls)];
+    doors.extend(socket::bind(&config)?);
+    warn_of_exposure(&config);
+    let api = tokio::spawn(serve_api(doors, Arc::clone(&app.state), closing.clone()));
+    let renew = Arc::new(Notify::new());
+    tokio::spawn(keys.keeper.run(Arc::clone(&renew)));
     tracing::info!(%addr, version = env!("CARGO_PKG_VERSION"), profile = config.node.profile.code(), "the API listens");
 
     let gpus = tokio::select! {
@@ -69,7 +75,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         tracing::warn!("the GPUs are SIMULATED: nothing computes on them");
     }
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
-    let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups));
+    let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups), renew);
     let rereader = tokio::spawn(rereader.run());
     notify::ready(config.pools.len(), inventory.devices.len());
     let watchdog = CancellationToken::new();
@@ -131,7 +137,7 @@ struct App {
     config: Arc<LateConfig>,
 }
 
-fn app(config: &Config) -> App {
+fn app(config: &Config, access: Access) -> App {
     let (late, reread) = (Arc::new(LateControl::default()), Arc::new(LateConfig::default()));
     let state = Arc::new(AppState {
         control: Arc::clone(&late) as Arc<_>,
@@ -146,13 +152,31 @@ fn app(config: &Config) -> App {
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(Flags::default()),
         gateway: Gateway::new(Arc::clone(&late) as Arc<_>, config.node.gateway_wait),
-        access: Access::Open,
+        access,
     });
     App { state, late, config: reread }
 }
 
-async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: CancellationToken) {
-    server::serve(Door::Tcp(listener, None), router(state), CONNECTIONS, closing).await;
+/// Said at every start: it must not be forgotten.
+fn warn_of_exposure(config: &Config) {
+    let beyond = !config.node.listen.ip().is_loopback();
+    let listen = config.node.listen;
+    if config.node.insecure && config.auth.is_none() && (beyond || config.node.profile == Profile::Cloud) {
+        tracing::warn!(%listen, "INSECURE: everyone who reaches the API can do everything, because [node] insecure is true");
+    }
+    if beyond && config.tls.is_none() {
+        tracing::warn!(%listen, "INSECURE: requests, answers and tokens cross the network for everybody to read");
+    }
+}
+
+async fn serve_api(doors: Vec<Door>, state: Arc<AppState>, closing: CancellationToken) {
+    let router = router(state);
+    let most = limits::connections(CONNECTIONS);
+    let mut open = JoinSet::new();
+    for door in doors {
+        open.spawn(server::serve(door, router.clone(), most, closing.clone()));
+    }
+    open.join_all().await;
 }
 
 async fn finish(mut task: JoinHandle<()>) {

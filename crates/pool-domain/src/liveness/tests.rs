@@ -205,9 +205,8 @@ fn a_hang_says_what_stood_still() {
 #[test]
 fn what_clients_get_from_it_is_a_sign_of_life_also_where_its_kind_tells_nothing() {
     for work in [Work::Untold, Work::Told(busy(vec![slot(1, 9, 3)])), Work::Silent] {
-        let flows_until = |end: u64| {
-            ended_at(&policy(), 60, |now| Round { flow: now.min(end) / 10_000, ..serving(work.clone()) })
-        };
+        let flows_until =
+            |end: u64| ended_at(&policy(), 60, |now| Round { flow: now.min(end) / 10_000, ..serving(work.clone()) });
         assert_eq!(flows_until(u64::MAX), None, "{work:?}");
         // What stands still once it flows no more is seen as before; where nothing is told, nothing is.
         let stood = flows_until(100_000);
