@@ -1,6 +1,7 @@
 //! `PoolControl` over HTTP. Embedded and remote are one switch.
 
 mod connect;
+mod sse;
 
 use std::time::Duration;
 
@@ -21,10 +22,12 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use connect::{Connector, Trust};
+pub use sse::{Follow, SseEvent, SseStream};
 
 use crate::dto::{
-    self, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody,
-    PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, RenewBody, SpecView,
+    self, CapabilitiesView, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView,
+    OperationView, PlacementBody, PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, RenewBody,
+    SpecView,
 };
 
 /// Largest answer that is read.
@@ -260,6 +263,14 @@ impl HttpControl {
     /// When the daemon is out of reach or refuses.
     pub async fn node_view(&self) -> Result<NodeView, ControlError> {
         self.get("/v1/node", Duration::ZERO, "node").await
+    }
+
+    /// What the node can do, as it came over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn capabilities(&self) -> Result<CapabilitiesView, ControlError> {
+        self.get("/v1/capabilities", Duration::ZERO, "capabilities").await
     }
 
     /// The pools as they came over the wire.

@@ -96,6 +96,33 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Print what the node can do: engines, models, contexts, slots
+    Capabilities(ClientArgs),
+    /// Print what happened, and with -f what happens
+    Events {
+        /// Only of this pool
+        pool: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Print what a pool's engine wrote, and with -f what it writes
+    Logs {
+        /// The pool
+        pool: String,
+        /// Of this replica, such as r1; by default the first that is ready
+        #[arg(long, value_name = "REPLICA")]
+        replica: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the OpenAPI document
     Openapi,
     /// Print completions for a shell
@@ -222,6 +249,17 @@ pub struct ClientArgs {
     pub json: bool,
 }
 
+/// How much of something that goes on.
+#[derive(Debug, Clone, Args)]
+pub struct FollowArgs {
+    /// Go on with what comes, until it is interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// How much of the past comes first
+    #[arg(short = 'n', long, value_name = "N")]
+    pub tail: Option<usize>,
+}
+
 /// A verb on one pool.
 #[derive(Debug, Clone, Args)]
 pub struct VerbArgs {
@@ -273,6 +311,10 @@ mod tests {
             "stop chat --no-wait",
             "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",
             "rollback chat --json",
+            "capabilities --json",
+            "events",
+            "events chat -f -n 5 --json",
+            "logs chat --follow --replica r1 --tail 0",
             "completions bash",
         ] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");

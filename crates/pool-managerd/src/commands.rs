@@ -78,7 +78,7 @@ impl From<OnDeadline> for lifecycle::OnDeadline {
     }
 }
 
-fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
+pub(crate) fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
     let read = |path: &Path, flag: &str| {
         std::fs::read(path).map_err(|e| Exit::new(USAGE, format!("{flag} {}: {e}", path.display())))
     };
@@ -105,7 +105,7 @@ fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "so that it fits `map_err`")]
-fn refused(error: ControlError) -> Exit {
+pub(crate) fn refused(error: ControlError) -> Exit {
     let exit = Exit::new(REFUSED, error.to_string());
     match error {
         ControlError::PoolNotFound(_) => exit.hinting("`pool-managerd status` lists the pools"),
@@ -117,7 +117,7 @@ fn refused(error: ControlError) -> Exit {
     }
 }
 
-fn pool_id(text: &str) -> Result<PoolId, Exit> {
+pub(crate) fn pool_id(text: &str) -> Result<PoolId, Exit> {
     text.parse().map_err(|e: pool_domain::id::IdError| Exit::new(USAGE, e.to_string()))
 }
 
@@ -137,6 +137,15 @@ pub async fn devices(args: &ClientArgs) -> Result<(), Exit> {
         tables::devices(&control.node().await.map_err(refused)?)
     };
     print(&text)
+}
+
+/// `capabilities`
+///
+/// # Errors
+/// When the daemon is out of reach or refuses.
+pub async fn capabilities(args: &ClientArgs) -> Result<(), Exit> {
+    let told = connect(args)?.capabilities().await.map_err(refused)?;
+    print(&if args.json { json(&told)? } else { tables::capabilities(&told) })
 }
 
 /// `status`

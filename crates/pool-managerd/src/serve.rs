@@ -1,13 +1,15 @@
 //! Runs the daemon from the first log line to an orderly end.
 
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{self, Access, AppState, Door, Flags, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, History, NodeInfo, router};
 use pool_services::PoolManager;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -18,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Config, OnExit, Profile};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
+use crate::logs::LogFiles;
 use crate::reread::{LateConfig, Rereader};
 use crate::{access, compose, limits, logging, notify, socket, tell};
 
@@ -46,8 +49,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let state = compose::open_state(&config)?;
     let keys = access::open(&config)?;
     let (listener, addr) = bind(&config).await?;
-    let app = app(&config, keys.access);
     let closing = CancellationToken::new();
+    let app = app(&config, keys.access, state.runtime_dir(), closing.clone());
     let mut doors = vec![Door::Tcp(listener, keys.tls)];
     doors.extend(socket::bind(&config)?);
     warn_of_exposure(&config);
@@ -67,7 +70,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     compose::check_masks_patiently(&config, &inventory.devices)?;
     compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
-    let told = tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), config.node.log));
+    let told =
+        tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), app.history, config.node.log));
     app.late.set(manager.clone());
     app.state.flags.set_started();
     app.state.flags.set_accepting(true);
@@ -100,7 +104,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     closing.cancel();
     finish(api).await;
     // The last events are told, too: without senders their channel ends.
-    drop((manager, app));
+    drop((manager, app.state, app.late, app.config));
     finish(told).await;
     if broken {
         Err(Exit::new(BUG, "the daemon met a bug and stopped what it could").hinting("the log has the details"))
@@ -135,9 +139,12 @@ struct App {
     state: Arc<AppState>,
     late: Arc<LateControl>,
     config: Arc<LateConfig>,
+    history: History,
 }
 
-fn app(config: &Config, access: Access) -> App {
+fn app(config: &Config, access: Access, runtime_dir: PathBuf, closing: CancellationToken) -> App {
+    let (history, feed) = History::begin(format!("{:08x}", RandomState::new().hash_one(std::process::id()) >> 32));
+
     let (late, reread) = (Arc::new(LateControl::default()), Arc::new(LateConfig::default()));
     let state = Arc::new(AppState {
         control: Arc::clone(&late) as Arc<_>,
@@ -147,14 +154,18 @@ fn app(config: &Config, access: Access) -> App {
             hosts: config.node.hosts.clone(),
             origins: config.node.origins.clone(),
             defaults: config.defaults(),
+            engines: config.engines.iter().map(|(name, engine)| engine.view(name)).collect(),
         },
         config: Some(Arc::clone(&reread) as _),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(Flags::default()),
         gateway: Gateway::new(Arc::clone(&late) as Arc<_>, config.node.gateway_wait),
         access,
+        feed,
+        logs: Arc::new(LogFiles { runtime_dir }),
+        closing,
     });
-    App { state, late, config: reread }
+    App { state, late, config: reread, history }
 }
 
 /// Said at every start: it must not be forgotten.

@@ -2,13 +2,16 @@
 
 mod auth;
 mod extract;
+mod feed;
 mod guard;
 mod handlers;
 mod health;
 mod leases;
 mod listen;
 mod openapi;
+mod overview;
 mod specs;
+mod streams;
 pub mod tls;
 
 use std::any::Any;
@@ -22,17 +25,20 @@ use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use pool_services::PoolControl;
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::dto::{Code, Problem};
+use crate::dto::{Code, EngineView, Problem};
 use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
 use crate::spec::Defaults;
 
 pub use auth::{Access, Caller, MIN_TOKEN, Scope, Tokens, TokensError};
+pub use feed::{Feed, History};
 pub use listen::{Door, serve};
 pub use openapi::openapi_json;
 pub use specs::Reconfigure;
+pub use streams::{LogPart, Logs};
 
 /// Largest body that is read.
 pub const MAX_BODY: usize = 64 * 1024;
@@ -52,6 +58,8 @@ pub struct NodeInfo {
     pub origins: Vec<String>,
     /// What pools get when they do not say.
     pub defaults: Defaults,
+    /// Engines that pools may name.
+    pub engines: Vec<EngineView>,
 }
 
 /// How far the daemon itself is. Both flags start false.
@@ -99,6 +107,12 @@ pub struct AppState {
     pub gateway: Gateway,
     /// Who may do what.
     pub access: Access,
+    /// What happens.
+    pub feed: Feed,
+    /// What engines write.
+    pub logs: Arc<dyn Logs>,
+    /// Ends what would go on for ever.
+    pub closing: CancellationToken,
 }
 
 impl AppState {
@@ -203,6 +217,11 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/metrics", get(handlers::metrics))
         .route("/openapi.json", get(openapi::document))
         .route("/v1/models", get(gateway::models))
+        .route("/v1/capabilities", get(overview::capabilities))
+        .route("/v1/autoscale", get(overview::autoscale))
+        .route("/v1/sd/prometheus", get(overview::prometheus))
+        .route("/v1/events", get(streams::events))
+        .route("/v1/pools/{id}/logs", get(streams::logs))
         .merge(gateway_routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)

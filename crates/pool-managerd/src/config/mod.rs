@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
+use pool_api::dto::EngineView;
 use pool_api::spec::Defaults;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
@@ -136,6 +137,23 @@ pub struct Engine {
     pub kind: EngineKind,
     /// How it comes to run.
     pub mode: EngineMode,
+}
+
+impl Engine {
+    /// As the API shows it, under the name that pools give.
+    #[must_use]
+    pub fn view(&self, name: &str) -> EngineView {
+        let kind = match self.kind {
+            EngineKind::LlamaCpp => "llama.cpp",
+            EngineKind::Vllm => "vllm",
+            EngineKind::Stub => "stub",
+        };
+        let mode = match self.mode {
+            EngineMode::Binary(_) => "binary",
+            EngineMode::External(_) => "external",
+        };
+        EngineView { name: name.to_owned(), kind: kind.to_owned(), mode: mode.to_owned(), versions: Vec::new() }
+    }
 }
 
 /// The kinds there are.
