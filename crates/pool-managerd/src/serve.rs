@@ -30,6 +30,9 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Most connections at once, for each way in.
 const CONNECTIONS: usize = 16_384;
 
+/// The same for probes.
+const PROBES: usize = 64;
+
 /// A daemon that has started.
 #[derive(Debug, Clone)]
 pub struct Started {
@@ -48,12 +51,18 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     logging::start(config.node.log)?;
     let state = compose::open_state(&config)?;
     let keys = access::open(&config)?;
-    let (listener, addr) = bind(&config).await?;
+    let (listener, addr) = bind(config.node.listen).await?;
     let closing = CancellationToken::new();
     let app = app(&config, keys.access, state.runtime_dir(), closing.clone());
     let mut doors = vec![Door::Tcp(listener, keys.tls)];
     doors.extend(socket::bind(&config)?);
     warn_of_exposure(&config);
+    if let Some(wish) = config.node.probe_listen {
+        let (listener, addr) = bind(wish).await?;
+        tracing::info!(%addr, "probes are answered");
+        let probes = server::probes(Arc::clone(&app.state));
+        tokio::spawn(server::serve(Door::Tcp(listener, None), probes, PROBES, closing.clone()));
+    }
     let api = tokio::spawn(serve_api(doors, Arc::clone(&app.state), closing.clone()));
     let renew = Arc::new(Notify::new());
     tokio::spawn(keys.keeper.run(Arc::clone(&renew)));
@@ -124,8 +133,7 @@ async fn end(manager: &PoolManager, on_exit: OnExit, deadline: Duration) -> bool
     }
 }
 
-async fn bind(config: &Config) -> Result<(TcpListener, SocketAddr), Exit> {
-    let wish = config.node.listen;
+async fn bind(wish: SocketAddr) -> Result<(TcpListener, SocketAddr), Exit> {
     let failed = |e: std::io::Error| {
         Exit::new(CONFIG, format!("cannot listen on {wish}: {e}"))
             .hinting("choose another address with --listen, for example 127.0.0.1:0 for any free port")

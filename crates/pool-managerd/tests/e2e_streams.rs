@@ -115,7 +115,7 @@ fn what_happens_is_told_as_it_happens_and_who_comes_back_misses_nothing() {
     let of_none = daemon.get("/v1/events?follow=false&pool_id=other").body;
     assert!(events(&of_none).is_empty());
 
-    // The same on the command line; it goes on over a restart of the daemon.
+    // The same on the command line.
     let told = daemon.cli(&["events", "chat"]);
     assert!(told.contains("Z  The engine of the chat pool crashed for the first time"), "{told}");
     let json = daemon.cli(&["events", "-n", "1", "--json"]);
@@ -131,7 +131,7 @@ fn a_log_is_read_and_followed_into_the_next_engine() {
     let ready = daemon.until("chat", |p| p["ready"] == true);
     let server = format!("http://{}", daemon.addr());
     let log = daemon.cli(&["logs", "chat"]);
-    assert!(log.lines().count() > 1 && log.contains("engine 1 begins") || !log.is_empty(), "{log}");
+    assert!(log.lines().count() >= 1 && !log.contains("hint"), "{log}");
     let mut following = Following::start(&["logs", "chat", "-f"], &server);
     let first = log.lines().last().unwrap();
     following.until(first);
@@ -153,7 +153,7 @@ fn a_log_is_read_and_followed_into_the_next_engine() {
 
 #[test]
 fn the_node_at_a_glance() {
-    let daemon = Daemon::start(&POOL.replace("slots = 2", "slots = 2\naliases = [\"gpt-4o-mini\"]\ncontext = 4096"));
+    let daemon = Daemon::start(&POOL.replace("slots = 2", "slots = 2\naliases = [\"gpt-4o-mini\"]"));
     daemon.until("chat", |p| p["ready"] == true);
     let pool = daemon.pool("chat");
     assert!(pool["vram_total_bytes"].as_u64().unwrap() >= pool["vram_free_bytes"].as_u64().unwrap(), "{pool:#}");
@@ -161,7 +161,7 @@ fn the_node_at_a_glance() {
     let can = daemon.get("/v1/capabilities").json();
     let stub = can["engines"].as_array().unwrap().iter().find(|e| e["name"] == "stub").unwrap();
     assert_eq!((&can["models"], &stub["versions"][0]), (&json!(["chat"]), &pool["engine_version"]));
-    assert_eq!(can["pools"][0]["context"], 4096, "{can:#}");
+    assert_eq!((&can["pools"][0]["slots_total"], &can["workloads"]), (&json!(2), &json!(["generate"])), "{can:#}");
     let table = daemon.cli(&["capabilities"]);
     assert!(table.contains("gpt-4o-mini") && table.contains("llama.cpp"), "{table}");
     daemon.post("/v1/pools/chat/leases", "{}");

@@ -92,6 +92,14 @@ fn pool_key(index: usize, key: &str) -> [Step<'_>; 3] {
     [Step::Key("pool"), Step::Index(index), Step::Key(key)]
 }
 
+fn address(text: &str, source: &Source, at: At<'_>) -> Result<SocketAddr, ConfigError> {
+    text.parse().map_err(|_| {
+        source
+            .error(at, format!("`{text}` is no address with a port"))
+            .hinting("write an IP address and a port, for example \"127.0.0.1:9200\" or \"[::1]:9200\"")
+    })
+}
+
 fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Node, ConfigError> {
     let raw = &whole.node;
     let at = |key: &'static str| [Step::Key("node"), Step::Key(key)];
@@ -100,11 +108,7 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
         Some(text) => (At::Flag("--listen"), text),
         None => (At::Key(&listen_key), &raw.listen),
     };
-    let listen: SocketAddr = text.parse().map_err(|_| {
-        source
-            .error(listen_at, format!("`{text}` is no address with a port"))
-            .hinting("write an IP address and a port, for example \"127.0.0.1:9200\" or \"[::1]:9200\"")
-    })?;
+    let listen = address(text, source, listen_at)?;
     exposure::reachable(whole, listen, listen_at, source)?;
     let engine_listen: IpAddr = raw.engine_listen.parse().map_err(|_| {
         source.error(At::Key(&at("engine_listen")), format!("`{}` is no IP address", raw.engine_listen))
@@ -126,6 +130,11 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
     Ok(Node {
         profile: raw.profile,
         listen,
+        probe_listen: raw
+            .probe_listen
+            .as_deref()
+            .map(|text| address(text, source, At::Key(&at("probe_listen"))))
+            .transpose()?,
         socket: raw.socket.as_deref().map(|s| path(s, source, At::Key(&at("socket")))).transpose()?,
         insecure: raw.insecure,
         hosts: raw.hosts.clone(),

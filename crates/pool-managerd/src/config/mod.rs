@@ -62,6 +62,8 @@ pub struct Node {
     pub profile: Profile,
     /// Where the API listens.
     pub listen: SocketAddr,
+    /// A further address for probes.
+    pub probe_listen: Option<SocketAddr>,
     /// A socket for the daemon's own user.
     pub socket: Option<PathBuf>,
     /// Somebody wants it reachable without tokens or TLS.
@@ -227,7 +229,7 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen socket insecure hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
+        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("auth".into(), self.auth == other.auth);

@@ -91,6 +91,9 @@ pub struct RawNode {
     pub profile: Profile,
     /// Where the API listens. Anything but loopback needs `[auth]` and `[tls]`, or `insecure = true`.
     pub listen: String,
+    /// A further address that answers probes alone (`/livez`, `/readyz`, `/startupz`), also while the API is flooded. None by
+    /// default.
+    pub probe_listen: Option<String>,
     /// A socket that serves the same API to this user and root alone, who need no token there. None by default.
     pub socket: Option<String>,
     /// Serve without tokens where the cloud profile or a listener beyond loopback requires them, or without TLS there.
@@ -127,6 +130,7 @@ impl Default for RawNode {
         Self {
             profile: Profile::Home,
             listen: "127.0.0.1:9200".into(),
+            probe_listen: None,
             socket: None,
             insecure: false,
             hosts: Vec::new(),
