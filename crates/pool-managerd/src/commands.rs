@@ -104,7 +104,6 @@ pub(crate) fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "so that it fits `map_err`")]
 pub(crate) fn refused(error: ControlError) -> Exit {
     let exit = Exit::new(REFUSED, error.to_string());
     match error {

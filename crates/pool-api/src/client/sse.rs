@@ -172,7 +172,7 @@ impl HttpControl {
         }
         let status = response.status();
         let told = http_body_util::Limited::new(response.into_body(), MAX_REFUSAL).collect().await;
-        let told = told.map(|t| t.to_bytes()).unwrap_or_default();
+        let told = told.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         match serde_json::from_slice::<Problem>(&told) {
             Ok(problem) => Err(problem.into_control(subject)),
             Err(_) => Err(self.unreachable(&format!("answers {status} without a reason, so it may be something else"))),

@@ -89,7 +89,7 @@ impl EventView {
     pub fn new(event: &Event, spec: Option<&PoolSpec>, at: SystemTime) -> Self {
         let holder = event.holder();
         let text = |name: fn(&pool_domain::Holder) -> Option<&std::sync::Arc<str>>| {
-            holder.and_then(name).map(|text| text.to_string())
+            holder.and_then(name).map(ToString::to_string)
         };
         let mut view = Self {
             event: event.code().to_owned(),

@@ -90,7 +90,7 @@ impl History {
             // Who is gone takes no place.
             let _ = answer.send(self.listen(after.as_deref()));
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     fn listen(&mut self, after: Option<&str>) -> Option<Listening> {

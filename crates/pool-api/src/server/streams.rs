@@ -1,5 +1,7 @@
 //! Answers that go on: events, and engines' logs.
 
+#![allow(clippy::result_large_err, reason = "errors that become answers at once")]
+
 use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
@@ -137,16 +139,18 @@ async fn tell(
     for told in past {
         out.send_data(told.frame.clone()).await?;
     }
-    while follow {
+    if !follow {
+        return Ok(());
+    }
+    loop {
         match timeout(SILENCE, coming.recv()).await {
             Ok(Some(told)) if shown(&told) => out.send_data(told.frame.clone()).await?,
             Ok(Some(_)) => {}
             // Too slow, or the daemon ends.
-            Ok(None) => break,
+            Ok(None) => return Ok(()),
             Err(_) => out.send_data(Bytes::from_static(b":\n\n")).await?,
         }
     }
-    Ok(())
 }
 
 /// What part of a log is wanted.
