@@ -75,11 +75,12 @@ function askForToken() {
   dialog.showModal();
 }
 
-/** The events of a stream of server-sent events, until it ends. */
+/** The events of a stream of server-sent events, until it ends; the first, `open`, is that it began. */
 async function* events(path, lastId, signal) {
   const headers = { Accept: "text/event-stream" };
   if (lastId) headers["Last-Event-ID"] = lastId;
   const answer = await call(path, { headers, signal });
+  yield { type: "open", id: "", data: "" };
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
@@ -361,6 +362,7 @@ async function logs(id) {
   const lines = [];
   try {
     for await (const event of events(`/v1/pools/${encodeURIComponent(id)}/logs?follow=true`, "", stop.signal)) {
+      if (event.type === "open") continue;
       const atEnd = text.scrollTop + text.clientHeight >= text.scrollHeight - 4;
       lines.push(lineOf(event.data));
       lines.splice(0, Math.max(0, lines.length - LOG_LINES));
@@ -388,21 +390,26 @@ function note(text, kind = "", at = Date.now()) {
   while (list.childElementCount > KEPT_EVENTS) list.lastElementChild.remove();
 }
 
+const ALARMS = new Set(["engine_failed", "breaker_opened", "fenced", "reload_broken", "device_suspected"]);
+const WARNINGS = new Set(["suspected", "restart_planned", "start_delayed", "reload_undone", "gap"]);
+
 async function listen() {
   let last = "";
   for (;;) {
     try {
-      const news = events("/v1/events", last);
-      look();
-      for await (const event of news) {
+      for await (const event of events(`/v1/events?tail=${last ? KEPT_EVENTS : 50}`, last)) {
         connection("live", "ok");
         if (event.id) last = event.id;
+        if (event.type === "open") {
+          soon();
+          continue;
+        }
         const told = JSON.parse(event.data);
-        if (told.human) note(told.human, told.severity === "error" ? "bad" : told.severity === "warn" ? "warn" : "", told.at);
+        note(told.human, ALARMS.has(told.event) ? "bad" : WARNINGS.has(told.event ?? event.type) ? "warn" : "", told.at ?? Date.now());
         soon();
       }
-    } catch (error) {
-      if (error instanceof Refused && error.status === 404) connection("looking now and then", "warn");
+    } catch {
+      // Looks say what is wrong.
     }
     connection("reconnecting", "warn");
     await new Promise((resolve) => setTimeout(resolve, RETRY_MS));

@@ -12,7 +12,8 @@ use axum::Router;
 use axum::routing::post;
 use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{self, Access, AppState, Door, Flags, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, History, LogPart, Logs, NodeInfo, router};
+use pool_domain::{Generation, ReplicaKey};
 use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, spec, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -126,6 +127,19 @@ async fn serve(app: Router) -> SocketAddr {
     addr
 }
 
+#[derive(Debug)]
+struct NoLogs;
+
+#[async_trait::async_trait]
+impl Logs for NoLogs {
+    async fn last(&self, _: &ReplicaKey, _: Generation, _: usize) -> LogPart {
+        LogPart::default()
+    }
+    async fn after(&self, _: &ReplicaKey, _: Generation, _: u64) -> LogPart {
+        LogPart::default()
+    }
+}
+
 async fn pool() -> PoolManager {
     let node = FakeNode::default();
     let spec = PoolSpec { replicas: REPLICAS, vram: Some(1 << 29), ..spec("chat") };
@@ -174,6 +188,9 @@ async fn main() {
             flags: Arc::new(Flags::default()),
             gateway: Gateway::new(Arc::new(manager.clone()), Duration::ZERO),
             access: Access::Open,
+            feed: History::begin(String::new()).1,
+            logs: Arc::new(NoLogs),
+            closing: CancellationToken::new(),
         };
         let addr = serve(router(Arc::new(state))).await;
         storm_elsewhere(what, addr, body, hold_ms).await;

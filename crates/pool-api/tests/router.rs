@@ -54,6 +54,11 @@ const ROUTES: &[(&str, &str)] = &[
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/capabilities"),
+    ("GET", "/v1/autoscale"),
+    ("GET", "/v1/sd/prometheus"),
+    ("GET", "/v1/events?follow=false"),
+    ("GET", "/v1/pools/chat/logs?tail=3&replica=r1"),
 ];
 
 async fn send(fake: Fake, request: Request<Body>) -> Response {
@@ -348,6 +353,10 @@ async fn a_pool_on_the_wire() {
         "model_id",
         "device_mask",
         "devices",
+        "vram_total_bytes",
+        "vram_free_bytes",
+        "compute_capability",
+        "workload",
         "slots_total",
         "slots_free",
         "active_leases",
@@ -520,4 +529,69 @@ async fn what_cannot_be_declared_has_a_code_and_a_hint() {
         let (status, p) = ask_if(tag, "DELETE", "/v1/pools/chat", "").await;
         assert_eq!((status, p["code"].as_str()), (400, Some("INVALID_PARAMS")), "{tag}: {p}");
     }
+}
+
+async fn text(path: &str, after: Option<&str>) -> (u16, String) {
+    let mut r = request("GET", path);
+    if let Some(after) = after {
+        r.headers_mut().insert("last-event-id", after.parse().unwrap());
+    }
+    let response = send(Fake::default(), r).await;
+    let status = response.status().as_u16();
+    (status, String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().into()).unwrap())
+}
+
+#[tokio::test]
+async fn events_and_logs_are_streams_that_go_on_where_they_were_left() {
+    let (status, all) = text("/v1/events?follow=false", None).await;
+    assert_eq!(status, 200);
+    assert!(all.contains("id: e-1\nevent: started\ndata: {\"event\":\"started\""), "{all}");
+    for (path, after, there, gap) in [
+        ("/v1/events?follow=false&tail=0", None, false, false),
+        ("/v1/events?follow=false&pool_id=other", None, false, false),
+        ("/v1/events?follow=false&pool_id=chat", Some("e-0"), true, false),
+        ("/v1/events?follow=false", Some("e-1"), false, false),
+        ("/v1/events?follow=false", Some("d-1"), true, true),
+    ] {
+        let (status, text) = text(path, after).await;
+        assert_eq!(
+            (status, text.contains("e-1"), text.contains("event: gap")),
+            (200, there, gap),
+            "{path} {after:?}: {text}"
+        );
+    }
+    let (_, log) = text("/v1/pools/chat/logs?tail=2", None).await;
+    assert!(log.contains("id: g7-2\ndata: chat-r0 7 line 2\n\nid: g7-3\n"), "{log}");
+    assert!(!log.contains("line 1") && log.contains("line 3"), "{log}");
+    let (_, rest) = text("/v1/pools/chat/logs?replica=r1", Some("g7-3")).await;
+    assert!(rest.contains("id: g7-4\n") && !rest.contains("g7-3") && !rest.contains("event: generation"), "{rest}");
+    let (_, older) = text("/v1/pools/chat/logs", Some("g6-3")).await;
+    assert!(older.contains("event: generation\ndata: 7") && older.contains("id: g7-1\n"), "{older}");
+    for (path, after, status) in [
+        ("/v1/events?follow=perhaps", None, 400),
+        ("/v1/events?since=1", None, 400),
+        ("/v1/pools/chat/logs?replica=r9", None, 400),
+        ("/v1/pools/chat/logs", Some("nonsense"), 400),
+        ("/v1/pools/none/logs", None, 404),
+    ] {
+        assert_eq!(text(path, after).await.0, status, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_node_at_a_glance() {
+    let get = async |path: &str| json(send(Fake::default(), request("GET", path)).await).await;
+    let can = get("/v1/capabilities").await;
+    assert_eq!(
+        (&can["models"][0], &can["slots_total"], &can["max_context"]),
+        (&"tiny".into(), &8.into(), &8192.into())
+    );
+    assert_eq!((&can["workloads"][0], &can["version"]), (&"generate".into(), &"1.2.3".into()));
+    let load = get("/v1/autoscale").await;
+    assert_eq!((&load["pools"]["chat"]["demand"], &load["total"]["utilisation_percent"]), (&4.into(), &25.into()));
+    let targets = get("/v1/sd/prometheus").await;
+    assert_eq!(
+        (&targets[1]["targets"][0], &targets[1]["labels"]["replica_id"]),
+        (&"127.0.0.1:42000".into(), &"r1".into())
+    );
 }

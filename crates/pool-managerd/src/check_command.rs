@@ -9,7 +9,7 @@ use pool_services::{Activation, ControlError, NodeSnapshot};
 
 use crate::config::{self, Config, Gpu, Overrides};
 use crate::exit::{CONFIG, Exit, print};
-use crate::{compose, tables};
+use crate::{access, compose, tables};
 
 /// Checks a config and this machine, and prints what would happen.
 ///
@@ -18,6 +18,7 @@ use crate::{compose, tables};
 pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
     let config = config::load(file, &Overrides::default())?;
     print(&told(&config))?;
+    access::open(&config)?;
     let gpus = compose::open_gpus(&config, false).await?;
     let inventory = gpus.inventory().borrow().clone();
     let node = NodeSnapshot {

@@ -98,6 +98,33 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Print what the node can do: engines, models, contexts, slots
+    Capabilities(ClientArgs),
+    /// Print what happened, and with -f what happens
+    Events {
+        /// Only of this pool
+        pool: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Print what a pool's engine wrote, and with -f what it writes
+    Logs {
+        /// The pool
+        pool: String,
+        /// Of this replica, such as r1; by default the first that is ready
+        #[arg(long, value_name = "REPLICA")]
+        replica: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the OpenAPI document
     Openapi,
     /// Print completions for a shell
@@ -210,12 +237,29 @@ pub struct PlanArgs {
 /// Whom to ask and how to answer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// The daemon's API
+    /// The daemon's API: http://HOST:PORT, https://HOST:PORT, or unix:/PATH of its socket
     #[arg(long, value_name = "URL", env = "POOL_MANAGERD_SERVER", default_value = "http://127.0.0.1:9200")]
     pub server: String,
+    /// A file that holds the token to show; without it, POOL_MANAGERD_TOKEN is shown where it is set
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Certificates (PEM) that stand for the daemon's own, for https
+    #[arg(long, value_name = "FILE", env = "POOL_MANAGERD_CA")]
+    pub ca: Option<PathBuf>,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// How much of something that goes on.
+#[derive(Debug, Clone, Args)]
+pub struct FollowArgs {
+    /// Go on with what comes, until it is interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// How much of the past comes first
+    #[arg(short = 'n', long, value_name = "N")]
+    pub tail: Option<usize>,
 }
 
 /// A verb on one pool.
@@ -270,6 +314,10 @@ mod tests {
             "stop chat --no-wait",
             "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",
             "rollback chat --json",
+            "capabilities --json",
+            "events",
+            "events chat -f -n 5 --json",
+            "logs chat --follow --replica r1 --tail 0",
             "completions bash",
         ] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");

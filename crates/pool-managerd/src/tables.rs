@@ -3,6 +3,7 @@
 use bytesize::ByteSize;
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
+use pool_api::dto::CapabilitiesView;
 use pool_services::{NodeSnapshot, Operation, OperationState, PlanReport, PoolSnapshot, ReplicaSnapshot};
 
 fn table(header: &[&str]) -> Table {
@@ -43,6 +44,29 @@ pub fn pools(pools: &[PoolSnapshot]) -> String {
         ]);
     }
     done(&t)
+}
+
+/// What a node can do.
+#[must_use]
+pub fn capabilities(c: &CapabilitiesView) -> String {
+    let mut engines = table(&["ENGINE", "KIND", "MODE", "VERSIONS HERE"]);
+    for e in &c.engines {
+        engines.add_row([e.name.clone(), e.kind.clone(), e.mode.clone(), e.versions.join(", ")]);
+    }
+    let mut pools = table(&["POOL", "WORKLOAD", "MODEL", "QUANTIZATION", "CONTEXT", "SLOTS", "NAMES"]);
+    for p in &c.pools {
+        pools.add_row([
+            p.pool_id.clone(),
+            p.workload.clone(),
+            p.model_id.clone(),
+            p.quantization.clone().unwrap_or_default(),
+            p.context.map(|c| c.to_string()).unwrap_or_default(),
+            p.slots_total.to_string(),
+            p.aliases.join(", "),
+        ]);
+    }
+    let pools = if c.pools.is_empty() { "no pools\n".to_owned() } else { done(&pools) };
+    format!("{}\n{pools}", done(&engines))
 }
 
 /// A plan: what each device would hold, and what would change that.

@@ -34,6 +34,7 @@ fn a_pool_starts_crashes_recovers_and_is_drained_on_the_page() {
     browser.open(&format!("http://{}/", daemon.addr()));
     browser.until("[data-pool=chat]", "idle");
     browser.until("#devices", "Simulated RTX 4090");
+    browser.until("#connection", "live");
 
     // By mouse, with a question in between.
     browser.click("[data-pool=chat] [aria-label='Preload chat']");
@@ -51,6 +52,10 @@ fn a_pool_starts_crashes_recovers_and_is_drained_on_the_page() {
     browser.until("[data-pool=chat]", "1 restarts");
     browser.until("[data-pool=chat][data-state=ready]", "ready");
     assert_ne!(engines.running(), first);
+    browser.until("#events", "Restarting the chat pool");
+    browser.click("[data-pool=chat] [aria-label='Logs chat']");
+    browser.until("#panel-body", "listening on");
+    browser.press("\u{e00c}");
 
     // By keyboard alone.
     browser.run("document.querySelector(\"[aria-label='Drain chat']\").focus()");

@@ -219,7 +219,8 @@ fn an_engine_that_dies_in_the_middle_is_told_in_the_stream_and_its_slot_is_free(
     assert_eq!(told["error"]["code"], "ENGINE_FAILED", "{end}");
     assert!(end.ends_with("0\r\n\r\n"), "the answer has an end: {end}");
     assert!(!end.contains("[DONE]"));
-    // A request that comes now waits for the next engine, and was not sent to the dead one.
+    // Once its end was noticed, a request waits for the next engine.
+    daemon.until("chat", |p| p["last_error"]["class"] == "crash");
     let next = complete(&daemon, &chat(1, false));
     assert_eq!(next.status, 200, "{next:?}");
     assert!(!alive(pid));

@@ -203,39 +203,56 @@ pub enum EventKind {
     },
 }
 
+/// Longest sentence, and how much of a pool's name it has, in characters.
+const SENTENCE: usize = 100;
+const NAME: usize = 24;
+
 fn ordinal(n: u32) -> String {
     match n {
-        0 | 1 => "the first time".into(),
-        2 => "the second time".into(),
-        3 => "the third time".into(),
-        n => format!("the {n}th time"),
+        0 | 1 => "for the first time".into(),
+        2 => "for the second time".into(),
+        3 => "for the third time".into(),
+        n @ 4..=99 => format!("for the {n}th time"),
+        _ => "more than 99 times".into(),
     }
 }
 
 fn seconds(d: Duration) -> String {
-    if d < Duration::from_secs(10) { format!("{:.1} s", d.as_secs_f64()) } else { format!("{} s", d.as_secs()) }
+    match d.as_secs() {
+        0..10 => format!("{:.1} s", d.as_secs_f64()),
+        s @ 10..600 => format!("{s} s"),
+        s @ 600..7200 => format!("{} min", s / 60),
+        s => format!("{} h", s / 3600),
+    }
 }
 
 impl Event {
     /// One plain sentence of at most 100 characters, without ids or secrets.
     #[must_use]
     pub fn human(&self) -> String {
-        let pool: String = self.key.pool.as_str().chars().take(24).collect();
-        let text = match &self.kind {
+        let name = |most: usize| self.key.pool.as_str().chars().take(most).collect::<String>();
+        let text = self.sentence(&name(NAME));
+        // Rather a shorter name than half a sentence.
+        let over = text.chars().count().saturating_sub(SENTENCE);
+        if over == 0 { text } else { self.sentence(&name(NAME.saturating_sub(over))).chars().take(SENTENCE).collect() }
+    }
+
+    fn sentence(&self, pool: &str) -> String {
+        match &self.kind {
             EventKind::StateChanged { from, to } => format!("The {pool} pool went from {from} to {to}"),
             EventKind::Started => format!("Launched an engine for the {pool} pool"),
             EventKind::BecameReady { took } => {
                 format!("The {pool} pool proved that it serves after {}", seconds(*took))
             }
             EventKind::EngineFailed { failure, nth } => {
-                format!("The engine of the {pool} pool {} for {}", failure.class.human(), ordinal(*nth))
+                format!("The engine of the {pool} pool {} {}", failure.class.human(), ordinal(*nth))
             }
             EventKind::Suspected { failure } => {
                 format!("The {pool} pool gives no slots at present: its engine {}", failure.class.human())
             }
             EventKind::Restarting => format!("Restarting the engine of the {pool} pool"),
             EventKind::RestartPlanned { delay, failure, nth } => format!(
-                "Restarting the {pool} pool in {} after its engine {} for {}",
+                "Restarting the {pool} pool in {} after its engine {} {}",
                 seconds(*delay),
                 failure.class.human(),
                 ordinal(*nth)
@@ -304,8 +321,7 @@ impl Event {
                 };
                 format!("An answer of the {pool} pool {how} after {}", seconds(*took))
             }
-        };
-        text.chars().take(100).collect()
+        }
     }
 
     /// For whom the lease is, where it is about one.
@@ -404,3 +420,6 @@ impl EventSink {
         self.lost.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -134,6 +134,8 @@ pub struct PoolSnapshot {
     pub model_id: String,
     /// Other names.
     pub aliases: Vec<String>,
+    /// What it is for: `generate`, `embed`, `rerank`.
+    pub workload: &'static str,
     /// Demand does not wake it.
     pub hold: bool,
     /// Those who wait for a slot.

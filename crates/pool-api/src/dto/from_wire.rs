@@ -47,6 +47,7 @@ fn word(text: &str, known: &[&[&'static str]]) -> &'static str {
 const REASONS: &[&str] = &["backoff", "breaker", "devices", "vram", "hold", "fenced", "draining", "stopping"];
 const BREAKERS: &[&str] = &["closed", "open", "half_open"];
 const PROOFS: &[&str] = &["vram", "simulated", "served"];
+const WORKLOADS: &[&str] = &["generate", "embed", "rerank"];
 const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
@@ -105,6 +106,7 @@ impl TryFrom<PoolView> for PoolSnapshot {
             model: p.model,
             model_id: p.model_id,
             aliases: p.aliases,
+            workload: word(&p.workload, &[WORKLOADS]),
             hold: p.hold,
             leases_waiting: p.leases_waiting,
             // Nobody takes guards of another process.

@@ -1,9 +1,11 @@
 //! What the API answers and what it takes. Times are RFC 3339, lengths `_ms`, sizes bytes.
 
 mod declare;
+mod events;
 mod from_wire;
 mod leases;
 mod models;
+mod overview;
 mod plan;
 mod problem;
 mod to_wire;
@@ -13,9 +15,11 @@ use serde::{Deserialize, Serialize};
 use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
+pub use events::EventView;
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
 pub use models::{ModelView, ModelsView};
+pub use overview::{AutoscaleView, CapabilitiesView, CapabilityView, EngineView, LoadView, TargetsView, targets};
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
 };
@@ -126,10 +130,18 @@ dtos! {
         model: String,
         /// Other names of the model.
         aliases: Vec<String>,
+        /// What it is for: `generate`, `embed` or `rerank`.
+        workload: String,
         /// Mask of the replica that speaks for the pool.
         device_mask: String,
         /// UUIDs of every device in a resolved mask.
         devices: Vec<String>,
+        /// All memory of these devices together; nothing while it is on none.
+        vram_total_bytes: Option<u64>,
+        /// Of it, free as the driver says.
+        vram_free_bytes: Option<u64>,
+        /// The least compute capability of these devices, where known.
+        compute_capability: Option<String>,
         /// Requests its Ready replicas take at once.
         slots_total: u32,
         /// Of these, free.

@@ -81,8 +81,12 @@ impl From<&PoolSnapshot> for PoolView {
             model_id: p.model_id.clone(),
             model: p.model.clone(),
             aliases: p.aliases.clone(),
+            workload: p.workload.into(),
             device_mask: lead.as_ref().map(|l| l.device_mask.clone()).unwrap_or_default(),
             devices: uuids(p),
+            vram_total_bytes: None,
+            vram_free_bytes: None,
+            compute_capability: None,
             slots_total: ready().map(|r| r.slots_total).sum(),
             slots_free: ready().map(|r| r.slots_total.saturating_sub(r.active_leases)).sum(),
             active_leases: p.replicas.iter().map(|r| r.active_leases).sum(),
@@ -103,6 +107,21 @@ impl From<&PoolSnapshot> for PoolView {
             perf: lead.map_or(PerfView { first_token_ms: None }, |l| l.perf),
             replicas: p.replicas.iter().map(Into::into).collect(),
         }
+    }
+}
+
+impl PoolView {
+    /// With what the node's devices say of those that it is on.
+    #[must_use]
+    pub fn on(mut self, node: &NodeSnapshot) -> Self {
+        let mine: Vec<_> = node.devices.iter().map(|(d, _)| d).filter(|d| self.devices.contains(&d.uuid)).collect();
+        if !mine.is_empty() {
+            self.vram_total_bytes = Some(mine.iter().map(|d| d.vram_total).sum());
+            self.vram_free_bytes = Some(mine.iter().map(|d| d.vram_free).sum());
+            let least = mine.iter().filter_map(|d| d.compute_capability).min();
+            self.compute_capability = least.map(|(a, b)| format!("{a}.{b}"));
+        }
+        self
     }
 }
 

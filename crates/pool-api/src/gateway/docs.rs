@@ -14,6 +14,7 @@ macro_rules! paths {
                 (status = 200, description = "The engine's answer: JSON, or events with `stream`"),
                 (status = "4XX", description = "INVALID_PARAMS, UNAUTHORIZED, FORBIDDEN, model_not_found, LEASE_NOT_FOUND or POOL_SATURATED (with Retry-After), or the engine's own", body = Object),
                 (status = "5XX", description = "ENGINE_FAILED, POOL_UNREADY, POOL_DRAINING, POOL_UNAVAILABLE, INSUFFICIENT_VRAM or UNAVAILABLE, or the engine's own", body = Object)))]
+        #[expect(dead_code, reason = "only what it is annotated with is used")]
         pub(crate) fn $name() {}
     )*};
 }

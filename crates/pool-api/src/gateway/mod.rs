@@ -1,6 +1,8 @@
 //! The gateway: requests in the words of OpenAI and Anthropic, sent on to an engine that serves their model and answered
 //! with what it says, byte for byte. A slot is held as long as the answer flows.
 
+#![allow(clippy::result_large_err, reason = "errors that become answers at once")]
+
 mod ask;
 pub(crate) mod docs;
 mod headers;
@@ -101,8 +103,8 @@ impl Gateway {
     }
 }
 
-#[derive(Debug)]
 /// What is known of a request once it has a name.
+#[derive(Debug)]
 struct Context {
     state: Arc<AppState>,
     request: Arc<str>,

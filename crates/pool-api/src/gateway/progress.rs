@@ -10,7 +10,7 @@ use axum::http::{HeaderValue, header};
 use axum::response::Response;
 use bytes::Bytes;
 use http_body_util::channel::{Channel, SendError, Sender};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, Collected, Limited};
 use hyper::body::Frame;
 use pool_domain::PoolId;
 
@@ -59,7 +59,7 @@ async fn run(
     let streams = response.status().is_success();
     let mut body = response.into_body();
     if !streams {
-        let told = Limited::new(body, REFUSAL).collect().await.map(|all| all.to_bytes()).unwrap_or_default();
+        let told = Limited::new(body, REFUSAL).collect().await.map(Collected::to_bytes).unwrap_or_default();
         let line = String::from_utf8_lossy(&told).split_whitespace().collect::<Vec<_>>().join(" ");
         let event = if line.starts_with('{') {
             format!("data: {line}\n\n").into()

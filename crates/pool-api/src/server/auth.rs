@@ -4,7 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use axum::extract::{Request, State};
+use axum::extract::{FromRequestParts, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -179,6 +180,13 @@ impl Caller {
     }
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        Ok(parts.extensions.get::<Self>().cloned().unwrap_or_default())
+    }
+}
+
 /// What a request needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
@@ -196,7 +204,7 @@ pub(super) fn need(method: &Method, path: &str) -> Need {
     let looks = matches!(*method, Method::GET | Method::HEAD);
     let posts = *method == Method::POST;
     let of_leases = path.starts_with("/v1/leases") || (path.starts_with("/v1/pools/") && path.ends_with("/leases"));
-    if looks && (OPEN.contains(&path) || path.starts_with("/docs/") || dashboard::has(path)) {
+    if looks && (OPEN.contains(&path) || dashboard::has(path)) {
         Need::Nothing
     } else if looks && (of_leases || path == "/v1/models") || posts && ["/v1/plan", "/v1/placements"].contains(&path) {
         Need::AnyOf(&[Read, Lease])

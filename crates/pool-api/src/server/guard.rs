@@ -5,10 +5,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::listen::HEAD_BYTES;
 use super::{AppState, Via};
 use crate::dto::{Code, Problem};
 
@@ -67,6 +68,13 @@ pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, 
         _ => None,
     };
     let info = &state.info;
+    // The connection bounds how much of a head it keeps; what comes at once may be more.
+    let size = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+    if size + request.uri().path().len() > HEAD_BYTES {
+        return Problem::new(Code::InvalidParams, format!("the head is larger than {HEAD_BYTES} bytes"))
+            .with_status(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
+            .into_response();
+    }
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let named = match (hosts.next().map(|h| h.to_str()), hosts.next()) {
         (Some(Ok(h)), None) => host_allowed(h, &info.hosts, local),

@@ -32,7 +32,8 @@ pub(super) async fn node(State(s): App) -> Result<Json<NodeView>, Problem> {
 /// Every pool.
 #[utoipa::path(get, path = "/v1/pools", tag = "pools", responses((status = 200, body = Vec<PoolView>)))]
 pub(super) async fn pools(State(s): App) -> Result<Json<Vec<PoolView>>, Problem> {
-    Ok(Json(s.control.pools().await?.iter().map(Into::into).collect()))
+    let (pools, node) = (s.control.pools().await?, s.control.node().await?);
+    Ok(Json(pools.iter().map(|p| PoolView::from(p).on(&node)).collect()))
 }
 
 /// One pool; with `wait_for_snapshot`, once its picture is newer than that or the time is over.
@@ -47,7 +48,8 @@ pub(super) async fn pool(State(s): App, Pool(id): Pool, Params(q): Params<PoolPa
         Some((after, wait)) => s.control.wait_pool(&id, after, wait).await?,
         None => s.control.pool(&id).await?,
     };
-    Ok((etag(pool.revision), Json(PoolView::from(&pool))).into_response())
+    let node = s.control.node().await?;
+    Ok((etag(pool.revision), Json(PoolView::from(&pool).on(&node))).into_response())
 }
 
 /// The health of one pool.

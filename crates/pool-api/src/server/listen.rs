@@ -32,7 +32,7 @@ const HANDSHAKE: Duration = Duration::from_secs(10);
 const STALL: Duration = Duration::from_secs(60);
 /// Most headers of a request, and most bytes of its head.
 const HEADERS: usize = 100;
-const HEAD_BYTES: usize = 64 * 1024;
+pub(super) const HEAD_BYTES: usize = 64 * 1024;
 /// After this, what could not be accepted for want of something is tried again.
 const AGAIN: Duration = Duration::from_millis(100);
 
@@ -213,6 +213,34 @@ mod tests {
 
     use super::*;
     use tokio::io::AsyncWriteExt;
+
+    /// What a connection is told that says this and then nothing, and after how long.
+    async fn told(said: &str) -> (String, Duration) {
+        let (near, mut far) = tokio::io::duplex(1024 * 1024);
+        let router = Router::new().route("/", axum::routing::get(async || "here"));
+        tokio::spawn(connection(near, Via::Unix, router, CancellationToken::new()));
+        let began = tokio::time::Instant::now();
+        far.write_all(said.as_bytes()).await.unwrap();
+        let mut all = String::new();
+        let _ = tokio::io::AsyncReadExt::read_to_string(&mut far, &mut all).await;
+        (all, began.elapsed())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_has_a_time_a_size_and_a_number_of_headers() {
+        for half in ["", "G", "GET / HTTP/1.1\r\nhost: localhost\r\nx: "] {
+            let (answer, took) = told(half).await;
+            assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 408"), "{half}: {answer}");
+            assert_eq!(took.as_secs(), HEAD.as_secs(), "{half}");
+        }
+        let (answer, took) = told("GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("here"), "{answer}");
+        assert_eq!(took.as_secs(), HEAD.as_secs(), "one that is kept for nothing is closed, too");
+        let many = "x: 1\r\n".repeat(HEADERS + 1);
+        let (answer, took) = told(&format!("GET / HTTP/1.1\r\nhost: localhost\r\n{many}\r\n")).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+        assert_eq!(took, Duration::ZERO);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn who_takes_nothing_is_given_up_and_who_takes_a_little_is_not() {

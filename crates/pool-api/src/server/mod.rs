@@ -3,13 +3,16 @@
 mod auth;
 mod dashboard;
 mod extract;
+mod feed;
 mod guard;
 mod handlers;
 mod health;
 mod leases;
 mod listen;
 mod openapi;
+mod overview;
 mod specs;
+mod streams;
 pub mod tls;
 
 use std::any::Any;
@@ -23,17 +26,20 @@ use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use pool_services::PoolControl;
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::dto::{Code, Problem};
+use crate::dto::{Code, EngineView, Problem};
 use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
 use crate::spec::Defaults;
 
 pub use auth::{Access, Caller, MIN_TOKEN, Scope, Tokens, TokensError};
+pub use feed::{Feed, History};
 pub use listen::{Door, serve};
 pub use openapi::openapi_json;
 pub use specs::Reconfigure;
+pub use streams::{LogPart, Logs};
 
 /// Largest body that is read.
 pub const MAX_BODY: usize = 64 * 1024;
@@ -53,6 +59,8 @@ pub struct NodeInfo {
     pub origins: Vec<String>,
     /// What pools get when they do not say.
     pub defaults: Defaults,
+    /// Engines that pools may name.
+    pub engines: Vec<EngineView>,
 }
 
 /// How far the daemon itself is. Both flags start false.
@@ -100,6 +108,12 @@ pub struct AppState {
     pub gateway: Gateway,
     /// Who may do what.
     pub access: Access,
+    /// What happens.
+    pub feed: Feed,
+    /// What engines write.
+    pub logs: Arc<dyn Logs>,
+    /// Ends what would go on for ever.
+    pub closing: CancellationToken,
 }
 
 impl AppState {
@@ -170,6 +184,19 @@ fn gateway_routes() -> Router<Arc<AppState>> {
     gateway::PATHS.iter().fold(Router::new(), |router, (path, _)| router.route(path, post(gateway::handle)))
 }
 
+/// Only what probes ask, for a way in of their own that stays free while the API is flooded.
+pub fn probes(state: Arc<AppState>) -> Router {
+    Router::new()
+        .route("/livez", get(health::livez))
+        .route("/readyz", get(health::readyz))
+        .route("/startupz", get(health::startupz))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), guard::check))
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(state)
+}
+
 /// The whole API. Every route, also the unknown ones, is behind the guard.
 pub fn router(state: Arc<AppState>) -> Router {
     Router::new()
@@ -204,6 +231,11 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/metrics", get(handlers::metrics))
         .route("/openapi.json", get(openapi::document))
         .route("/v1/models", get(gateway::models))
+        .route("/v1/capabilities", get(overview::capabilities))
+        .route("/v1/autoscale", get(overview::autoscale))
+        .route("/v1/sd/prometheus", get(overview::prometheus))
+        .route("/v1/events", get(streams::events))
+        .route("/v1/pools/{id}/logs", get(streams::logs))
         .merge(gateway_routes())
         .merge(dashboard::routes())
         .fallback(no_route)

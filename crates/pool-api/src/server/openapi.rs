@@ -4,7 +4,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{handlers, health, leases, specs};
+use super::{handlers, health, leases, overview, specs, streams};
 use crate::gateway::{self, docs};
 
 #[derive(OpenApi)]
@@ -45,6 +45,11 @@ use crate::gateway::{self, docs};
         handlers::operations,
         handlers::operation,
         handlers::metrics,
+        overview::capabilities,
+        overview::autoscale,
+        overview::prometheus,
+        streams::events,
+        streams::logs,
         gateway::models,
         docs::chat,
         docs::completions,

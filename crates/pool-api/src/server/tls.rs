@@ -3,10 +3,12 @@
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio_rustls::rustls;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{self, ServerConfig};
+
+pub use tokio_rustls::rustls::ServerConfig;
 
 /// Why texts are no certificate and key. They are not repeated.
 #[derive(Debug, Error)]

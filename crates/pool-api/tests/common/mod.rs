@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use pool_api::dto::{ConfigReloadView, Problem};
+use pool_api::dto::{ConfigReloadView, EventView, Problem};
 use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{Access, AppState, Flags, NodeInfo, Reconfigure};
+use pool_api::server::{Access, AppState, Feed, Flags, History, LogPart, Logs, NodeInfo, Reconfigure};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
@@ -23,6 +23,7 @@ use pool_services::{
     ControlError, Declared, DrainLeft, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed,
     PlanReport, PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Answers for the pool `chat`; every verb fails with `error` where it is set.
 #[derive(Debug, Default)]
@@ -79,6 +80,7 @@ pub(crate) fn chat() -> PoolSnapshot {
         model: "stub:tiny".into(),
         model_id: "tiny".into(),
         aliases: vec!["gpt".into()],
+        workload: "generate",
         hold: false,
         leases_waiting: 2,
         guards: Default::default(),
@@ -314,6 +316,34 @@ impl Routing for NoEngines {
     fn tell(&self, _: &ReplicaKey, _: Generation, _: EventKind) {}
 }
 
+/// Three lines of each engine, and one more with each look.
+#[derive(Debug)]
+pub(crate) struct FakeLogs;
+
+#[async_trait]
+impl Logs for FakeLogs {
+    async fn last(&self, key: &ReplicaKey, generation: Generation, lines: usize) -> LogPart {
+        let all = (1..=3u64).map(|n| (n, format!("{key} {generation} line {n}")));
+        LogPart { lines: all.skip(3usize.saturating_sub(lines)).collect(), next: 3 }
+    }
+    async fn after(&self, key: &ReplicaKey, generation: Generation, place: u64) -> LogPart {
+        LogPart { lines: vec![(place + 1, format!("{key} {generation} line {}", place + 1))], next: place + 1 }
+    }
+}
+
+/// Where one event happened. Without a runtime nobody can listen.
+fn attended() -> Feed {
+    let (mut history, feed) = History::begin("e".into());
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        let event = EventView { event: "started".into(), pool_id: "chat".into(), ..EventView::default() };
+        runtime.spawn(async move {
+            history.push(&event, false);
+            history.attend().await;
+        });
+    }
+    feed
+}
+
 pub(crate) fn state(fake: Fake) -> Arc<AppState> {
     let flags = Flags::default();
     flags.set_started();
@@ -326,11 +356,15 @@ pub(crate) fn state(fake: Fake) -> Arc<AppState> {
             hosts: vec!["gpu.lan".into()],
             origins: vec!["https://ui.lan".into()],
             defaults: Default::default(),
+            engines: Vec::new(),
         },
         config: Some(Arc::new(FakeConfig)),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(flags),
         gateway: Gateway::new(Arc::new(NoEngines), Duration::from_secs(1)),
         access: Access::Open,
+        feed: attended(),
+        logs: Arc::new(FakeLogs),
+        closing: CancellationToken::new(),
     })
 }

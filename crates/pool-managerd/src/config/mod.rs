@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+mod exposure;
 mod parse;
 mod raw;
 mod source;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
+use pool_api::dto::EngineView;
 use pool_api::spec::Defaults;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
@@ -37,6 +39,10 @@ pub struct Overrides {
 pub struct Config {
     /// The node and its API.
     pub node: Node,
+    /// Where tokens are, if they are asked for.
+    pub auth: Option<Auth>,
+    /// Certificate and key, if TLS is spoken.
+    pub tls: Option<Tls>,
     /// The devices.
     pub gpu: Gpu,
     /// Where models come from.
@@ -56,6 +62,12 @@ pub struct Node {
     pub profile: Profile,
     /// Where the API listens.
     pub listen: SocketAddr,
+    /// A further address for probes.
+    pub probe_listen: Option<SocketAddr>,
+    /// A socket for the daemon's own user.
+    pub socket: Option<PathBuf>,
+    /// Somebody wants it reachable without tokens or TLS.
+    pub insecure: bool,
     /// Further Host names.
     pub hosts: Vec<String>,
     /// Allowed origins.
@@ -78,6 +90,24 @@ pub struct Node {
     pub min_ready_time: Duration,
     /// How the log looks.
     pub log: LogFormat,
+}
+
+/// Where tokens are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Auth {
+    /// A file.
+    pub file: Option<PathBuf>,
+    /// A variable of the environment.
+    pub env: Option<String>,
+}
+
+/// Where certificate and key are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The chain.
+    pub cert: PathBuf,
+    /// The key.
+    pub key: PathBuf,
 }
 
 /// The devices.
@@ -109,6 +139,23 @@ pub struct Engine {
     pub kind: EngineKind,
     /// How it comes to run.
     pub mode: EngineMode,
+}
+
+impl Engine {
+    /// As the API shows it, under the name that pools give.
+    #[must_use]
+    pub fn view(&self, name: &str) -> EngineView {
+        let kind = match self.kind {
+            EngineKind::LlamaCpp => "llama.cpp",
+            EngineKind::Vllm => "vllm",
+            EngineKind::Stub => "stub",
+        };
+        let mode = match self.mode {
+            EngineMode::Binary(_) => "binary",
+            EngineMode::External(_) => "external",
+        };
+        EngineView { name: name.to_owned(), kind: kind.to_owned(), mode: mode.to_owned(), versions: Vec::new() }
+    }
 }
 
 /// The kinds there are.
@@ -182,9 +229,11 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
+        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
+        compare("auth".into(), self.auth == other.auth);
+        compare("tls".into(), self.tls == other.tls);
         compare("gpu".into(), self.gpu == other.gpu);
         compare("models.roots".into(), self.models == other.models);
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();

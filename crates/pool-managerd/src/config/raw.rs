@@ -6,7 +6,6 @@ use pool_api::spec::Defaults;
 use pool_services::Activation;
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -21,12 +20,10 @@ pub struct RawConfig {
     pub models: RawModels,
     /// Engines by name. They are declared here only, never over HTTP. `llama.cpp` (from PATH) and `stub` are built in.
     pub engines: BTreeMap<String, RawEngine>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub auth: Option<IgnoredAny>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub tls: Option<IgnoredAny>,
+    /// Who may use the API. Without this section whoever reaches it may do everything.
+    pub auth: Option<RawAuth>,
+    /// Serves the API with TLS.
+    pub tls: Option<RawTls>,
     /// The pools.
     pub pool: Vec<pool_api::spec::PoolSpec>,
 }
@@ -90,11 +87,16 @@ pub enum OnExit {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RawNode {
-    /// Sets defaults only: `home` starts pools on demand and logs for people, `cloud` preloads and logs JSON.
+    /// Sets defaults: `home` starts pools on demand and logs for people, `cloud` preloads, logs JSON and requires `[auth]`.
     pub profile: Profile,
-    /// Where the API listens. Anything but loopback needs `insecure = true` until `[auth]` and `[tls]` exist.
+    /// Where the API listens. Anything but loopback needs `[auth]` and `[tls]`, or `insecure = true`.
     pub listen: String,
-    /// Serve the API without authentication beyond loopback. Everyone who reaches it can do everything.
+    /// A further address that answers probes alone (`/livez`, `/readyz`, `/startupz`), also while the API is flooded. None by
+    /// default.
+    pub probe_listen: Option<String>,
+    /// A socket that serves the same API to this user and root alone, who need no token there. None by default.
+    pub socket: Option<String>,
+    /// Serve without tokens where the cloud profile or a listener beyond loopback requires them, or without TLS there.
     pub insecure: bool,
     /// Further Host names that requests may carry.
     pub hosts: Vec<String>,
@@ -128,6 +130,8 @@ impl Default for RawNode {
         Self {
             profile: Profile::Home,
             listen: "127.0.0.1:9200".into(),
+            probe_listen: None,
+            socket: None,
             insecure: false,
             hosts: Vec::new(),
             origins: Vec::new(),
@@ -142,6 +146,28 @@ impl Default for RawNode {
             log: None,
         }
     }
+}
+
+/// `[auth]`
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawAuth {
+    /// A file that only the daemon may read, with one token a line: `TOKEN SCOPES [TENANT]`. Scopes, with commas between
+    /// them: `read` looks, `lease` uses engines, `admin` does everything. What leases and requests of a tenant's token are
+    /// named after is the tenant. It is read again when it changes.
+    pub tokens_file: Option<String>,
+    /// A variable of the environment that holds such lines; by default `POOL_MANAGERD_TOKENS`, unless there is a file.
+    pub tokens_env: Option<String>,
+}
+
+/// `[tls]`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RawTls {
+    /// The chain of certificates, PEM, the server's own first. It is read again when it changes.
+    pub cert: String,
+    /// The private key, PEM, in a file that only the daemon may read.
+    pub key: String,
 }
 
 /// Where devices come from.

@@ -31,6 +31,7 @@ fn pool(id: &str, replicas: Vec<ReplicaSnapshot>) -> PoolSnapshot {
         model: format!("stub:{id}"),
         model_id: id.into(),
         aliases: Vec::new(),
+        workload: "generate",
         hold: false,
         leases_waiting: 0,
         guards: Default::default(),

@@ -202,7 +202,9 @@ impl Daemon {
         });
         let mut daemon = Self { child, addr: String::new(), dir, log, seen: Vec::new() };
         let line = daemon.wait_log("the API listens");
-        daemon.addr = line.split("addr=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        // In the log for people and in that for programs.
+        let port = line.split("127.0.0.1:").nth(1).unwrap().split(|c: char| !c.is_ascii_digit()).next().unwrap();
+        daemon.addr = format!("127.0.0.1:{port}");
         daemon
     }
 
@@ -294,6 +296,18 @@ impl Daemon {
     pub fn cli(&self, args: &[&str]) -> String {
         let out = binary().args(args).args(["--server", &format!("http://{}", self.addr)]).output().unwrap();
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
+    }
+
+    /// The same of another server, or with another token.
+    pub fn cli_with(&self, args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
+        let out = binary().args(args).envs(env.iter().copied()).output().unwrap();
+        (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+    }
+
+    /// Every line of its log so far.
+    pub fn log_so_far(&mut self) -> String {
+        self.seen.extend(self.log.try_iter());
+        self.seen.join("\n")
     }
 
     /// SIGTERM, and the exit code.
