@@ -23,6 +23,8 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
     let node = NodeSnapshot {
         simulated: inventory.simulated,
         driver: inventory.driver.clone(),
+        cuda: inventory.cuda.clone(),
+        xids: Vec::new(),
         devices: inventory.devices.iter().map(|d| (d.clone(), 0)).collect(),
         problem: inventory.problem.clone(),
         events_lost: 0,

@@ -27,8 +27,14 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         _ => (None, None),
     };
     let device = match &event.kind {
-        EventKind::DeviceSuspected { device } | EventKind::DeviceReadmitted { device } => Some(device.as_str()),
+        EventKind::DeviceSuspected { device }
+        | EventKind::DeviceReadmitted { device }
+        | EventKind::DeviceIncident { device, .. } => Some(device.as_str()),
         _ => None,
+    };
+    let (xid, verdict) = match &event.kind {
+        EventKind::DeviceIncident { xid, verdict, .. } => (Some(*xid), Some(verdict.code())),
+        _ => (None, None),
     };
     let backoff_ms = backoff_ms.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
     let last_error = failure.map(ToString::to_string);
@@ -53,6 +59,8 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
                 engine,
                 model_id,
                 device,
+                xid,
+                verdict,
                 backoff_ms,
                 last_error,
                 job_id,
@@ -69,6 +77,7 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         | EventKind::BreakerOpened { .. }
         | EventKind::Fenced { .. }
         | EventKind::DeviceSuspected { .. }
+        | EventKind::DeviceIncident { .. }
         | EventKind::LeaseRefused { .. } => line!(warn),
         EventKind::StateChanged { .. }
         | EventKind::LeaseGranted { .. }

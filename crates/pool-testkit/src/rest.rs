@@ -41,6 +41,8 @@ pub fn gpu(index: u32, vram: u64) -> DeviceSnapshot {
         health: DeviceHealth::Ok,
         mig: None,
         mig_parent: false,
+        verdict: Default::default(),
+        details: Default::default(),
     }
 }
 
@@ -87,7 +89,7 @@ impl FakeGpus {
     /// With these devices.
     #[must_use]
     pub fn with(devices: Vec<DeviceSnapshot>) -> Self {
-        let inventory = Inventory { simulated: true, driver: None, devices, problem: None };
+        let inventory = Inventory { simulated: true, devices, ..Inventory::default() };
         Self { inventory: watch::Sender::new(inventory), residency: Mutex::new(Residency::Simulated(Vec::new())) }
     }
 

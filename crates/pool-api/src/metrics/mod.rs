@@ -171,6 +171,7 @@ impl Metrics {
             | EventKind::StartDelayed { .. }
             | EventKind::ReloadStarted
             | EventKind::DeviceSuspected { .. }
+            | EventKind::DeviceIncident { .. }
             | EventKind::DeviceReadmitted { .. } => {}
         }
     }

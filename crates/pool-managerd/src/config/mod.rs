@@ -14,6 +14,7 @@ use std::time::Duration;
 
 pub use error::ConfigError;
 use pool_api::spec::Defaults;
+use pool_domain::xid::XidTable;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
 pub(crate) use source::{At, Step};
@@ -39,6 +40,8 @@ pub struct Config {
     pub node: Node,
     /// The devices.
     pub gpu: Gpu,
+    /// What follows from errors that the driver reports of devices; `None`: nothing.
+    pub xids: Option<XidTable>,
     /// Where models come from.
     pub models: Models,
     /// Declared engines, the built-in ones included.
@@ -183,7 +186,7 @@ impl Config {
         node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
-        compare("gpu".into(), self.gpu == other.gpu);
+        compare("gpu".into(), self.gpu == other.gpu && self.xids == other.xids);
         compare("models.roots".into(), self.models == other.models);
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
         for name in names {

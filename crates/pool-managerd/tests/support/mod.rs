@@ -7,6 +7,7 @@
     reason = "a test outside the daemon has no tokio clock; bounds are wall time"
 )]
 
+pub mod nvml;
 pub mod stream;
 
 use std::fs;
@@ -328,14 +329,18 @@ pub fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
 /// Writes the config with simulated GPUs and a state directory beside it.
 pub fn write_config(dir: &Path, config: &str) -> PathBuf {
     fs::write(dir.join("two-gpus.toml"), gpu_sim::TWO_GPUS).unwrap();
+    write_config_on(dir, "backend = \"simulated\"\ntopology = \"two-gpus.toml\"\n", config)
+}
+
+/// The same with GPUs of one's own.
+pub fn write_config_on(dir: &Path, gpu: &str, config: &str) -> PathBuf {
     let file = dir.join("pool-managerd.toml");
     let node = if config.contains("[node]") {
         String::new()
     } else {
         format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{}\"\n", engine_ports())
     };
-    let text = format!("{node}[gpu]\nbackend = \"simulated\"\ntopology = \"two-gpus.toml\"\n{config}");
-    fs::write(&file, text).unwrap();
+    fs::write(&file, format!("{node}[gpu]\n{gpu}{config}")).unwrap();
     file
 }
 
