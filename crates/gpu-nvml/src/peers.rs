@@ -8,17 +8,24 @@ use nvml_wrapper::{Device, Nvml};
 use pool_domain::device::Peer;
 
 use crate::convert::bus_id;
+use crate::watcher::{About, Pulse};
 
 /// No GPU has more links.
 const LINKS: u32 = 18;
 
 /// The others of each GPU, by UUID. What is not told is left out.
-pub(crate) fn matrix(nvml: &Nvml, gpus: &[(&Device<'_>, &str)]) -> BTreeMap<String, Vec<Peer>> {
+pub(crate) fn matrix(nvml: &Nvml, pulse: &Pulse<'_>, gpus: &[(&Device<'_>, &str)]) -> BTreeMap<String, Vec<Peer>> {
     if gpus.len() < 2 {
         return BTreeMap::new();
     }
-    let buses: Vec<Option<String>> = gpus.iter().map(|(d, _)| d.pci_info().ok().map(|p| bus_id(&p.bus_id))).collect();
+    let about = |uuid: &str| pulse.calls(About::Device(uuid.to_owned()));
+    let bus = |(device, uuid): &(&Device<'_>, &str)| {
+        about(uuid);
+        device.pci_info().ok().map(|p| bus_id(&p.bus_id))
+    };
+    let buses: Vec<Option<String>> = gpus.iter().map(bus).collect();
     let of = |(at, (device, uuid)): (usize, &(&Device<'_>, &str))| {
+        about(uuid);
         let linked = links(device);
         let peer = |(other_at, (other, other_uuid)): (usize, &(&Device<'_>, &str))| {
             let bus = buses.get(other_at).cloned().flatten();

@@ -104,16 +104,15 @@ impl Sampler {
         }
     }
 
-    /// The GPUs and their UUIDs.
-    pub(crate) fn gpus<'nvml>(&mut self, nvml: &'nvml Nvml) -> Result<Vec<(Device<'nvml>, String)>, Raw> {
+    /// The GPUs that answer, and their UUIDs.
+    pub(crate) fn gpus<'nvml>(
+        &mut self,
+        nvml: &'nvml Nvml,
+        pulse: &Pulse<'_>,
+    ) -> Result<Vec<(Device<'nvml>, String)>, Raw> {
+        let (found, _) = self.find(nvml, pulse)?;
         self.changed = false;
-        Ok((0..nvml.device_count()?)
-            .filter_map(|index| {
-                let device = nvml.device_by_index(index).ok()?;
-                let uuid = device.uuid().ok()?;
-                Some((device, uuid))
-            })
-            .collect())
+        Ok(found.into_iter().map(|f| (f.device, f.uuid)).collect())
     }
 
     /// The GPUs that answer, and those of which every question fails, with how.
@@ -148,8 +147,8 @@ impl Sampler {
         if order != self.order {
             self.order = order;
             self.changed = true;
-            pulse.calls(About::Driver);
-            self.peers = peers::matrix(nvml, &found.iter().map(|f| (&f.device, f.uuid.as_str())).collect::<Vec<_>>());
+            self.peers =
+                peers::matrix(nvml, pulse, &found.iter().map(|f| (&f.device, f.uuid.as_str())).collect::<Vec<_>>());
         }
         Ok((found, failed))
     }

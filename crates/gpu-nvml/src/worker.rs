@@ -175,9 +175,12 @@ impl<'nvml> Session<'nvml> {
         if !anew && !self.sampler.changed() {
             return Ok(());
         }
-        pulse.calls(About::Driver);
-        let gpus = self.sampler.gpus(self.nvml)?;
-        let new = Ears::new(self.nvml, gpus.iter().map(|(device, uuid)| (device, uuid.as_str())))?;
+        let gpus = self.sampler.gpus(self.nvml, pulse)?;
+        let each = gpus.iter().map(|(device, uuid)| {
+            pulse.calls(About::Device(uuid.clone()));
+            (device, uuid.as_str())
+        });
+        let new = Ears::new(self.nvml, each)?;
         tracing::debug!(gpus = new.gpus().count(), "events of the GPUs are heard");
         // Who listens ends only after this end does.
         let _ = ears.send(new);
