@@ -12,7 +12,7 @@ use nvml_wrapper::sys_exports::field_id;
 use nvml_wrapper::{Device, Nvml};
 use pool_domain::device::{DeviceProcess, Ecc, MigSlice, Peer, Remap};
 use pool_domain::{DeviceDetails, DeviceSnapshot};
-use pool_services::ports::{Inventory, Residency};
+use pool_services::ports::{Holder, Inventory, Residency};
 
 use crate::convert::{self, Memory, Reading};
 use crate::error::NvmlError;
@@ -77,31 +77,28 @@ impl Sampler {
 
     /// Every process with a compute context.
     pub(crate) fn residency(&mut self, nvml: &Nvml, pulse: &Pulse<'_>) -> Residency {
-        let mut holders = Vec::new();
-        let asked = self.find(nvml, pulse).and_then(|(gpus, failed)| {
-            if let Some((_, error)) = failed.into_iter().next() {
-                return Err(error);
-            }
-            for gpu in &gpus {
-                pulse.calls(About::Device(gpu.uuid.clone()));
-                // The processes of a split GPU are told slice by slice.
-                if mig_enabled(&gpu.device) {
-                    for (slice, uuid, _) in slices(&gpu.device)? {
-                        holders.extend(slice.running_compute_processes()?.iter().map(|p| convert::holder(&uuid, p)));
-                    }
-                } else {
-                    let processes = gpu.device.running_compute_processes()?;
-                    holders.extend(processes.iter().map(|p| convert::holder(&gpu.uuid, p)));
-                }
-            }
-            Ok(())
-        });
-        match asked {
-            Ok(()) if sees_host_pids() => Residency::Provable(holders),
+        match self.holders(nvml, pulse) {
             // The driver may tell pids of the host, or ours, or nobody's, according to its version.
-            Ok(()) => Residency::Partial(holders),
+            Ok((holders, whole)) if whole && sees_host_pids() => Residency::Provable(holders),
+            Ok((holders, _)) => Residency::Partial(holders),
             Err(raw) => Residency::Unknown(NvmlError::from(raw).to_string()),
         }
+    }
+
+    /// Who holds memory, and whether every device told. A lost one holds nobody's.
+    fn holders(&mut self, nvml: &Nvml, pulse: &Pulse<'_>) -> Result<(Vec<Holder>, bool), Raw> {
+        let (gpus, failed) = self.find(nvml, pulse)?;
+        let (mut holders, mut whole) = (Vec::new(), failed.is_empty());
+        for gpu in &gpus {
+            pulse.calls(About::Device(gpu.uuid.clone()));
+            match holders_on(gpu) {
+                Ok(found) => holders.extend(found),
+                Err(error) if of_the_driver(&error) => return Err(error),
+                Err(Raw::GpuLost) => {}
+                Err(_) => whole = false,
+            }
+        }
+        Ok((holders, whole))
     }
 
     /// The GPUs that answer, and their UUIDs.
@@ -198,6 +195,21 @@ impl Sampler {
         }
         Ok(())
     }
+}
+
+/// The processes of a split GPU are told slice by slice.
+fn holders_on(gpu: &Found<'_>) -> Result<Vec<Holder>, Raw> {
+    let of = |device: &Device<'_>, uuid: &str| -> Result<Vec<Holder>, Raw> {
+        Ok(device.running_compute_processes()?.iter().map(|p| convert::holder(uuid, p)).collect())
+    };
+    if !mig_enabled(&gpu.device) {
+        return of(&gpu.device, &gpu.uuid);
+    }
+    let mut holders = Vec::new();
+    for (slice, uuid, _) in slices(&gpu.device)? {
+        holders.extend(of(&slice, &uuid)?);
+    }
+    Ok(holders)
 }
 
 /// Errors that are not of one device.

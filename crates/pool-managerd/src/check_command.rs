@@ -29,7 +29,7 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
         problem: inventory.problem.clone(),
         events_lost: 0,
     };
-    print(&tables::devices(&node))?;
+    print(&tables::devices(&node, &[]))?;
     // The daemon would wait for them, but who asks wants to know.
     if let Some(absent) = compose::check_masks(&config, &inventory.devices)?.into_iter().next() {
         return Err(absent.into());

@@ -57,7 +57,7 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         Command::Demo { listen } => demo::demo(listen).await,
         Command::Check(args) => check_command::check(args.config.as_deref()).await,
         Command::Plan(args) => plan_command::plan(args).await,
-        Command::Devices(client) => commands::devices(&client).await,
+        Command::Devices { watch, client } => commands::devices(watch, &client).await,
         Command::Status { pool, client } => commands::status(pool.as_deref(), &client).await,
         Command::Preload(args) => commands::verb(Verb::Preload, &args).await,
         Command::Drain { verb, deadline, on_deadline } => {

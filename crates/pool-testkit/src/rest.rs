@@ -5,6 +5,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::charges::Said;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
@@ -14,8 +15,8 @@ use pool_domain::{
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
-    StoredPool,
+    EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Residency, ResolvedModel,
+    StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -82,6 +83,7 @@ pub fn spec(id: &str) -> PoolSpec {
 #[derive(Debug)]
 pub struct FakeGpus {
     inventory: watch::Sender<Inventory>,
+    incidents: watch::Sender<Incidents>,
     residency: Mutex<Residency>,
 }
 
@@ -90,12 +92,21 @@ impl FakeGpus {
     #[must_use]
     pub fn with(devices: Vec<DeviceSnapshot>) -> Self {
         let inventory = Inventory { simulated: true, devices, ..Inventory::default() };
-        Self { inventory: watch::Sender::new(inventory), residency: Mutex::new(Residency::Simulated(Vec::new())) }
+        Self {
+            inventory: watch::Sender::new(inventory),
+            incidents: watch::Sender::default(),
+            residency: Mutex::new(Residency::Simulated(Vec::new())),
+        }
     }
 
     /// Changes the inventory.
     pub fn change(&self, f: impl FnOnce(&mut Inventory)) {
         self.inventory.send_modify(f);
+    }
+
+    /// Has the driver say something of a device.
+    pub fn say(&self, device: &str, said: Said) {
+        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None }));
     }
 
     /// Sets who holds memory.
@@ -108,6 +119,9 @@ impl FakeGpus {
 impl GpuProbe for FakeGpus {
     fn inventory(&self) -> watch::Receiver<Inventory> {
         self.inventory.subscribe()
+    }
+    fn incidents(&self) -> watch::Receiver<Incidents> {
+        self.incidents.subscribe()
     }
     async fn residency(&self) -> Residency {
         self.residency.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use nvml_standin::script::{Block, EVERY_CALL, Event};
 use nvml_standin::{Installed, Script};
 use serde_json::Value;
 
@@ -44,6 +45,43 @@ impl Node {
     pub fn change(&mut self, change: impl FnOnce(&mut Script)) {
         change(&mut self.script);
         self.library.play(&self.script).unwrap();
+    }
+
+    /// Has the driver report an XID of the first GPU, or of a slice of it. Whoever does not listen yet does not hear it, as
+    /// with the real one: one of which nothing follows shows first that somebody does.
+    pub fn report(&mut self, daemon: &Daemon, xid: u64, instance: Option<(u32, u32)>) {
+        let uuid = gpu(1);
+        let next = |s: &Script| s.event.iter().map(|e| e.id).max().unwrap_or(0) + 1;
+        let event = |id, data, instance| Event { id, device: uuid.clone(), data, instance, ..Event::default() };
+        let counted = || {
+            let xids = daemon.get("/v1/node").json()["xids"].clone();
+            xids.as_array()
+                .unwrap()
+                .iter()
+                .filter(|x| x["xid"] == 63)
+                .map(|x| x["count"].as_u64().unwrap())
+                .sum::<u64>()
+        };
+        let before = counted();
+        while counted() == before {
+            self.change(|s| s.event.push(event(next(s), 63, None)));
+            for _ in 0..100 {
+                if counted() > before {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+        }
+        self.change(|s| s.event.push(event(next(s), xid, instance)));
+    }
+
+    /// Has calls about a device not return for as long as the file that is given back exists.
+    pub fn hang(&mut self, device: Option<String>) -> PathBuf {
+        let file = self.file("hung");
+        std::fs::write(&file, "").unwrap();
+        let block = Block { call: EVERY_CALL.into(), device, while_file: file.clone() };
+        self.change(|s| s.block.push(block));
+        file
     }
 
     /// A file of the test's own, which does not exist yet.
