@@ -24,8 +24,11 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     engine::run(false)?;
     process::run(&mut process::cargo(["build", "--package", "pool-managerd", "--bins"]))?;
     without_fault_points()?;
-    process::run(nextest()?.args(["run", "--workspace"]).args(args))?;
-    process::run(&mut process::cargo(["test", "--doc", "--workspace"]))
+    // Locks of engines, by the name of each state directory: those of tests are none of this machine's.
+    let locks = metadata::load()?.target_directory.join("tmp/runtime");
+    fs::create_dir_all(&locks).map_err(error::io(&locks))?;
+    process::run(nextest()?.args(["run", "--workspace"]).args(args).env("XDG_RUNTIME_DIR", &locks))?;
+    process::run(process::cargo(["test", "--doc", "--workspace"]).env("XDG_RUNTIME_DIR", &locks))
 }
 
 /// The daemon that was just built has the features that one has which ships.

@@ -1,6 +1,5 @@
 //! The verbs before there is a manager: the API answers from the first moment on, also while devices are waited for.
 
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -10,10 +9,12 @@ use pool_services::{
     ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager,
     PoolSnapshot, ReloadRequest,
 };
+use tokio::sync::SetOnce;
+use tokio::time::{Instant, timeout};
 
 /// A manager that may come later. Until then nothing is there to be asked.
 #[derive(Debug, Default)]
-pub(crate) struct LateControl(OnceLock<PoolManager>);
+pub(crate) struct LateControl(SetOnce<PoolManager>);
 
 impl LateControl {
     /// From now on there is one.
@@ -24,6 +25,15 @@ impl LateControl {
 
     fn get(&self) -> Result<&PoolManager, ControlError> {
         self.0.get().ok_or_else(|| ControlError::unready("the daemon is starting and waits for its GPUs"))
+    }
+
+    /// Who is ready to wait does so for the manager, too; and for so much less for what it is asked then.
+    async fn within(&self, wait: Duration) -> Result<(&PoolManager, Duration), ControlError> {
+        let since = Instant::now();
+        match timeout(wait, self.0.wait()).await {
+            Ok(manager) => Ok((manager, wait.saturating_sub(since.elapsed()))),
+            Err(_) => Ok((self.get()?, Duration::ZERO)),
+        }
     }
 }
 
@@ -39,7 +49,8 @@ impl PoolControl for LateControl {
         self.get()?.pool(id).await
     }
     async fn wait_pool(&self, id: &PoolId, after: u64, wait: Duration) -> Result<PoolSnapshot, ControlError> {
-        self.get()?.wait_pool(id, after, wait).await
+        let (manager, wait) = self.within(wait).await?;
+        manager.wait_pool(id, after, wait).await
     }
     async fn preload(&self, id: &PoolId) -> Result<Operation, ControlError> {
         self.get()?.preload(id).await
@@ -87,10 +98,13 @@ impl PoolControl for LateControl {
         self.get()?.operation(id).await
     }
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {
-        self.get()?.wait_operation(id, wait).await
+        let (manager, wait) = self.within(wait).await?;
+        manager.wait_operation(id, wait).await
     }
-    async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError> {
-        self.get()?.lease(id, request).await
+    async fn lease(&self, id: &PoolId, mut request: LeaseRequest) -> Result<Lease, ControlError> {
+        let (manager, wait) = self.within(request.wait).await?;
+        request.wait = wait;
+        manager.lease(id, request).await
     }
     async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
         self.get()?.renew(lease_id, ttl).await

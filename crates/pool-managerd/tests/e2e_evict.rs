@@ -6,7 +6,7 @@ mod support;
 use std::fs;
 
 use serde_json::Value;
-use support::{Daemon, Engines, alive, engine_ports, eventually, write_config};
+use support::{Daemon, Engines, alive, engine_ports, request, write_config};
 
 const ONE_GPU: &str = r#"[[device]]
 name = "Simulated GPU of 16 GiB"
@@ -37,19 +37,18 @@ fn start(min_ready_time: &str, pools: &str) -> Daemon {
     Daemon::start_in_place(dir)
 }
 
-fn ask(daemon: &Daemon, pool: &str) -> (u16, Value) {
-    let answer = daemon.post(&format!("/v1/pools/{pool}/leases"), r#"{"ttl_ms":60000}"#);
+/// What one request for a lease is answered that waits for so long.
+fn ask(addr: &str, pool: &str, wait_ms: u64) -> (u16, Value) {
+    let body = serde_json::json!({ "ttl_ms": 600_000, "wait_ms": wait_ms });
+    let answer = request(addr, "POST", &format!("/v1/pools/{pool}/leases"), Some(&body.to_string()));
     (answer.status, answer.json())
 }
 
-/// A lease, however long it takes; meanwhile every refusal is one that says to come again.
-fn lease(daemon: &Daemon, engines: &Engines, pool: &str) -> String {
-    eventually(|| {
-        assert!(engines.running().len() <= 1, "both are resident");
-        let (status, body) = ask(daemon, pool);
-        assert!(status == 201 || (status == 503 && body["retriable"] == true), "{status} {body:#}");
-        body["lease_id"].as_str().map(str::to_owned)
-    })
+/// A lease, for which nobody asks twice.
+fn lease(addr: &str, pool: &str) -> String {
+    let (status, body) = ask(addr, pool, 60_000);
+    assert_eq!(status, 201, "{body:#}");
+    body["lease_id"].as_str().unwrap().to_owned()
 }
 
 #[test]
@@ -58,8 +57,9 @@ fn two_models_that_are_too_large_for_one_gpu_take_turns_and_no_request_is_lost()
     let engines = Engines::of(&daemon);
     for round in 0..6 {
         let (pool, other) = if round % 2 == 0 { ("a", "b") } else { ("b", "a") };
-        let lease = lease(&daemon, &engines, pool);
+        let lease = lease(daemon.addr(), pool);
         assert_eq!(daemon.pool(pool)["ready"], true);
+        assert_eq!(engines.running().len(), 1, "both are resident");
         assert_eq!(daemon.pool(other)["live"], false, "both are resident");
         assert_eq!(daemon.delete(&format!("/v1/leases/{lease}")).status, 204);
     }
@@ -76,18 +76,26 @@ fn two_models_that_are_too_large_for_one_gpu_take_turns_and_no_request_is_lost()
 fn while_one_is_busy_the_other_waits_and_is_told_for_what() {
     let daemon = start("0s", &(large("a", "") + &large("b", "")));
     let engines = Engines::of(&daemon);
-    let held = lease(&daemon, &engines, "a");
-    ask(&daemon, "b");
+    let held = lease(daemon.addr(), "a");
+    let (status, refused) = ask(daemon.addr(), "b", 300);
+    assert_eq!((status, refused["code"].as_str()), (503, Some("INSUFFICIENT_VRAM")), "{refused:#}");
     let waiting = daemon.until("b", |p| p["replicas"][0]["reason_code"] == "vram");
     let reason = waiting["reason"].as_str().unwrap();
     assert!(reason.contains("4.0 GiB left of the 12.0 GiB needed; `a` stays: it is busy"), "{reason}");
-    let (status, refused) = ask(&daemon, "b");
+    let (status, refused) = ask(daemon.addr(), "b", 0);
     assert_eq!((status, refused["code"].as_str()), (503, Some("INSUFFICIENT_VRAM")), "{refused:#}");
     assert!(refused["hint"].as_str().is_some() && refused["retry_after_ms"].as_u64().is_some(), "{refused:#}");
     let first = engines.running();
     assert_eq!(daemon.pool("a")["ready"], true);
-    assert_eq!(daemon.delete(&format!("/v1/leases/{held}")).status, 204);
-    daemon.until("b", |p| p["ready"] == true);
+    // Who waits longer has it as soon as it is free.
+    let patient = std::thread::scope(|s| {
+        let addr = daemon.addr();
+        let patient = s.spawn(move || lease(addr, "b"));
+        daemon.until("b", |p| p["leases_waiting"] == 1);
+        assert_eq!(daemon.delete(&format!("/v1/leases/{held}")).status, 204);
+        patient.join().unwrap()
+    });
+    assert_eq!(daemon.delete(&format!("/v1/leases/{patient}")).status, 204);
     assert!(!first.iter().any(|pid| alive(*pid)), "both are resident");
     assert_eq!(daemon.stop(), Some(0));
 }
@@ -96,11 +104,10 @@ fn while_one_is_busy_the_other_waits_and_is_told_for_what() {
 fn what_gave_way_comes_back_when_the_new_one_fails() {
     let broken = large("b", "").replace(r#""--load-ms", "50""#, r#""--serve-model", "another""#);
     let daemon = start("0s", &(large("a", "") + &broken));
-    let engines = Engines::of(&daemon);
-    let held = lease(&daemon, &engines, "a");
+    let held = lease(daemon.addr(), "a");
     let before = daemon.pool("a")["replicas"][0]["generation"].as_u64();
     assert_eq!(daemon.delete(&format!("/v1/leases/{held}")).status, 204);
-    ask(&daemon, "b");
+    ask(daemon.addr(), "b", 0);
     let failed = daemon.until("b", |p| !p["last_error"].is_null());
     assert_eq!(failed["last_error"]["class"], "wrong_server", "{failed:#}");
     daemon.until("a", |p| p["ready"] == true && p["replicas"][0]["generation"].as_u64() > before);
@@ -110,12 +117,11 @@ fn what_gave_way_comes_back_when_the_new_one_fails() {
 #[test]
 fn a_pool_that_nobody_uses_stops_and_the_next_request_starts_it() {
     let mut daemon = start("0s", &large("a", "idle_ttl = \"1s\""));
-    let engines = Engines::of(&daemon);
-    let held = lease(&daemon, &engines, "a");
+    let held = lease(daemon.addr(), "a");
     assert_eq!(daemon.delete(&format!("/v1/leases/{held}")).status, 204);
     let stopped = daemon.until("a", |p| p["state"] == "idle" && p["snapshot"].as_u64() > Some(1));
     assert_eq!(stopped["hold"], false);
     daemon.wait_log("Stopping the a pool: nobody used it for 1.0 s");
-    lease(&daemon, &engines, "a");
+    lease(daemon.addr(), "a");
     assert_eq!(daemon.stop(), Some(0));
 }

@@ -67,11 +67,11 @@ fn client(addr: &str, seen: &Seen) {
 }
 
 /// Reloads to the other model while streams are under way.
-fn reload(daemon: &Daemon, nth: u64, seen: &Seen) {
+fn reload(daemon: &Daemon, strategy: &str, nth: u64, seen: &Seen) {
     let begun = seen.begun.load(Ordering::SeqCst);
     eventually(|| (seen.begun.load(Ordering::SeqCst) >= begun + CLIENTS).then_some(()));
     let model = if nth.is_multiple_of(2) { "stub:two" } else { "stub:one" };
-    let body = json!({ "new_model_ref": model, "strategy": "overlap" }).to_string();
+    let body = json!({ "new_model_ref": model, "strategy": strategy }).to_string();
     let begun = daemon.post("/v1/pools/chat/reload", &body);
     assert_eq!(begun.status, 202, "{begun:?}");
     daemon.until("chat", |p| {
@@ -84,11 +84,11 @@ fn reload(daemon: &Daemon, nth: u64, seen: &Seen) {
     assert_eq!((&over["state"], &over["outcome"]), (&json!("succeeded"), &json!("reloaded")), "{over:#}");
 }
 
-#[test]
-fn no_stream_is_broken_and_nobody_who_waits_is_refused_through_many_overlap_reloads() {
-    let daemon = Daemon::start(POOL);
+/// Clients stream through so many reloads: none is cut off, none is refused, and in the end as many engines run as before.
+fn streams_through(strategy: &str, pool: &str, reloads: u64, replicas: usize) {
+    let daemon = Daemon::start(pool);
     let engines = Engines::of(&daemon);
-    daemon.until("chat", |p| p["ready"] == true);
+    daemon.until("chat", |p| p["ready_replicas"] == replicas);
     let seen = Seen::default();
     let addr = daemon.addr().to_owned();
     // A client that panics fails the scope.
@@ -97,17 +97,27 @@ fn no_stream_is_broken_and_nobody_who_waits_is_refused_through_many_overlap_relo
         for _ in 0..CLIENTS {
             s.spawn(|| client(&addr, &seen));
         }
-        (0..RELOADS).for_each(|nth| reload(&daemon, nth, &seen));
+        (0..reloads).for_each(|nth| reload(&daemon, strategy, nth, &seen));
     });
     assert_eq!(seen.begun.load(Ordering::SeqCst), seen.ended.load(Ordering::SeqCst));
     assert!(seen.spanned.load(Ordering::SeqCst) > 0, "no stream went through a reload");
     let pool = daemon.pool("chat");
-    assert_eq!((&pool["revision"], &pool["active_leases"]), (&json!(RELOADS + 1), &json!(0)), "{pool:#}");
-    let old = |p: &Value| p["replicas"].as_array().unwrap().len() > 1;
-    daemon.until("chat", |p| !old(p));
-    assert_eq!(engines.running().len(), 1, "only the last engine is left");
+    assert_eq!((&pool["revision"], &pool["active_leases"]), (&json!(reloads + 1), &json!(0)), "{pool:#}");
+    daemon.until("chat", |p| p["replicas"].as_array().unwrap().len() == replicas);
+    assert_eq!(engines.running().len(), replicas, "only the last engines are left");
     assert_eq!(daemon.stop(), Some(0));
     assert!(engines.running().is_empty());
+}
+
+#[test]
+fn no_stream_is_broken_and_nobody_who_waits_is_refused_through_many_overlap_reloads() {
+    streams_through("overlap", POOL, RELOADS, 1);
+}
+
+#[test]
+fn no_stream_is_broken_and_nobody_who_waits_is_refused_while_replicas_are_replaced_in_turn() {
+    let two = POOL.replace("slots = 4", "slots = 4\nreplicas = 2\ndevices = [\"0\", \"1\"]");
+    streams_through("rolling", &two, 5, 2);
 }
 
 fn began(daemon: &Daemon, body: &Value) -> String {
