@@ -1,6 +1,5 @@
 //! What it costs to look at the inventory, and to renew it, with eight GPUs of the stand-in library.
 #![allow(clippy::unwrap_used, reason = "a bench may panic")]
-#![expect(missing_docs, reason = "made by a macro")]
 
 use std::hint::black_box;
 use std::path::Path;
