@@ -31,8 +31,15 @@ pub enum Command {
     Check(ConfigArgs),
     /// Print what a model needs on the GPUs of this machine, and what would fit instead; starts nothing
     Plan(PlanArgs),
-    /// Print the GPUs of the node
-    Devices(ClientArgs),
+    /// Print the GPUs of the node: memory, who uses it, health, and what to do
+    Devices {
+        /// Print them anew every second until it is interrupted
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the pools, or one of them
     Status {
         /// The pool

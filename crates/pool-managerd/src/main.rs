@@ -57,7 +57,7 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         Command::Demo { listen } => demo::demo(listen).await,
         Command::Check(args) => check_command::check(args.config.as_deref()).await,
         Command::Plan(args) => plan_command::plan(args).await,
-        Command::Devices(client) => commands::devices(&client).await,
+        Command::Devices { watch, client } => commands::devices(watch, &client).await,
         Command::Status { pool, client } => commands::status(pool.as_deref(), &client).await,
         Command::Top(client) => top::top(&client).await,
         Command::Capabilities(client) => commands::capabilities(&client).await,

@@ -179,6 +179,17 @@ impl PoolSnapshot {
     }
 }
 
+/// How often the driver reported an XID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct XidCount {
+    /// UUID of the GPU or slice.
+    pub device: String,
+    /// Its number.
+    pub xid: u64,
+    /// How often since the daemon started.
+    pub count: u64,
+}
+
 /// The node.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct NodeSnapshot {
@@ -186,8 +197,12 @@ pub struct NodeSnapshot {
     pub simulated: bool,
     /// Driver version.
     pub driver: Option<String>,
+    /// CUDA version of the driver.
+    pub cuda: Option<String>,
     /// Devices, each with the bytes reserved by us.
     pub devices: Vec<(DeviceSnapshot, u64)>,
+    /// XIDs that the driver reported.
+    pub xids: Vec<XidCount>,
     /// Why there are no devices, or why this is old.
     pub problem: Option<String>,
     /// Events that are missing in log and metrics, because they came faster than they could be told.

@@ -105,10 +105,14 @@ pub(crate) fn node() -> NodeSnapshot {
         health: DeviceHealth::Fenced("leftovers".into()),
         mig: Some(MigSlice { parent: "GPU-x".into(), profile: "1g.12gb".into(), index: 1 }),
         mig_parent: false,
+        verdict: Default::default(),
+        details: Default::default(),
     };
     NodeSnapshot {
         simulated: true,
         driver: Some("580.1".into()),
+        cuda: Some("13.0".into()),
+        xids: Vec::new(),
         devices: vec![(device, 35)],
         problem: None,
         events_lost: 0,

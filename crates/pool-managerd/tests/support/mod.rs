@@ -8,6 +8,7 @@
 )]
 
 pub mod browser;
+pub mod nvml;
 pub mod stream;
 
 use std::fs;
@@ -358,14 +359,18 @@ pub fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
 /// Writes the config with simulated GPUs and a state directory beside it.
 pub fn write_config(dir: &Path, config: &str) -> PathBuf {
     fs::write(dir.join("two-gpus.toml"), gpu_sim::TWO_GPUS).unwrap();
+    write_config_on(dir, "backend = \"simulated\"\ntopology = \"two-gpus.toml\"\n", config)
+}
+
+/// The same with GPUs of one's own.
+pub fn write_config_on(dir: &Path, gpu: &str, config: &str) -> PathBuf {
     let file = dir.join("pool-managerd.toml");
     let node = if config.contains("[node]") {
         String::new()
     } else {
         format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{}\"\n", engine_ports())
     };
-    let text = format!("{node}[gpu]\nbackend = \"simulated\"\ntopology = \"two-gpus.toml\"\n{config}");
-    fs::write(&file, text).unwrap();
+    fs::write(&file, format!("{node}[gpu]\n{gpu}{config}")).unwrap();
     file
 }
 
