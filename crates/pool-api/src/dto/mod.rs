@@ -92,7 +92,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,
@@ -164,7 +164,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,
