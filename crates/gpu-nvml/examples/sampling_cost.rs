@@ -2,23 +2,25 @@
 //! the kernel counts for each thread over some time. `sampling_cost [SECONDS]`
 #![expect(clippy::print_stdout, reason = "its output is for people")]
 
+use std::collections::BTreeMap;
 use std::error::Error;
+use std::ffi::OsString;
 use std::path::Path;
 use std::time::Duration;
 
 use gpu_nvml::{NvmlGpus, Opening, Options};
 use nvml_standin::{Installed, Script};
 
-/// Nanoseconds on a CPU of each thread of this process, by its name.
-fn spent() -> Result<Vec<(String, u64)>, Box<dyn Error>> {
-    let mut threads = Vec::new();
+/// Nanoseconds on a CPU of each thread of this process, by its number, with its name.
+fn spent() -> Result<BTreeMap<OsString, (String, u64)>, Box<dyn Error>> {
+    let mut threads = BTreeMap::new();
     for task in std::fs::read_dir("/proc/self/task")? {
-        let dir = task?.path();
+        let task = task?;
+        let dir = task.path();
         let name = std::fs::read_to_string(dir.join("comm"))?.trim().to_owned();
         let times = std::fs::read_to_string(dir.join("schedstat"))?;
-        threads.push((name, times.split_whitespace().next().unwrap_or("0").parse()?));
+        threads.insert(task.file_name(), (name, times.split_whitespace().next().unwrap_or("0").parse()?));
     }
-    threads.sort();
     Ok(threads)
 }
 
@@ -34,7 +36,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let before = spent()?;
     tokio::time::sleep(Duration::from_secs(seconds.into())).await;
     let mut sum = 0.0;
-    for ((name, after), (_, before)) in spent()?.into_iter().zip(before) {
+    for (thread, (name, after)) in spent()? {
+        let before = before.get(&thread).map_or(0, |(_, before)| *before);
         let share = f64::from(u32::try_from((after - before) / 1_000)?) / f64::from(seconds) / 1e4;
         if name.starts_with("nvml") {
             sum += share;

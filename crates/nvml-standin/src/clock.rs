@@ -18,7 +18,7 @@ impl Moment {
 }
 
 /// Between two looks at a script, or at a file that keeps a call.
-const LOOK: Duration = Duration::from_millis(20);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Waits for one look, or for what is left.
 pub(crate) fn pause(at_most: Duration) {

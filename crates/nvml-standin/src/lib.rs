@@ -44,10 +44,12 @@ impl Installed {
     /// # Errors
     /// When it was not built, or the directory cannot be written.
     pub fn into_dir(dir: &Path, script: &Script) -> io::Result<Self> {
-        let built = std::env::current_exe()?
+        // Programs of examples lie beside the folder that tests and benches are in.
+        let program = std::env::current_exe()?;
+        let places = ["libnvml_standin.so", "../deps/libnvml_standin.so"];
+        let built = program
             .parent()
-            .map(|dir| dir.join("libnvml_standin.so"))
-            .filter(|library| library.is_file())
+            .and_then(|dir| places.iter().map(|place| dir.join(place)).find(|library| library.is_file()))
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "libnvml_standin.so is not beside this program"))?;
         symlink(built, dir.join(SONAME))?;
         let this = Self { dir: dir.to_owned() };

@@ -75,6 +75,11 @@ fn runs(seat: &Seat) -> bool {
     )
 }
 
+/// Whether an engine was there before this moment, and serves.
+fn serves(seat: &Seat) -> bool {
+    runs(seat) && !matches!(seat.published.borrow().state, State::Starting { .. } | State::Warming { .. })
+}
+
 impl Steward {
     /// Hears what the driver said, sees what it says now, and has the engines that are concerned ended.
     pub(crate) async fn attend(&mut self, inventory: &Inventory, book: &mut Book) {
@@ -128,7 +133,8 @@ impl Steward {
         }
         if action == XidAction::RestartEngine {
             let detail = format!("the driver reported XID {xid} ({})", xid::meaning(xid));
-            for (seat, generation) in concerned.into_iter().filter(|(seat, _)| runs(seat)) {
+            // One that has proved nothing yet may be the next already, after one that ended because of the error.
+            for (seat, generation) in concerned.into_iter().filter(|(seat, _)| serves(seat)) {
                 let failure = Failure::new(FailureClass::DriverError, detail.clone());
                 seat.tell(DriverCommand::Condemn(generation, failure)).await;
             }

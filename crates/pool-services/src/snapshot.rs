@@ -54,7 +54,7 @@ pub struct ReplicaSnapshot {
     pub backoff_failures: u32,
     /// Until the next start, where one is planned, in milliseconds.
     pub next_start_in_ms: Option<u64>,
-    /// `vram`, `simulated`, `served`, empty without a proof.
+    /// `vram`, `vram_delta`, `simulated`, `served`, empty without a proof.
     pub proof: &'static str,
     /// Milliseconds of the first unit of work.
     pub first_unit_ms: Option<u64>,

@@ -98,7 +98,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,
@@ -178,7 +178,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,

@@ -387,7 +387,15 @@ async fn residency(
             Residency::Provable(h) => (h, Listing::Whole),
             Residency::Partial(h) => (h, Listing::Partial),
             Residency::Simulated(h) => (h, Listing::Simulated),
-            Residency::Unknown(why) => return Err(Failure::new(FailureClass::DriverError, why)),
+            Residency::Unknown(why) => {
+                return match &record.phase {
+                    // It was proved of this very process, and that nobody can say so again is not its fault.
+                    Phase::Ready { proof, .. } | Phase::Draining { proof, .. } => {
+                        Ok((proof.residency, Holds::default()))
+                    }
+                    Phase::Starting | Phase::Stopping => Err(Failure::new(FailureClass::DriverError, why)),
+                };
+            }
         };
         // Who holds nothing need not be looked for.
         let pids = if holders.is_empty() { Vec::new() } else { look(engine, |e| e.pids()).await.unwrap_or_default() };
