@@ -4,7 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use pool_services::{PoolControl, PoolSnapshot};
+use pool_services::PoolControl;
 
 use crate::config::{self, Overrides};
 use crate::exit::{BUG, Exit, print};
@@ -71,24 +71,21 @@ pub async fn demo(listen: SocketAddr) -> Result<(), Exit> {
 /// Says what runs and what to try, once the first engine serves.
 async fn introduce(started: Started) {
     let Ok(id) = "chat".parse() else { return };
-    let chat = tokio::time::timeout(PATIENCE, async {
+    let served = tokio::time::timeout(PATIENCE, async {
         let mut seen = 0;
-        loop {
-            let pool = started.manager.wait_pool(&id, seen, PATIENCE).await.ok()?;
-            if pool.ready() {
-                return Some(pool);
-            }
+        while let Ok(pool) = started.manager.wait_pool(&id, seen, PATIENCE).await
+            && !pool.ready()
+        {
             seen = pool.snapshot;
         }
     });
-    let chat = chat.await.ok().flatten();
+    // A request would wait for it.
+    let _ = served.await;
     // Nothing to do about a stdout that is gone.
-    let _ = print(&lines(started.addr, chat.as_ref()));
+    let _ = print(&lines(started.addr));
 }
 
-fn lines(addr: SocketAddr, chat: Option<&PoolSnapshot>) -> String {
-    let waits =
-        if chat.is_some_and(PoolSnapshot::ready) { "" } else { " (its engine is still loading; the request waits)" };
+fn lines(addr: SocketAddr) -> String {
     format!(
         "
 pool-managerd demo: open http://{addr}/ in a browser
@@ -98,7 +95,7 @@ Two SIMULATED GPUs, and two pools of stub engines (made-up words, no model):
   flaky  crashes 8 s after it became ready, and is restarted with growing delays until its breaker opens
 
 Try, in another terminal:
-  # a chat completion, as OpenAI's clients ask for one{waits}
+  # a chat completion, as OpenAI's clients ask for one
   curl -s http://{addr}/v1/chat/completions -H 'Content-Type: application/json' -d '{{\"model\":\"chat\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}],\"max_tokens\":16}}'
   # how the pools stand: once, and live
   pool-managerd status --server http://{addr}
@@ -130,7 +127,7 @@ mod tests {
 
     #[test]
     fn the_lines_can_be_pasted() {
-        let text = lines("127.0.0.1:9200".parse().unwrap(), None);
+        let text = lines("127.0.0.1:9200".parse().unwrap());
         assert!(text.contains("curl -s http://127.0.0.1:9200/v1/pools/flaky\n") && !text.contains("{{"));
     }
 }
