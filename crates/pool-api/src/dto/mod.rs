@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
-pub use events::EventView;
 pub use device::{DetailsView, DeviceView, EccView, MigView, PeerView, ProcessView, RemapView, XidView};
+pub use events::EventView;
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
 pub use models::{ModelView, ModelsView};

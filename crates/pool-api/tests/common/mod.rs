@@ -15,8 +15,8 @@ use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
 use pool_domain::{
-    DeviceDetails, DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey, Verdict,
-    device::MigSlice, failure::Exit,
+    DeviceDetails, DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey,
+    Verdict, device::MigSlice, failure::Exit,
 };
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::snapshot::{LastError, XidCount};
