@@ -16,7 +16,7 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pool_domain::{Failure, FailureClass, ModelProfile, ModelRef};
+use pool_domain::{Failure, FailureClass, FileRef, ModelProfile, ModelRef};
 use pool_services::ports::{ModelStore, ResolvedModel};
 use rustix::fs::OFlags;
 
@@ -50,7 +50,7 @@ impl LocalModels {
 
     fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
         let id = model.model_id();
-        let ModelRef::File(path) = model else {
+        let ModelRef::File(FileRef { path, .. }) = model else {
             return Ok(ResolvedModel { id, local_path: None, bytes: 0 });
         };
         let path = Path::new(path);

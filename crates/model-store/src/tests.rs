@@ -31,7 +31,7 @@ impl Bench {
     }
 
     fn model(&self, name: &str) -> ModelRef {
-        ModelRef::File(self.path(name).to_str().unwrap().to_owned())
+        ModelRef::file(self.path(name).to_str().unwrap().to_owned())
     }
 
     #[track_caller]
@@ -93,7 +93,7 @@ fn only_a_regular_file_with_something_in_it_is_a_model() {
     b.refused(&b.model("root/s.gguf"), "is a socket");
     b.refused(&b.write("root/empty.gguf", b""), "is empty");
     let device = LocalModels::new(vec!["/dev".into()]);
-    let failure = device.validate_ref(&ModelRef::File("/dev/null".into())).unwrap_err();
+    let failure = device.validate_ref(&ModelRef::file("/dev/null")).unwrap_err();
     assert!(failure.detail.contains("`null` is a device"), "{failure}");
     symlink(b.path("root/loop.gguf"), b.path("root/loop.gguf")).unwrap();
     b.refused(&b.model("root/loop.gguf"), "cannot be read");
