@@ -43,11 +43,15 @@ impl Bench {
     }
 }
 
+fn untold() -> StagingTold {
+    tokio::sync::watch::channel(None).0
+}
+
 #[tokio::test]
 async fn names_need_no_file() {
     let models = LocalModels::new(Vec::new());
     for text in ["stub:tiny", "name:tiny"] {
-        let model = models.ensure_present(&text.parse().unwrap()).await.unwrap();
+        let model = models.ensure_present(&text.parse().unwrap(), &untold()).await.unwrap();
         assert_eq!(model, ResolvedModel { id: "tiny".into(), local_path: None, bytes: 0 });
     }
 }
@@ -57,10 +61,10 @@ async fn a_good_file_is_resolved_to_where_it_really_lies() {
     let b = Bench::new();
     let model = b.write("root/a.gguf", GGUF);
     let real = fs::canonicalize(b.path("root/a.gguf")).unwrap();
-    let found = b.models.ensure_present(&model).await.unwrap();
+    let found = b.models.ensure_present(&model, &untold()).await.unwrap();
     assert_eq!(found, ResolvedModel { id: "a".into(), local_path: Some(real.clone()), bytes: GGUF.len() as u64 });
     symlink(&real, b.path("root/link.gguf")).unwrap();
-    let found = b.models.ensure_present(&b.model("root/link.gguf")).await.unwrap();
+    let found = b.models.ensure_present(&b.model("root/link.gguf"), &untold()).await.unwrap();
     assert_eq!(found.local_path, Some(real));
     assert_eq!(found.id, "link");
     b.models.validate_ref(&b.write("root/weights.bin", b"anything")).unwrap();
@@ -121,7 +125,7 @@ async fn a_fifo_is_refused_without_waiting_for_a_writer() {
     let b = Bench::new();
     mknodat(CWD, b.path("root/pipe.gguf"), FileType::Fifo, Mode::RWXU, 0).unwrap();
     b.refused(&b.model("root/pipe.gguf"), "is a FIFO");
-    assert!(b.models.ensure_present(&b.model("root/pipe.gguf")).await.is_err());
+    assert!(b.models.ensure_present(&b.model("root/pipe.gguf"), &untold()).await.is_err());
 }
 
 #[test]

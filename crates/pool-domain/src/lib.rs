@@ -9,6 +9,7 @@ pub mod breaker;
 pub mod device;
 #[cfg(test)]
 mod dice;
+pub mod download;
 pub mod estimate;
 pub mod evict;
 pub mod failure;
@@ -21,6 +22,7 @@ pub mod lifecycle;
 pub mod liveness;
 pub mod mask;
 pub mod model;
+pub mod model_cache;
 pub mod model_files;
 pub mod model_policy;
 pub mod model_ref;

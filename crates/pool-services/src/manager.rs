@@ -174,6 +174,7 @@ impl PoolManager {
         } else {
             provisioner.admits_from_api(spec).map_err(planning::not_admitted)?;
         }
+        planning::permitted(spec, &*self.inner.ports.models)?;
         if provisioner.external(spec).is_some() {
             return Ok(());
         }

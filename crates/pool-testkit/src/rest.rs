@@ -14,8 +14,8 @@ use pool_domain::{
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Residency, ResolvedModel, StateLedger,
-    StoredPool,
+    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Presence, Residency, ResolvedModel,
+    StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -145,7 +145,14 @@ impl FakeModels {
 
 #[async_trait]
 impl ModelStore for FakeModels {
-    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+    fn permits(&self, _: &ModelRef) -> Result<(), String> {
+        Ok(())
+    }
+    async fn look(&self, model: &ModelRef) -> Result<Presence, Failure> {
+        let (untold, _) = watch::channel(None);
+        self.ensure_present(model, &untold).await.map(Presence::Here)
+    }
+    async fn ensure_present(&self, model: &ModelRef, _: &StagingTold) -> Result<ResolvedModel, Failure> {
         let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
         slowly(takes).await;
         if self.missing.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id()) {

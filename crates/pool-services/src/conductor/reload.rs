@@ -7,7 +7,7 @@ use std::time::Duration;
 use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
 use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan};
 use pool_domain::{Failure, FailureClass, ReplicaId, Tick};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::{Conductor, Member};
 use crate::control::{ControlError, Operation, OperationState};
@@ -635,6 +635,10 @@ fn verify(
 
 /// Whether the pool fits beside all that runs, or `alone`: without what it holds itself.
 async fn fits(node: &Node, spec: &PoolSpec, alone: bool) -> Result<Result<(), String>, String> {
+    planning::permitted(spec, &*node.ports.models).map_err(|e| e.to_string())?;
+    // A model that has to be fetched is, before anything is touched.
+    let (untold, _) = watch::channel(None);
+    node.ports.models.ensure_present(&spec.model, &untold).await.map_err(|f| f.detail)?;
     let (devices, promised) = node.view.devices_without(alone.then_some(&spec.id));
     let from = Surroundings {
         models: &*node.ports.models,
