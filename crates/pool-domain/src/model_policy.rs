@@ -123,6 +123,17 @@ fn web(text: &str, secure: bool) -> Result<Allowed, AllowError> {
 }
 
 impl Allowed {
+    /// An entry for this source alone: who names it on the command line allows it by that.
+    ///
+    /// # Errors
+    /// When its name could stand for others.
+    pub fn exactly(source: &RemoteSource) -> Result<Self, AllowError> {
+        match source {
+            RemoteSource::Oci(oci) => format!("oci://{}/{}", oci.registry, oci.repo).parse(),
+            other => other.to_string().parse(),
+        }
+    }
+
     fn fits(&self, source: &RemoteSource) -> bool {
         match (&self.what, source) {
             (What::Hf, RemoteSource::Hf(hf)) => self.rest.fits(&hf.repo) || self.rest.fits(&hf_name(hf)),
@@ -158,7 +169,7 @@ impl Allowed {
     }
 }
 
-/// A reference that is named on the command line is allowed by that.
+/// `org/repo@revision/file`
 fn hf_name(hf: &crate::model_ref::HfRef) -> String {
     RemoteSource::Hf(hf.clone()).to_string().split_off("hf:".len())
 }

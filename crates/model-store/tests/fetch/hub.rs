@@ -15,18 +15,18 @@ use crate::{Bench, content, failed, fetch, holds, options, sha256};
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// A hub with one repository, whatever its name: the API, and files that it redirects to its storage.
-pub struct Hub {
-    pub server: Server,
+pub(crate) struct Hub {
+    pub(crate) server: Server,
     files: Arc<AtomicUsize>,
 }
 
 impl Hub {
-    pub async fn start(files: Vec<(&'static str, Vec<u8>)>) -> Self {
+    pub(crate) async fn start(files: Vec<(&'static str, Vec<u8>)>) -> Self {
         Self::telling(files, |told| told).await
     }
 
     /// `lie` changes what the API says.
-    pub async fn telling(
+    pub(crate) async fn telling(
         files: Vec<(&'static str, Vec<u8>)>,
         lie: impl Fn(String) -> String + Send + Sync + 'static,
     ) -> Self {
@@ -63,11 +63,11 @@ impl Hub {
         Self { server, files: count }
     }
 
-    pub fn endpoint(&self) -> HttpUrl {
+    pub(crate) fn endpoint(&self) -> HttpUrl {
         HttpUrl::parse(&self.server.url("")).unwrap()
     }
 
-    pub fn file_requests(&self) -> usize {
+    pub(crate) fn file_requests(&self) -> usize {
         self.files.load(Ordering::SeqCst)
     }
 

@@ -1,4 +1,5 @@
 //! Fetching from real servers on loopback.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod child;
 mod files;
@@ -19,7 +20,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 
 /// As a GGUF begins, and then something that is nowhere the same.
-pub fn content(seed: u64, bytes: usize) -> Vec<u8> {
+pub(crate) fn content(seed: u64, bytes: usize) -> Vec<u8> {
     let mut content = b"GGUF\x03\0\0\0".to_vec();
     let mut state = seed | 1;
     while content.len() < bytes {
@@ -30,13 +31,13 @@ pub fn content(seed: u64, bytes: usize) -> Vec<u8> {
     content
 }
 
-pub fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Servers on loopback answer at once or not at all.
-pub fn limits() -> Limits {
+pub(crate) fn limits() -> Limits {
     let ms = Duration::from_millis;
     Limits {
         connect: Duration::from_secs(10),
@@ -47,7 +48,7 @@ pub fn limits() -> Limits {
     }
 }
 
-pub fn options(cache: &Path, allow: &[&str]) -> Options {
+pub(crate) fn options(cache: &Path, allow: &[&str]) -> Options {
     Options {
         roots: Vec::new(),
         cache_dir: cache.to_owned(),
@@ -68,56 +69,56 @@ pub fn options(cache: &Path, allow: &[&str]) -> Options {
 }
 
 /// A cache of its own, which may be filled from one server.
-pub struct Bench {
-    pub dir: TempDir,
-    pub options: Options,
+pub(crate) struct Bench {
+    pub(crate) dir: TempDir,
+    pub(crate) options: Options,
 }
 
 impl Bench {
-    pub fn new(server: &server::Server) -> Self {
+    pub(crate) fn new(server: &server::Server) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let options = options(&dir.path().join("cache"), &[&server.url("/*")]);
         Self { dir, options }
     }
 
-    pub fn models(&self) -> Models {
+    pub(crate) fn models(&self) -> Models {
         Models::new(self.options.clone())
     }
 
-    pub async fn fetch(&self, model: &str) -> Result<ResolvedModel, Failure> {
+    pub(crate) async fn fetch(&self, model: &str) -> Result<ResolvedModel, Failure> {
         fetch(&self.models(), model).await
     }
 
-    pub fn cache(&self, below: &str) -> PathBuf {
+    pub(crate) fn cache(&self, below: &str) -> PathBuf {
         self.options.cache_dir.join(below)
     }
 
     /// Names of what is in a part of the cache.
-    pub fn names(&self, below: &str) -> Vec<String> {
+    pub(crate) fn names(&self, below: &str) -> Vec<String> {
         let Ok(found) = std::fs::read_dir(self.cache(below)) else { return Vec::new() };
         found.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     /// Nothing is there that could be used as a model, or be taken for one.
     #[track_caller]
-    pub fn assert_nothing_usable(&self) {
+    pub(crate) fn assert_nothing_usable(&self) {
         for part in ["refs", "models", "blobs"] {
             assert_eq!(self.names(part), Vec::<String>::new(), "{part}");
         }
     }
 }
 
-pub fn model(text: &str) -> ModelRef {
+pub(crate) fn model(text: &str) -> ModelRef {
     text.parse().unwrap()
 }
 
-pub async fn fetch(models: &Models, text: &str) -> Result<ResolvedModel, Failure> {
+pub(crate) async fn fetch(models: &Models, text: &str) -> Result<ResolvedModel, Failure> {
     let (told, _) = watch::channel(None);
     models.ensure_present(&model(text), &told).await
 }
 
 /// The last that was told of a fetch, too.
-pub async fn fetch_telling(models: &Models, text: &str) -> (Result<ResolvedModel, Failure>, Option<Staging>) {
+pub(crate) async fn fetch_telling(models: &Models, text: &str) -> (Result<ResolvedModel, Failure>, Option<Staging>) {
     let (told, heard) = watch::channel(None);
     let done = models.ensure_present(&model(text), &told).await;
     let last = *heard.borrow();
@@ -125,14 +126,14 @@ pub async fn fetch_telling(models: &Models, text: &str) -> (Result<ResolvedModel
 }
 
 #[track_caller]
-pub fn holds(found: &ResolvedModel, content: &[u8]) {
+pub(crate) fn holds(found: &ResolvedModel, content: &[u8]) {
     let path = found.local_path.as_ref().unwrap();
     assert!(std::fs::read(path).unwrap() == content, "{} holds something else", path.display());
     assert_eq!(found.bytes, content.len() as u64);
 }
 
 #[track_caller]
-pub fn failed(done: Result<ResolvedModel, Failure>, class: &FailureClass, because: &str) {
+pub(crate) fn failed(done: Result<ResolvedModel, Failure>, class: &FailureClass, because: &str) {
     let failure = done.unwrap_err();
     assert_eq!(&failure.class, class, "{failure}");
     assert!(failure.detail.contains(because), "{failure}");

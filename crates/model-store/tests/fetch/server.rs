@@ -12,77 +12,77 @@ use tokio_rustls::TlsAcceptor;
 
 /// A request as it came.
 #[derive(Debug, Clone)]
-pub struct Seen {
+pub(crate) struct Seen {
     /// Path and query.
-    pub target: String,
-    pub headers: BTreeMap<String, String>,
+    pub(crate) target: String,
+    pub(crate) headers: BTreeMap<String, String>,
     /// How many came before it.
-    pub nth: usize,
+    pub(crate) nth: usize,
 }
 
 impl Seen {
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).map(String::as_str)
     }
 
     /// The first byte asked for.
-    pub fn from(&self) -> Option<usize> {
+    pub(crate) fn from(&self) -> Option<usize> {
         self.header("range")?.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok()
     }
 }
 
 /// What becomes of the connection after an answer was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Then {
+pub(crate) enum Then {
     Close,
     /// Nothing more is said, and nothing closed.
     Stall,
 }
 
 #[derive(Debug, Clone)]
-pub struct Reply {
-    pub head: String,
-    pub body: Vec<u8>,
-    pub then: Then,
+pub(crate) struct Reply {
+    pub(crate) head: String,
+    pub(crate) body: Vec<u8>,
+    pub(crate) then: Then,
 }
 
 impl Reply {
-    pub fn status(line: &str) -> Self {
+    pub(crate) fn status(line: &str) -> Self {
         Self { head: format!("HTTP/1.1 {line}\r\ncontent-length: 0\r\n"), body: Vec::new(), then: Then::Close }
     }
 
-    pub fn to(location: &str) -> Self {
+    pub(crate) fn to(location: &str) -> Self {
         Self::status("302 Found").with("location", location)
     }
 
-    pub fn json(text: &str) -> Self {
+    pub(crate) fn json(text: &str) -> Self {
         Self::whole(text.as_bytes())
     }
 
-    pub fn whole(body: &[u8]) -> Self {
+    pub(crate) fn whole(body: &[u8]) -> Self {
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n", body.len());
         Self { head, body: body.to_vec(), then: Then::Close }
     }
 
-    pub fn with(mut self, name: &str, value: &str) -> Self {
+    pub(crate) fn with(mut self, name: &str, value: &str) -> Self {
         self.head += &format!("{name}: {value}\r\n");
         self
     }
 
     /// Only so many bytes of the body are sent.
-    pub fn only(mut self, bytes: usize) -> Self {
+    pub(crate) fn only(mut self, bytes: usize) -> Self {
         self.body.truncate(bytes);
         self
     }
 
-    pub fn then(mut self, then: Then) -> Self {
+    pub(crate) fn then(mut self, then: Then) -> Self {
         self.then = then;
         self
     }
 }
 
 /// A file as a good server gives it: whole, or from a byte on if it is still the same.
-pub fn file(seen: &Seen, content: &[u8], etag: &str) -> Reply {
+pub(crate) fn file(seen: &Seen, content: &[u8], etag: &str) -> Reply {
     let same = seen.header("if-range").is_none_or(|tag| tag == etag);
     match seen.from().filter(|_| same) {
         Some(from) if from >= content.len() => {
@@ -100,8 +100,8 @@ pub fn file(seen: &Seen, content: &[u8], etag: &str) -> Reply {
     }
 }
 
-pub struct Server {
-    pub addr: SocketAddr,
+pub(crate) struct Server {
+    pub(crate) addr: SocketAddr,
     seen: mpsc::UnboundedReceiver<Seen>,
     count: Arc<AtomicUsize>,
     task: tokio::task::JoinHandle<()>,
@@ -114,11 +114,14 @@ impl Drop for Server {
 }
 
 impl Server {
-    pub async fn start(answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn start(answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
         Self::with_tls(None, answer).await
     }
 
-    pub async fn with_tls(tls: Option<TlsAcceptor>, answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) async fn with_tls(
+        tls: Option<TlsAcceptor>,
+        answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+    ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let (tx, seen) = mpsc::unbounded_channel();
@@ -142,16 +145,16 @@ impl Server {
         Self { addr, seen, count, task }
     }
 
-    pub fn url(&self, path: &str) -> String {
+    pub(crate) fn url(&self, path: &str) -> String {
         format!("http://{}{path}", self.addr)
     }
 
-    pub fn requests(&self) -> usize {
+    pub(crate) fn requests(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
 
     /// The requests since the last look.
-    pub fn seen(&mut self) -> Vec<Seen> {
+    pub(crate) fn seen(&mut self) -> Vec<Seen> {
         std::iter::from_fn(|| self.seen.try_recv().ok()).collect()
     }
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+mod models;
 mod parse;
 mod raw;
 mod source;
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
+pub use models::Models;
 use pool_api::spec::Defaults;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
@@ -91,13 +93,6 @@ pub enum Gpu {
         /// The file.
         topology: PathBuf,
     },
-}
-
-/// Where models come from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Models {
-    /// Directories, or single files named on the command line.
-    pub roots: Vec<PathBuf>,
 }
 
 /// A declared engine.
@@ -184,7 +179,7 @@ impl Config {
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("gpu".into(), self.gpu == other.gpu);
-        compare("models.roots".into(), self.models == other.models);
+        self.models.differs(&other.models).into_iter().for_each(|key| compare(key.into(), false));
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
         for name in names {
             compare(format!("engines.{name}"), self.engines.get(name) == other.engines.get(name));

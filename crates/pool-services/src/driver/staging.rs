@@ -38,7 +38,7 @@ pub(super) async fn tell_staging(
         }
         tokio::time::sleep(PICTURE).await;
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 /// The same for people.
