@@ -14,8 +14,8 @@ use pool_domain::{
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Presence, Residency, ResolvedModel,
-    StagingTold, StateLedger, StoredPool,
+    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Presence, Residency, ResolvedModel, Staging,
+    StagingStep, StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -119,9 +119,16 @@ pub struct FakeModels {
     profile: Mutex<Option<ModelProfile>>,
     takes: Mutex<Duration>,
     missing: Mutex<BTreeSet<String>>,
+    /// Steps of a fetch, and the time of each.
+    fetch: Mutex<Option<(u64, Duration)>>,
 }
 
 impl FakeModels {
+    /// Every model has to be fetched from now on: so many bytes, one by one, each in this time.
+    pub fn set_fetch(&self, bytes: u64, each: Duration) {
+        *self.fetch.lock().unwrap_or_else(PoisonError::into_inner) = Some((bytes, each));
+    }
+
     /// The model of this id is not to be had from now on.
     pub fn missing(&self, id: &str) {
         self.missing.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
@@ -152,7 +159,14 @@ impl ModelStore for FakeModels {
         let (untold, _) = watch::channel(None);
         self.ensure_present(model, &untold).await.map(Presence::Here)
     }
-    async fn ensure_present(&self, model: &ModelRef, _: &StagingTold) -> Result<ResolvedModel, Failure> {
+    async fn ensure_present(&self, model: &ModelRef, told: &StagingTold) -> Result<ResolvedModel, Failure> {
+        let fetch = *self.fetch.lock().unwrap_or_else(PoisonError::into_inner);
+        for (done, (bytes, each)) in fetch.into_iter().flat_map(|f| (0..=f.0).map(move |done| (done, f))) {
+            let rate = if done == 0 { 0 } else { 2 };
+            let staging = Staging { step: StagingStep::Fetching, done, total: Some(bytes), rate };
+            told.send_replace(Some(staging));
+            slowly(each).await;
+        }
         let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
         slowly(takes).await;
         if self.missing.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id()) {
