@@ -154,6 +154,13 @@ fn private_addresses_are_reached_only_where_the_host_is_named() {
 }
 
 proptest! {
+    #[test]
+    fn an_entry_is_written_as_it_is_read(text in "(hf:|https?://|s3://|oci://)[a-zA-Z0-9.*:/_%-]{0,30}") {
+        if let Ok(allowed) = text.parse::<Allowed>() {
+            prop_assert_eq!(allowed.to_string().parse(), Ok(allowed), "{}", text);
+        }
+    }
+
     /// However an IPv4 address is written as one of IPv6, it reaches no less of this machine.
     #[test]
     fn an_address_in_other_clothes_reaches_no_further(octets: [u8; 4]) {

@@ -123,7 +123,12 @@ impl Cache {
     /// Makes the directories; others may read what is in them, since engines may be other users.
     pub(crate) fn prepare(&self) -> io::Result<()> {
         for kind in ["", BLOBS, MODELS, REFS, PARTIAL, LOCKS, VERIFIED] {
-            DirBuilder::new().recursive(true).mode(0o755).create(self.dir.join(kind))?;
+            let dir = self.dir.join(kind);
+            if !dir.exists() {
+                DirBuilder::new().recursive(true).mode(0o755).create(&dir)?;
+                // Whatever the daemon's umask is.
+                fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
+            }
         }
         if !self.dir.join(TAG.0).exists() {
             durable_files::replace(&self.dir, TAG.0, TAG.1)?;

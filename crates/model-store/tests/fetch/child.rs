@@ -1,6 +1,7 @@
 //! What only another process can show: a sudden end, and a disk that refuses.
 
 use std::env;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use pool_domain::FailureClass;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, setrlimit, umask};
 
 use crate::server::{Server, Then, file};
 use crate::{Bench, content, fetch, holds, options};
@@ -23,6 +25,8 @@ const FILE_MAX: &str = "FETCH_TEST_FILE_MAX";
 #[ignore = "started by other tests"]
 async fn fetches_for_others() {
     let (Ok(url), Ok(cache)) = (env::var(URL), env::var(CACHE)) else { return };
+    // As a service has it.
+    umask(Mode::from_raw_mode(0o077));
     let mut options = options(Path::new(&cache), &["http://127.0.0.1:1/*"]);
     let origin = url.rsplit_once('/').unwrap().0;
     options.policy.allow = vec![format!("{origin}/*").parse().unwrap()];
@@ -44,6 +48,25 @@ fn child(url: &str, cache: &Path, more: Option<(&str, String)>) -> Child {
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "child::fetches_for_others", "--ignored"]).stdout(Stdio::null());
     command.env(URL, url).env(CACHE, cache).envs(more).spawn().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn engines_of_other_users_can_read_what_was_fetched() {
+    let model = content(3, MIB);
+    let served = model.clone();
+    let server = Server::start(move |seen| file(seen, &served, "\"1\"")).await;
+    let b = Bench::new(&server);
+    let url = server.url("/a.gguf");
+    let mut done = child(&url, &b.options.cache_dir, None);
+    assert!(tokio::task::block_in_place(|| done.wait()).unwrap().success());
+    let path = b.fetch(&url).await.unwrap().local_path.unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(&path), 0o644);
+    let dirs = path.ancestors().skip(1).take_while(|dir| *dir != b.dir.path());
+    for dir in dirs {
+        assert_eq!(mode(dir), 0o755, "{}", dir.display());
+    }
+    assert_eq!(server.requests(), 1);
 }
 
 #[tokio::test]

@@ -107,7 +107,7 @@ pub(super) fn check(raw: &RawModels, source: &Source) -> Result<Models, ConfigEr
         roots,
         cache_dir: match &raw.cache_dir {
             Some(text) => path(text, source, At::Key(&at("cache_dir")))?,
-            None => home().unwrap_or_else(|| "/var".into()).join(".cache/models"),
+            None => default_cache_dir(),
         },
         cache_max: raw.cache_max.clone().map(pool_api::spec::SizeText::into_value),
         verify_always: raw.verify == Verify::Always,
@@ -122,6 +122,12 @@ pub(super) fn check(raw: &RawModels, source: &Source) -> Result<Models, ConfigEr
         s3_region: raw.s3_region.clone(),
         ca_file: file("ca_file", &raw.ca_file)?,
     })
+}
+
+fn default_cache_dir() -> PathBuf {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|p| p.is_absolute());
+    let cache = cache.or_else(|| home().map(|h| h.join(".cache")));
+    cache.map_or_else(|| PathBuf::from("/var/cache/pool-managerd"), |cache| cache.join("models"))
 }
 
 /// Whether the pool may name its model.
