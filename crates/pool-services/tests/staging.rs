@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use pool_domain::{Failure, FailureClass, PoolId};
 use pool_services::events::EventKind;
-use pool_services::{ControlError, PoolControl, PoolSnapshot};
+use pool_services::{ControlError, OperationState, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
 use pool_testkit::{FakeNode, spec, until};
 use tokio::time::Instant;
 
@@ -65,6 +65,33 @@ async fn a_fetch_that_nobody_wants_any_more_ends_at_once() {
     assert!(began.elapsed() < Duration::from_secs(1), "{fetching:?}");
     let idle = until(&m, &id, |s| s.replicas[0].state == "idle").await;
     assert_eq!((idle.replicas[0].staging, node.engines.launches().len()), (None, 0));
+}
+
+/// The old one serves while the new model comes, and a reload that is given up fetches nothing any more.
+#[tokio::test(start_paused = true)]
+async fn a_reload_fetches_before_it_touches_anything() {
+    let node = FakeNode::default();
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    until(&m, &id, PoolSnapshot::ready).await;
+    let other = || PoolSpec { model: "stub:other".parse().unwrap(), ..spec("chat") };
+    let request = |deadline| ReloadRequest {
+        declared: Some((other(), "new".into())),
+        deadline: Some(Duration::from_secs(deadline)),
+        ..ReloadRequest::default()
+    };
+    node.models.set_fetch(10, Duration::from_secs(60));
+    let begun = m.reload(&id, request(60)).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!(node.models.fetching(), 1);
+    assert!(m.pool(&id).await.unwrap().ready() && m.allocate_lease(&id).is_ok());
+    let OperationState::Failed(why) = m.wait_operation(&begun.id, LONG).await.unwrap().state else { panic!("in time") };
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!((node.models.fetching(), m.pool(&id).await.unwrap().ready()), (0, true), "{why}");
+    let begun = m.reload(&id, request(3_600)).await.unwrap();
+    let done = m.wait_operation(&begun.id, LONG).await.unwrap();
+    assert_eq!(done.state, OperationState::Succeeded("reloaded".into()));
+    assert_eq!(m.pool(&id).await.unwrap().model_id, "other");
 }
 
 #[tokio::test(start_paused = true)]
