@@ -76,6 +76,7 @@ const RULES: &[Rule] = &[
         not_named: &[],
     },
     Rule { crates: &["stub-engine"], ours: Ours::Only(&["sim-claims"]), never: &["nvml-wrapper"], not_named: &[] },
+    Rule { crates: &["durable-files"], ours: Ours::Only(&[]), never: &["tokio", "serde"], not_named: &[] },
     Rule { crates: &["sim-claims", FREE], ours: Ours::Only(&[]), never: &["tokio"], not_named: &[] },
 ];
 

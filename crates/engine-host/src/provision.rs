@@ -74,10 +74,10 @@ impl Provisioner {
                 wanted.push((program.path.clone(), Access::Execute, "the engine"));
             }
         }
-        if let ModelRef::File(path) = &spec.model
-            && Path::new(path).exists()
+        if let ModelRef::File(file) = &spec.model
+            && Path::new(&file.path).exists()
         {
-            wanted.push((path.into(), Access::Read, "the model"));
+            wanted.push(((&file.path).into(), Access::Read, "the model"));
         }
         isolation::prove_access(shim, &account, &wanted).await
     }

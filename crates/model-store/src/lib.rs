@@ -1,12 +1,16 @@
-//! The models of this node: local files below the allowed folders, and names that need no file.
+//! The models of this node: local files below the allowed folders, names that need no file, and models that are fetched
+//! into a cache where the policy allows it.
 //!
 //! A file is checked before any engine sees it: where it really lies, what it is, and whether its first bytes are those
 //! of the format its name promises. Details name the file alone, never its path.
 
 #![forbid(unsafe_code)]
 
+mod cache;
+mod fetch;
 mod gguf;
 mod profile;
+mod remote;
 mod safetensors;
 
 use std::fs::{self, File, OpenOptions};
@@ -16,12 +20,16 @@ use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use pool_domain::{Failure, FailureClass, ModelProfile, ModelRef};
-use pool_services::ports::{ModelStore, ResolvedModel};
+use pool_domain::{Failure, FailureClass, FileRef, ModelProfile, ModelRef};
+use pool_services::ports::{ModelStore, Presence, ResolvedModel, StagingTold};
 use rustix::fs::OFlags;
 
+pub use self::fetch::Limits;
 pub use self::profile::{ProfileError, profile, profile_gguf, profile_safetensors};
+pub use self::remote::{Models, Options};
 
+/// What is said of models that are nowhere on this machine.
+const NO_FETCHING: &str = "models are not fetched here: name a local file";
 /// What makes a folder a model.
 const CONFIG: &str = "config.json";
 /// GGUF versions the engines read.
@@ -50,8 +58,10 @@ impl LocalModels {
 
     fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
         let id = model.model_id();
-        let ModelRef::File(path) = model else {
-            return Ok(ResolvedModel { id, local_path: None, bytes: 0 });
+        let path = match model {
+            ModelRef::File(FileRef { path, .. }) => path,
+            ModelRef::Stub(_) | ModelRef::Named(_) => return Ok(ResolvedModel { id, local_path: None, bytes: 0 }),
+            ModelRef::Remote(_) => return Err(Failure::new(FailureClass::Artifact, NO_FETCHING)),
         };
         let path = Path::new(path);
         let name = path.file_name().map_or_else(|| id.clone(), |n| n.to_string_lossy().into_owned());
@@ -127,11 +137,26 @@ impl LocalModels {
 
 #[async_trait]
 impl ModelStore for LocalModels {
-    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+    fn permits(&self, model: &ModelRef) -> Result<(), String> {
+        match model {
+            ModelRef::Remote(_) => Err(NO_FETCHING.to_owned()),
+            ModelRef::File(_) | ModelRef::Stub(_) | ModelRef::Named(_) => Ok(()),
+        }
+    }
+
+    async fn look(&self, model: &ModelRef) -> Result<Presence, Failure> {
         let (this, model) = (self.clone(), model.clone());
         tokio::task::spawn_blocking(move || this.resolve(&model))
             .await
             .map_err(|_| Failure::new(FailureClass::Artifact, "the check of the model did not finish"))?
+            .map(Presence::Here)
+    }
+
+    async fn ensure_present(&self, model: &ModelRef, _: &StagingTold) -> Result<ResolvedModel, Failure> {
+        match self.look(model).await? {
+            Presence::Here(model) => Ok(model),
+            Presence::Remote => Err(Failure::new(FailureClass::Artifact, NO_FETCHING)),
+        }
     }
 
     async fn profile(&self, model: &ResolvedModel) -> Result<Option<ModelProfile>, Failure> {

@@ -31,7 +31,7 @@ impl Bench {
     }
 
     fn model(&self, name: &str) -> ModelRef {
-        ModelRef::File(self.path(name).to_str().unwrap().to_owned())
+        ModelRef::file(self.path(name).to_str().unwrap().to_owned())
     }
 
     #[track_caller]
@@ -43,11 +43,15 @@ impl Bench {
     }
 }
 
+fn untold() -> StagingTold {
+    tokio::sync::watch::channel(None).0
+}
+
 #[tokio::test]
 async fn names_need_no_file() {
     let models = LocalModels::new(Vec::new());
     for text in ["stub:tiny", "name:tiny"] {
-        let model = models.ensure_present(&text.parse().unwrap()).await.unwrap();
+        let model = models.ensure_present(&text.parse().unwrap(), &untold()).await.unwrap();
         assert_eq!(model, ResolvedModel { id: "tiny".into(), local_path: None, bytes: 0 });
     }
 }
@@ -57,10 +61,10 @@ async fn a_good_file_is_resolved_to_where_it_really_lies() {
     let b = Bench::new();
     let model = b.write("root/a.gguf", GGUF);
     let real = fs::canonicalize(b.path("root/a.gguf")).unwrap();
-    let found = b.models.ensure_present(&model).await.unwrap();
+    let found = b.models.ensure_present(&model, &untold()).await.unwrap();
     assert_eq!(found, ResolvedModel { id: "a".into(), local_path: Some(real.clone()), bytes: GGUF.len() as u64 });
     symlink(&real, b.path("root/link.gguf")).unwrap();
-    let found = b.models.ensure_present(&b.model("root/link.gguf")).await.unwrap();
+    let found = b.models.ensure_present(&b.model("root/link.gguf"), &untold()).await.unwrap();
     assert_eq!(found.local_path, Some(real));
     assert_eq!(found.id, "link");
     b.models.validate_ref(&b.write("root/weights.bin", b"anything")).unwrap();
@@ -93,7 +97,7 @@ fn only_a_regular_file_with_something_in_it_is_a_model() {
     b.refused(&b.model("root/s.gguf"), "is a socket");
     b.refused(&b.write("root/empty.gguf", b""), "is empty");
     let device = LocalModels::new(vec!["/dev".into()]);
-    let failure = device.validate_ref(&ModelRef::File("/dev/null".into())).unwrap_err();
+    let failure = device.validate_ref(&ModelRef::file("/dev/null")).unwrap_err();
     assert!(failure.detail.contains("`null` is a device"), "{failure}");
     symlink(b.path("root/loop.gguf"), b.path("root/loop.gguf")).unwrap();
     b.refused(&b.model("root/loop.gguf"), "cannot be read");
@@ -121,7 +125,7 @@ async fn a_fifo_is_refused_without_waiting_for_a_writer() {
     let b = Bench::new();
     mknodat(CWD, b.path("root/pipe.gguf"), FileType::Fifo, Mode::RWXU, 0).unwrap();
     b.refused(&b.model("root/pipe.gguf"), "is a FIFO");
-    assert!(b.models.ensure_present(&b.model("root/pipe.gguf")).await.is_err());
+    assert!(b.models.ensure_present(&b.model("root/pipe.gguf"), &untold()).await.is_err());
 }
 
 #[test]

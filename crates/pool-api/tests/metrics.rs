@@ -20,6 +20,8 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::StateChanged { from: "warming", to: "ready" },
         EventKind::StateChanged { from: "ready", to: "suspect" },
         EventKind::Started,
+        EventKind::ModelFetching { done: 1, total: Some(2) },
+        EventKind::ModelFetched { bytes: 2, took },
         EventKind::BecameReady { took },
         EventKind::EngineFailed { failure: failure(), nth: 1 },
         EventKind::RestartPlanned { delay: took, failure: failure(), nth: 1 },

@@ -79,7 +79,7 @@ fn the_shortest_pool() {
     assert_eq!((p.activation, p.workload), (Activation::OnDemand, Workload::Generate));
     assert_eq!((p.devices, p.vram, p.context), (vec![DeviceMask::Auto], None, None));
     assert_eq!((p.policy, p.on_deadline), (Policy::default(), OnDeadline::Force));
-    assert_eq!(p.model, ModelRef::File("/m/a.gguf".into()));
+    assert_eq!(p.model, ModelRef::file("/m/a.gguf"));
     assert_eq!((p.reload, p.idle_ttl, p.pin), (ReloadPolicy::default(), None, false));
 }
 

@@ -35,6 +35,8 @@ pub enum FailureClass {
     Config,
     /// The node has no room for a launch: its disk is full or read-only, or it has no more processes to give.
     Node,
+    /// The model could not be fetched now, which is nobody's fault here.
+    Fetch,
 }
 
 /// How a process ended.
@@ -73,7 +75,7 @@ pub struct FailurePolicy {
 
 impl FailureClass {
     /// Every class, for tables and metrics.
-    pub const CODES: [&'static str; 15] = [
+    pub const CODES: [&'static str; 16] = [
         "crash",
         "host_oom",
         "vram_oom",
@@ -89,6 +91,7 @@ impl FailureClass {
         "artifact",
         "config",
         "node",
+        "fetch",
     ];
 
     /// The class as one word.
@@ -110,6 +113,7 @@ impl FailureClass {
             Self::Artifact => "artifact",
             Self::Config => "config",
             Self::Node => "node",
+            Self::Fetch => "fetch",
         }
     }
 
@@ -132,6 +136,7 @@ impl FailureClass {
             "artifact" => Self::Artifact,
             "config" => Self::Config,
             "node" => Self::Node,
+            "fetch" => Self::Fetch,
             _ => return None,
         })
     }
@@ -145,7 +150,7 @@ impl FailureClass {
             Self::VramOom => FailurePolicy { multiplier: 2.0, ..base },
             // A driver in trouble needs longer than a process does.
             Self::DriverError | Self::GpuLost => FailurePolicy { multiplier: 4.0, accuses_device: true, ..base },
-            Self::PortConflict | Self::Node => FailurePolicy { counts: false, ..base },
+            Self::PortConflict | Self::Node | Self::Fetch => FailurePolicy { counts: false, ..base },
             Self::CpuFallback | Self::MaskBreach | Self::Artifact | Self::Config => {
                 FailurePolicy { permanent: true, ..base }
             }
@@ -171,6 +176,7 @@ impl FailureClass {
             Self::Artifact => "could not use its model",
             Self::Config => "was given a config that cannot work",
             Self::Node => "was held up by this node",
+            Self::Fetch => "could not be given its model yet",
         }
     }
 }

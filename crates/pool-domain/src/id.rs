@@ -36,12 +36,9 @@ pub enum IdError {
         /// The first offender.
         found: char,
     },
-    /// A model reference of no known form.
-    #[error("model reference `{0}` is of no known form: use file:/path, /path or stub:NAME")]
-    UnknownModelRef(String),
 }
 
-fn name(what: &'static str, text: &str) -> Result<String, IdError> {
+pub(crate) fn name(what: &'static str, text: &str) -> Result<String, IdError> {
     const MAX: usize = 64;
     if text.is_empty() {
         return Err(IdError::Empty { what });
@@ -137,74 +134,6 @@ impl fmt::Display for Generation {
     }
 }
 
-/// Where a model comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum ModelRef {
-    /// A file on this machine (`file:/path` or `/path`).
-    File(String),
-    /// A name the stub engine serves (`stub:NAME`); nothing is staged.
-    Stub(String),
-    /// Whatever an external engine serves under this name (`name:NAME`); nothing is staged.
-    Named(String),
-}
-
-impl ModelRef {
-    /// A short name for people and for the engine's alias: the file's stem or the stub's name.
-    #[must_use]
-    pub fn model_id(&self) -> String {
-        match self {
-            Self::Stub(n) | Self::Named(n) => n.clone(),
-            Self::File(p) => {
-                let file = p.rsplit('/').next().unwrap_or(p);
-                file.strip_suffix(".gguf").unwrap_or(file).to_owned()
-            }
-        }
-    }
-}
-
-impl FromStr for ModelRef {
-    type Err = IdError;
-    fn from_str(s: &str) -> Result<Self, IdError> {
-        const MAX: usize = 4096;
-        let what = "model reference";
-        if s.is_empty() {
-            return Err(IdError::Empty { what });
-        }
-        if s.len() > MAX {
-            return Err(IdError::TooLong { what, max: MAX });
-        }
-        if let Some(found) = s.chars().find(|c| c.is_control()) {
-            return Err(IdError::BadChar { what, text: s.escape_debug().to_string(), found });
-        }
-        if let Some(n) = s.strip_prefix("stub:") {
-            return name("stub model name", n).map(Self::Stub);
-        }
-        if let Some(n) = s.strip_prefix("name:") {
-            return if n.is_empty() {
-                Err(IdError::Empty { what: "model name" })
-            } else {
-                Ok(Self::Named(n.to_owned()))
-            };
-        }
-        let path = s.strip_prefix("file:").unwrap_or(s);
-        if path.starts_with('/') {
-            Ok(Self::File(path.to_owned()))
-        } else {
-            Err(IdError::UnknownModelRef(s.to_owned()))
-        }
-    }
-}
-
-impl fmt::Display for ModelRef {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::File(p) => write!(f, "file:{p}"),
-            Self::Stub(n) => write!(f, "stub:{n}"),
-            Self::Named(n) => write!(f, "name:{n}"),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,16 +145,5 @@ mod tests {
         }
         assert_eq!("chat-1.5_b".parse::<PoolId>().unwrap().as_str(), "chat-1.5_b");
         assert!("a".repeat(65).parse::<PoolId>().is_err());
-    }
-
-    #[test]
-    fn model_refs() {
-        assert_eq!("file:/m/a.gguf".parse::<ModelRef>().unwrap().model_id(), "a");
-        assert_eq!("/m/a.gguf".parse(), Ok(ModelRef::File("/m/a.gguf".into())));
-        assert_eq!("stub:tiny".parse(), Ok(ModelRef::Stub("tiny".into())));
-        for bad in ["", "a.gguf", "../x", "http://169.254.169.254/", "hf://", "-m", "/a\n", "stub:"] {
-            assert!(bad.parse::<ModelRef>().is_err(), "{bad:?}");
-        }
-        assert!(format!("/{}", "a".repeat(4097)).parse::<ModelRef>().is_err());
     }
 }

@@ -11,7 +11,7 @@ use engine_host::{
 };
 use gpu_nvml::{NvmlError, NvmlGpus, Opening};
 use gpu_sim::SimulatedGpus;
-use model_store::LocalModels;
+use model_store::{Limits, Models, Options};
 use pool_domain::DeviceSnapshot;
 use pool_domain::mask::MaskError;
 use pool_services::ports::GpuProbe;
@@ -243,8 +243,20 @@ fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {
 
 /// The models.
 #[must_use]
-pub fn models(config: &Config) -> LocalModels {
-    LocalModels::new(config.models.roots.clone())
+pub fn models(config: &Config) -> Models {
+    let models = config.models.clone();
+    Models::new(Options {
+        roots: models.roots,
+        cache_dir: models.cache_dir,
+        cache_max: models.cache_max,
+        verify_always: models.verify_always,
+        policy: models.policy,
+        tokens: models.tokens,
+        s3_credentials: models.s3_credentials,
+        s3_region: models.s3_region,
+        ca_file: models.ca_file,
+        limits: Limits::default(),
+    })
 }
 
 /// Puts a manager together and starts it.
@@ -265,11 +277,12 @@ pub async fn start(
         outlive: config.node.on_exit != OnExit::Bound,
     };
     let pools = restore::pools(config, &state).await;
-    PoolManager::builder()
+    let models = models(config);
+    let started = PoolManager::builder()
         .min_ready_time(config.node.min_ready_time)
         .gpu(gpus)
         .xids(config.xids.clone())
-        .models(Arc::new(models(config)))
+        .models(Arc::new(models.clone()))
         .provisioner(Arc::new(provisioner(config)?))
         .host(Arc::new(ProcessHost::new(host)))
         .probe(Arc::new(HttpProbe::new()))
@@ -281,11 +294,14 @@ pub async fn start(
         .boot_ms(boot_ms())
         .max_lease_ttl(config.node.max_lease_ttl)
         .start()
-        .await
-        .map_err(|e| match e {
-            BuildError::DuplicatePool(_) => Exit::new(CONFIG, e.to_string()),
-            _ => Exit::new(BUG, e.to_string()),
-        })
+        .await;
+    let (manager, events) = started.map_err(|e| match e {
+        BuildError::DuplicatePool(_) => Exit::new(CONFIG, e.to_string()),
+        _ => Exit::new(BUG, e.to_string()),
+    })?;
+    let specs = manager.specs();
+    models.keep(move || specs.all().iter().map(|spec| spec.model.clone()).collect());
+    Ok((manager, events))
 }
 
 /// Milliseconds since the machine was started, so that ticks of one boot can be compared.

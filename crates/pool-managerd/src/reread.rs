@@ -106,14 +106,19 @@ impl Rereader {
         compose::check_isolation(&wanted)?;
         for (i, spec) in wanted.specs().enumerate() {
             if let Err(error) = self.manager.admits(spec) {
-                let key = if matches!(&error, ControlError::Refused { code, .. } if code == "ARG_DENIED") {
-                    "args"
-                } else {
-                    "engine"
+                let code = if let ControlError::Refused { code, .. } = &error { code.as_str() } else { "" };
+                let (key, hint) = match code {
+                    "ARG_DENIED" => ("args", None),
+                    "MODEL_REF_DENIED" => {
+                        ("model", Some("what is new in [models] counts after a restart of the daemon"))
+                    }
+                    _ => ("engine", Some("engines that are new in [engines] are there after a restart of the daemon")),
                 };
-                let hint = "engines that are new in [engines] are there after a restart of the daemon";
                 let wrong = wanted.pool_error(i, key, error.to_string());
-                return Err(if key == "engine" { wrong.hinting(hint) } else { wrong });
+                return Err(match hint {
+                    Some(hint) => wrong.hinting(hint),
+                    None => wrong,
+                });
             }
         }
         Ok(wanted)

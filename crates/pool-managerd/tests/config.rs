@@ -215,7 +215,12 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
     ),
     ("[gpu]\ntopology = \"t\"\n", 2, "gpu.topology", "simulated devices only", "simulated"),
     ("[gpu]\nwait = \"soon\"\n", 2, "gpu.wait", "no duration", "forever"),
-    ("[models]\nallow = [\"hf:*\"]\n", 2, "models.allow", "not supported yet", "roots"),
+    ("[models]\nallow = [\"hf:*/x\"]\n", 2, "models.allow", "`*` stands at the end", "hf:ORG/*"),
+    ("[models]\nallow = [\"http://*/*\"]\n", 2, "models.allow", "name the host in full", "hf:ORG/*"),
+    ("[models]\nhf_endpoint = \"mirror\"\n", 2, "models.hf_endpoint", "no address", "https://"),
+    ("[models]\ncache_max = \"much\"\n", 2, "models.cache_max", "no size", ""),
+    ("[models.tokens]\n\"https://h.org\" = \"t\"\n", 2, "models.tokens.\"https://h.org\"", "no host", "huggingface.co"),
+    ("[[pool]]\nid = \"a\"\nmodel = \"hf:a/b\"\n", 3, "pool[0].model", "`[models] allow`", "add \"hf:a/b\""),
     ("[engines.x]\nkind = \"lama.cpp\"\n", 2, "engines.x.kind", "not known", "did you mean `llama.cpp`?"),
     ("[engines.x]\nkind = \"stub\"\nmode = \"container\"\n", 3, "engines.x.mode", "not supported yet", "external"),
     ("[engines.x]\nkind = \"stub\"\nmode = \"external\"\n", 3, "engines.x.mode", "needs an endpoint", "endpoint ="),
@@ -270,7 +275,11 @@ fn the_command_line_is_checked_like_the_file() {
     let e = over(|o| o.listen = Some("0.0.0.0:1".into())).unwrap_err();
     assert_eq!((e.file, e.line, e.key.as_deref()), (None, None, Some("--listen")));
     assert!(over(|o| o.models = vec!["/no/such.gguf".into()]).unwrap_err().to_string().starts_with("--model: "));
-    assert!(over(|o| o.models = vec!["hf:a/b".into()]).unwrap_err().message.contains("not supported yet"));
+    // What is named on the command line is allowed by that, and nothing else is.
+    let remote = over(|o| o.models = vec!["hf:a/b/c.gguf".into()]).unwrap();
+    assert_eq!(remote.models.policy.allow, ["hf:a/b/c.gguf".parse().unwrap()]);
+    assert_eq!(remote.pools[0].spec.id.as_str(), "c");
+    assert!(over(|o| o.models = vec!["hf:a".into()]).unwrap_err().message.contains("write hf:"));
     let stubs = over(|o| o.models = vec!["stub:a".into(), "stub:a".into()]).unwrap();
     assert_eq!(stubs.specs().map(|p| p.id.as_str()).collect::<Vec<_>>(), ["a", "a-2"]);
 }

@@ -153,6 +153,7 @@ fn picture(taken: [u32; 2], second_ready: bool) -> PoolSnapshot {
         last_check_at: None,
         vram_reserved: 0,
         context: None,
+        staging: None,
     };
     PoolSnapshot {
         pool_id: "jobs".parse().unwrap(),

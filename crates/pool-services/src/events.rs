@@ -30,6 +30,20 @@ pub enum EventKind {
     },
     /// The process was launched.
     Started,
+    /// A model is being fetched; told now and then.
+    ModelFetching {
+        /// Bytes that are there.
+        done: u64,
+        /// Bytes in all, where that is known.
+        total: Option<u64>,
+    },
+    /// A model that had to be fetched is there.
+    ModelFetched {
+        /// Its bytes.
+        bytes: u64,
+        /// How long it took.
+        took: Duration,
+    },
     /// The engine proved that it serves.
     BecameReady {
         /// Since the start attempt began.
@@ -238,6 +252,27 @@ fn seconds(d: Duration) -> String {
     }
 }
 
+/// Bytes, for people.
+pub(crate) fn size(bytes: u64) -> String {
+    let (mib, gib) = (f64::from(1u32 << 20), f64::from(1u32 << 30));
+    let bytes = bytes as f64;
+    if bytes < mib {
+        format!("{:.0} KiB", bytes / 1024.0)
+    } else if bytes < gib {
+        format!("{:.0} MiB", bytes / mib)
+    } else {
+        format!("{:.1} GiB", bytes / gib)
+    }
+}
+
+/// How much of something is done.
+pub(crate) fn amount(done: u64, total: Option<u64>) -> String {
+    match total {
+        Some(total) => format!("{} of {}", size(done), size(total)),
+        None => size(done),
+    }
+}
+
 impl Event {
     /// One plain sentence of at most 100 characters, without ids or secrets.
     #[must_use]
@@ -253,6 +288,12 @@ impl Event {
         match &self.kind {
             EventKind::StateChanged { from, to } => format!("The {pool} pool went from {from} to {to}"),
             EventKind::Started => format!("Launched an engine for the {pool} pool"),
+            EventKind::ModelFetching { done, total } => {
+                format!("Fetching the model of the {pool} pool: {}", amount(*done, *total))
+            }
+            EventKind::ModelFetched { bytes, took } => {
+                format!("Fetched the model of the {pool} pool, {}, in {}", size(*bytes), seconds(*took))
+            }
             EventKind::BecameReady { took } => {
                 format!("The {pool} pool proved that it serves after {}", seconds(*took))
             }
@@ -369,6 +410,8 @@ impl Event {
         match self.kind {
             EventKind::StateChanged { .. } => "state_changed",
             EventKind::Started => "started",
+            EventKind::ModelFetching { .. } => "model_fetching",
+            EventKind::ModelFetched { .. } => "model_fetched",
             EventKind::BecameReady { .. } => "became_ready",
             EventKind::EngineFailed { .. } => "engine_failed",
             EventKind::Suspected { .. } => "suspected",

@@ -187,6 +187,7 @@ impl PoolManager {
         } else {
             provisioner.admits_from_api(spec).map_err(planning::not_admitted)?;
         }
+        planning::permitted(spec, &*self.inner.ports.models)?;
         if provisioner.external(spec).is_some() {
             return Ok(());
         }
@@ -206,12 +207,13 @@ impl PoolManager {
         }
     }
 
-    /// Whether the engine of a spec is there and may be given its arguments.
+    /// Whether the engine of a spec is there and may be given its arguments, and its model may be named.
     ///
     /// # Errors
     /// With the code of what cannot be.
     pub fn admits(&self, spec: &PoolSpec) -> Result<(), ControlError> {
-        planning::admitted(spec, &*self.inner.ports.provisioner)
+        planning::admitted(spec, &*self.inner.ports.provisioner)?;
+        planning::permitted(spec, &*self.inner.ports.models)
     }
 
     /// Drains a pool of the file and forgets it, because the file has it no more.
@@ -279,6 +281,14 @@ impl Specs {
     #[must_use]
     pub fn of(&self, pool: &PoolId) -> Option<Arc<PoolSpec>> {
         Some(self.0.upgrade()?.table.borrow().get(pool)?.spec())
+    }
+
+    /// What all pools are now.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<PoolSpec>> {
+        let Some(inner) = self.0.upgrade() else { return Vec::new() };
+        let table = inner.table.borrow();
+        table.values().map(PoolHandle::spec).collect()
     }
 }
 

@@ -12,7 +12,7 @@ use pool_domain::{DeviceMask, DeviceSnapshot, ReplicaKey};
 
 use crate::control::{ControlError, PlacementRequest};
 use crate::driver::correction_key;
-use crate::ports::{EngineProvisioner, ModelStore, NotAdmitted, PrepareRequest, ResolvedModel, StateLedger};
+use crate::ports::{EngineProvisioner, ModelStore, NotAdmitted, PrepareRequest, Presence, ResolvedModel, StateLedger};
 use crate::snapshot::PoolSnapshot;
 use crate::spec::PoolSpec;
 
@@ -42,6 +42,25 @@ pub struct PlanReport {
     pub args: Vec<String>,
     /// Why the engine cannot be run here; empty if it can.
     pub engine_problem: String,
+}
+
+impl PlanReport {
+    /// What can be said before the model is here.
+    fn before_the_model(spec: &PoolSpec) -> Self {
+        Self {
+            fits: false,
+            waiting_helps: true,
+            reason: "the model is not here yet: what it needs is known once it is fetched".into(),
+            rows: Vec::new(),
+            tensor_split: None,
+            context: spec.context.map(u64::from),
+            host: DeviceEstimate::default(),
+            learnt: false,
+            remedies: Vec::new(),
+            args: Vec::new(),
+            engine_problem: String::new(),
+        }
+    }
 }
 
 /// What a plan is made from.
@@ -92,6 +111,11 @@ pub(crate) fn admitted(spec: &PoolSpec, provisioner: &dyn EngineProvisioner) -> 
     provisioner.admits(spec).map_err(not_admitted)
 }
 
+/// Whether the pool may name its model.
+pub(crate) fn permitted(spec: &PoolSpec, models: &dyn ModelStore) -> Result<(), ControlError> {
+    models.permits(&spec.model).map_err(|why| refused("MODEL_REF_DENIED", why))
+}
+
 /// Why it is not, with its code.
 pub(crate) fn not_admitted(why: NotAdmitted) -> ControlError {
     match why {
@@ -107,7 +131,11 @@ pub(crate) fn not_admitted(why: NotAdmitted) -> ControlError {
 pub async fn report(spec: &PoolSpec, from: Surroundings<'_>) -> Result<PlanReport, ControlError> {
     admitted(spec, from.provisioner)?;
     let invalid = |failure: pool_domain::Failure| refused("MODEL_REF_INVALID", failure.detail);
-    let model = from.models.ensure_present(&spec.model).await.map_err(invalid)?;
+    permitted(spec, from.models)?;
+    let model = match from.models.look(&spec.model).await.map_err(invalid)? {
+        Presence::Here(model) => model,
+        Presence::Remote => return Ok(PlanReport::before_the_model(spec)),
+    };
     let demand = demand(from.models, from.provisioner, from.ledger, spec, &model).await.map_err(invalid)?;
     let mask = spec.mask_of(0);
     let valid = |mask: &DeviceMask| {

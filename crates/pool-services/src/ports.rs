@@ -129,11 +129,73 @@ pub struct ResolvedModel {
     pub bytes: u64,
 }
 
+/// What is being done to make a model present.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StagingStep {
+    /// Somebody else fetches the same model, and is waited for.
+    Waiting,
+    /// It is being fetched.
+    Fetching,
+    /// What is there is being read and compared with its digest.
+    Verifying,
+}
+
+impl StagingStep {
+    /// The step as one word.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Fetching => "fetching",
+            Self::Verifying => "verifying",
+        }
+    }
+}
+
+/// How far the staging of a model has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Staging {
+    /// What is being done.
+    pub step: StagingStep,
+    /// Bytes done of all files together.
+    pub done: u64,
+    /// Bytes of all files together, where that is known.
+    pub total: Option<u64>,
+    /// Bytes a second, of late; 0 where nothing is known yet.
+    pub rate: u64,
+}
+
+impl Staging {
+    /// Time left at the present rate, where that can be said.
+    #[must_use]
+    pub fn left(&self) -> Option<Duration> {
+        let left = self.total?.saturating_sub(self.done);
+        (self.rate > 0).then(|| Duration::from_secs(left.div_ceil(self.rate)))
+    }
+}
+
+/// Where a store tells how far it has come. It may tell as often as it likes: who listens looks now and then.
+pub type StagingTold = watch::Sender<Option<Staging>>;
+
+/// What is known of a model without fetching anything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Presence {
+    /// It can be used.
+    Here(ResolvedModel),
+    /// It has to be fetched first.
+    Remote,
+}
+
 /// The models.
 #[async_trait]
 pub trait ModelStore: fmt::Debug + Send + Sync {
-    /// Makes a model present and verified.
-    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure>;
+    /// Whether a pool may name this model, wherever it is; else why not. Looks at nothing.
+    fn permits(&self, model: &ModelRef) -> Result<(), String>;
+    /// Whether it is here. Fetches nothing.
+    async fn look(&self, model: &ModelRef) -> Result<Presence, Failure>;
+    /// Makes a model present and verified, and tells how far that has come. Whoever drops it stops it; what was fetched is
+    /// kept for the next time.
+    async fn ensure_present(&self, model: &ModelRef, told: &StagingTold) -> Result<ResolvedModel, Failure>;
     /// What its header says about memory; `None` where no formula is known for what it is.
     async fn profile(&self, model: &ResolvedModel) -> Result<Option<ModelProfile>, Failure>;
 }

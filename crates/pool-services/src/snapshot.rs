@@ -4,6 +4,8 @@ use std::time::SystemTime;
 
 use pool_domain::{DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
 
+use crate::ports::Staging;
+
 /// A failure with its display time.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LastError {
@@ -68,6 +70,8 @@ pub struct ReplicaSnapshot {
     pub vram_reserved: u64,
     /// Context in tokens over all slots, where it is known.
     pub context: Option<u64>,
+    /// How far its model has come, while that is being made present.
+    pub staging: Option<Staging>,
 }
 
 impl ReplicaSnapshot {
@@ -100,6 +104,7 @@ impl ReplicaSnapshot {
             last_check_at: None,
             vram_reserved: 0,
             context: None,
+            staging: None,
         }
     }
 }

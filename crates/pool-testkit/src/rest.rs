@@ -1,6 +1,7 @@
 //! GPUs, models and durable facts that exist in memory.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -15,8 +16,8 @@ use pool_domain::{
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Residency, ResolvedModel,
-    StateLedger, StoredPool,
+    EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Presence, Residency,
+    ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -135,9 +136,29 @@ pub struct FakeModels {
     profile: Mutex<Option<ModelProfile>>,
     takes: Mutex<Duration>,
     missing: Mutex<BTreeSet<String>>,
+    /// Steps of a fetch, and the time of each.
+    fetch: Mutex<Option<(u64, Duration)>>,
+    fetched: Mutex<BTreeSet<String>>,
+    /// Fetches under way.
+    fetching: AtomicUsize,
 }
 
 impl FakeModels {
+    /// Every model has to be fetched from now on: so many bytes, one by one, each in this time.
+    pub fn set_fetch(&self, bytes: u64, each: Duration) {
+        *self.fetch.lock().unwrap_or_else(PoisonError::into_inner) = Some((bytes, each));
+    }
+
+    /// Fetches under way.
+    pub fn fetching(&self) -> usize {
+        self.fetching.load(Ordering::SeqCst)
+    }
+
+    fn has_to_be_fetched(&self, model: &ModelRef) -> Option<(u64, Duration)> {
+        let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id());
+        self.fetch.lock().unwrap_or_else(PoisonError::into_inner).filter(|_| !fetched)
+    }
+
     /// The model of this id is not to be had from now on.
     pub fn missing(&self, id: &str) {
         self.missing.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
@@ -159,9 +180,45 @@ impl FakeModels {
     }
 }
 
+/// Counts itself, also when it is dropped in the middle.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl<'a> UnderWay<'a> {
+    fn of(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 #[async_trait]
 impl ModelStore for FakeModels {
-    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+    fn permits(&self, _: &ModelRef) -> Result<(), String> {
+        Ok(())
+    }
+    async fn look(&self, model: &ModelRef) -> Result<Presence, Failure> {
+        if self.has_to_be_fetched(model).is_some() {
+            return Ok(Presence::Remote);
+        }
+        let (untold, _) = watch::channel(None);
+        self.ensure_present(model, &untold).await.map(Presence::Here)
+    }
+    async fn ensure_present(&self, model: &ModelRef, told: &StagingTold) -> Result<ResolvedModel, Failure> {
+        if let Some((bytes, each)) = self.has_to_be_fetched(model) {
+            let _under_way = UnderWay::of(&self.fetching);
+            for done in 0..=bytes {
+                let rate = if done == 0 { 0 } else { 2 };
+                let staging = Staging { step: StagingStep::Fetching, done, total: Some(bytes), rate };
+                told.send_replace(Some(staging));
+                slowly(each).await;
+            }
+            self.fetched.lock().unwrap_or_else(PoisonError::into_inner).insert(model.model_id());
+        }
         let takes = *self.takes.lock().unwrap_or_else(PoisonError::into_inner);
         slowly(takes).await;
         if self.missing.lock().unwrap_or_else(PoisonError::into_inner).contains(&model.model_id()) {

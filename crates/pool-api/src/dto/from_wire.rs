@@ -4,11 +4,12 @@ use std::time::{Duration, SystemTime};
 
 use pool_domain::lifecycle::State;
 use pool_domain::{FailureClass, Generation, PoolId, ReplicaId};
+use pool_services::ports::{Staging, StagingStep};
 use pool_services::snapshot::LastError;
 use pool_services::{DrainLeft, NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 use thiserror::Error;
 
-use super::{LastErrorView, NodeView, OperationView, PoolView, ReplicaView};
+use super::{LastErrorView, NodeView, OperationView, PoolView, ReplicaView, StagingView};
 
 /// An answer that is well formed but means nothing here.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -61,6 +62,17 @@ impl TryFrom<LastErrorView> for LastError {
     }
 }
 
+impl From<StagingView> for Staging {
+    fn from(s: StagingView) -> Self {
+        let step = match s.step.as_str() {
+            "waiting" => StagingStep::Waiting,
+            "verifying" => StagingStep::Verifying,
+            _ => StagingStep::Fetching,
+        };
+        Self { step, done: s.done_bytes, total: s.total_bytes, rate: s.bytes_per_s }
+    }
+}
+
 impl TryFrom<ReplicaView> for ReplicaSnapshot {
     type Error = DtoError;
     fn try_from(r: ReplicaView) -> Result<Self, DtoError> {
@@ -90,6 +102,7 @@ impl TryFrom<ReplicaView> for ReplicaSnapshot {
             last_check_at: r.last_check_at.map(|t| time("last_check_at", &t)).transpose()?,
             vram_reserved: r.vram_reserved_bytes,
             context: r.context,
+            staging: r.staging.map(Into::into),
         })
     }
 }

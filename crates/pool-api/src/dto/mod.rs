@@ -50,6 +50,19 @@ dtos! {
         /// When.
         at: String,
     }
+    /// How far a model has come that is being made present.
+    StagingView {
+        /// `waiting` (somebody else fetches it), `fetching` or `verifying`.
+        step: String,
+        /// Bytes done of all files together.
+        done_bytes: u64,
+        /// Bytes of all files together, where that is known.
+        total_bytes: Option<u64>,
+        /// Bytes a second, of late.
+        bytes_per_s: u64,
+        /// Time left at this rate, where that can be said.
+        left_ms: Option<u64>,
+    }
     /// How far the backoff is.
     BackoffView {
         /// Failures it counts.
@@ -112,6 +125,8 @@ dtos! {
         vram_reserved_bytes: u64,
         /// Context in tokens over all slots, where it is known.
         context: Option<u64>,
+        /// How far its model has come, while that is being made present.
+        staging: Option<StagingView>,
     }
     /// One pool. Where a value belongs to a replica, it is that of the one that speaks for the pool: the first Ready
     /// one, else the first.

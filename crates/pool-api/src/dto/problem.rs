@@ -100,6 +100,8 @@ codes! {
     SplitInvalid = "SPLIT_INVALID", UNPROCESSABLE_ENTITY, false;
     /// The model is none, or not usable here.
     ModelRefInvalid = "MODEL_REF_INVALID", UNPROCESSABLE_ENTITY, false;
+    /// The model may not be fetched here.
+    ModelRefDenied = "MODEL_REF_DENIED", UNPROCESSABLE_ENTITY, false;
     /// An argument is not for a pool to give.
     ArgDenied = "ARG_DENIED", UNPROCESSABLE_ENTITY, false;
     /// No engine of this name can serve it.
@@ -255,7 +257,10 @@ impl Code {
             }
             Self::MaskInvalid => "GET /v1/node lists the devices",
             Self::SplitInvalid => "write \"off\", \"auto\", or one ratio for each device of the mask",
-            Self::ModelRefInvalid => "name a file below a root of [models], or stub:NAME for a stub engine",
+            Self::ModelRefInvalid => {
+                "name a file below a root of [models], hf:ORG/REPO/FILE and its like, or stub:NAME for a stub engine"
+            }
+            Self::ModelRefDenied => "`[models] allow` in the config file says what may be fetched",
             Self::ArgDenied => "leave the argument out: the daemon gives it itself, or it is not for a pool to give",
             Self::EngineUnknown => "engines are declared in the config file; `stub` is there without being declared",
             Self::DoesNotFit => "POST /v1/plan shows what each device would hold, and what would fit instead",

@@ -2,11 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pool_services::ports::Staging;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 
 use super::{
-    BackoffView, HealthView, LastErrorView, NodeView, OperationView, PerfView, PoolView, ReplicaHealthView, ReplicaView,
+    BackoffView, HealthView, LastErrorView, NodeView, OperationView, PerfView, PoolView, ReplicaHealthView,
+    ReplicaView, StagingView,
 };
 
 pub(super) fn time(t: SystemTime) -> String {
@@ -21,6 +23,18 @@ fn unix_ms(t: SystemTime) -> u64 {
 impl From<&LastError> for LastErrorView {
     fn from(e: &LastError) -> Self {
         Self { class: e.class.code().into(), detail: e.detail.clone(), at: time(e.at) }
+    }
+}
+
+impl From<&Staging> for StagingView {
+    fn from(s: &Staging) -> Self {
+        Self {
+            step: s.step.code().into(),
+            done_bytes: s.done,
+            total_bytes: s.total,
+            bytes_per_s: s.rate,
+            left_ms: s.left().map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
+        }
     }
 }
 
@@ -51,6 +65,7 @@ impl From<&ReplicaSnapshot> for ReplicaView {
             last_check_at: r.last_check_at.map(time),
             vram_reserved_bytes: r.vram_reserved,
             context: r.context,
+            staging: r.staging.as_ref().map(Into::into),
         }
     }
 }

@@ -47,6 +47,7 @@ pub struct Metrics {
     evictions: Counters,
     idle_stops: Counters,
     exits: Counters,
+    fetched_bytes: Counters,
     breaker_opens: Counters,
     drains: Counters,
     reloads: Counters,
@@ -80,6 +81,7 @@ impl Default for Metrics {
         let evictions = counters(names::EVICTIONS);
         let idle_stops = counters(names::IDLE_STOPS);
         let exits = counters(names::EXITS);
+        let fetched_bytes = counters(names::MODEL_BYTES);
         let breaker_opens = counters(names::BREAKER_OPENS);
         let drains = counters(names::DRAINS);
         let reloads = counters(names::RELOADS);
@@ -102,6 +104,7 @@ impl Default for Metrics {
             evictions,
             idle_stops,
             exits,
+            fetched_bytes,
             breaker_opens,
             drains,
             reloads,
@@ -166,7 +169,11 @@ impl Metrics {
             EventKind::LeaseRefused { reason, .. } => count(&self.refused, &of(key, &[("reason", reason)])),
             EventKind::Evicted { .. } => count(&self.evictions, &of(key, &[])),
             EventKind::IdleStopped { .. } => count(&self.idle_stops, &of(key, &[])),
-            EventKind::EvictionPlanned { .. }
+            EventKind::ModelFetched { bytes, .. } => {
+                self.fetched_bytes.get_or_create(&of(key, &[])).inc_by(*bytes);
+            }
+            EventKind::ModelFetching { .. }
+            | EventKind::EvictionPlanned { .. }
             | EventKind::BroughtBack
             | EventKind::Suspected { .. }
             | EventKind::RestartPlanned { .. }

@@ -40,6 +40,7 @@ metrics! {
     EVICTIONS = "evictions_total", "counter", REPLICA, "Times an idle engine was told to give way to another pool";
     IDLE_STOPS = "idle_stops_total", "counter", REPLICA, "Times an engine was stopped because nobody used it";
     EXITS = "engine_failures_total", "counter", &["pool_id", "replica_id", "class"], "Engine failures by class";
+    MODEL_BYTES = "model_fetched_bytes_total", "counter", REPLICA, "Bytes of models that were fetched for a start";
     BREAKER_OPENS = "breaker_opens_total", "counter", REPLICA, "Times a circuit breaker opened";
     DRAINS = "drains_total", "counter", &["pool_id", "replica_id", "outcome"], "Drains that ended, by outcome";
     LEASES_GRANTED = "leases_granted_total", "counter", REPLICA, "Leases granted over the API";

@@ -163,7 +163,7 @@ pub(super) async fn unfence(State(s): App, Id(device): Id, _: Body<EmptyBody>) -
     (status = 200, description = "The plan, also where nothing fits", body = PlanView),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED", body = Problem,
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, MODEL_REF_INVALID, MODEL_REF_DENIED, ENGINE_UNKNOWN or ARG_DENIED", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn plan(State(s): App, Body(b): Body<PlanBody>) -> Result<Json<PlanView>, Problem> {
     Ok(Json(s.control.plan(b.request()?).await?.into()))

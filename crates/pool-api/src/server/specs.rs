@@ -66,7 +66,7 @@ pub(super) fn etag(revision: u64) -> [(header::HeaderName, HeaderValue); 1] {
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 409, description = "POOL_IN_FILE, or CONFLICT: another revision, or a name or an engine that would be of two pools",
         body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, DOES_NOT_FIT, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED",
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, DOES_NOT_FIT, MODEL_REF_INVALID, MODEL_REF_DENIED, ENGINE_UNKNOWN or ARG_DENIED",
         body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn put_pool(
     State(s): App,
@@ -117,7 +117,7 @@ pub(super) async fn delete_pool(
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json"),
     (status = 409, description = "CONFLICT", body = Problem, content_type = "application/problem+json"),
-    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, DOES_NOT_FIT, MODEL_REF_INVALID, ENGINE_UNKNOWN or ARG_DENIED",
+    (status = 422, description = "MASK_INVALID, SPLIT_INVALID, DOES_NOT_FIT, MODEL_REF_INVALID, MODEL_REF_DENIED, ENGINE_UNKNOWN or ARG_DENIED",
         body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn reload(
     State(s): App,

@@ -110,8 +110,8 @@ texts! {
     MaskText => DeviceMask, "a device mask such as \"auto\", \"all\", \"0,1\" or full GPU-… or MIG-… UUIDs",
         |t| DeviceMask::parse(t).map_err(|e| e.to_string());
     /// Where a model comes from.
-    ModelText => ModelRef, "a model reference such as \"file:/srv/models/a.gguf\" or \"stub:NAME\"",
-        |t| t.parse().map_err(|e: pool_domain::id::IdError| e.to_string());
+    ModelText => ModelRef, "a model reference such as \"/srv/models/a.gguf\", \"hf:ORG/REPO/FILE\" or \"stub:NAME\"",
+        |t| t.parse().map_err(|e: pool_domain::model_ref::ModelRefError| e.to_string());
     /// The name of a pool.
     PoolIdText => PoolId, "a pool id: letters, digits, '-', '_' and '.', at most 64",
         |t| t.parse().map_err(|e: pool_domain::id::IdError| e.to_string());

@@ -19,6 +19,7 @@ use pool_domain::{
     Verdict, device::MigSlice, failure::Exit,
 };
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
+use pool_services::ports::{Staging, StagingStep};
 use pool_services::snapshot::{LastError, XidCount};
 use pool_services::{
     ControlError, Declared, DrainLeft, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed,
@@ -68,6 +69,7 @@ pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
         last_check_at: Some(UNIX_EPOCH + Duration::from_millis(1_700_000_001_000)),
         vram_reserved: 5,
         context: Some(8192),
+        staging: Some(Staging { step: StagingStep::Fetching, done: 3, total: Some(7), rate: 2 }),
     }
 }
 

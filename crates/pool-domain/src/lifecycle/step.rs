@@ -523,7 +523,7 @@ impl Replica {
         if port_conflict && self.port_conflicts <= PORT_TRIES {
             return Then::Restart;
         }
-        if failure.class == FailureClass::Node {
+        if matches!(failure.class, FailureClass::Node | FailureClass::Fetch) {
             let delay = self.held_up.next_delay(&cx.policy.backoff, policy.multiplier, cx.draw);
             return self.wait_for(delay, cx);
         }

@@ -7,16 +7,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pool_api::spec::Defaults;
+use pool_domain::ModelRef;
+use pool_domain::model_policy::Allowed;
 use pool_domain::xid::{XidAction, XidTable};
 use pool_services::{Activation, Clash, Declared, PoolSpec};
 use sha2::{Digest, Sha256};
 
 use super::exposure;
 use super::parse::similar;
-use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawModels, RawNode};
+use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawNode};
 use super::source::Source;
 use super::{
-    At, Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, LogFormat, Models, Node, Overrides, Profile, Step,
+    At, Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, LogFormat, Node, Overrides, Profile, Step, models,
 };
 
 const LATER: &str = "is not supported yet";
@@ -27,20 +29,25 @@ pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Re
     let node = node(&raw, &source, overrides)?;
     let gpu = gpu(&raw.gpu, &raw.node, &node, &source)?;
     let xids = xids(&raw.gpu, &source)?;
-    let mut models = models(&raw.models, &source)?;
+    let mut models = models::check(&raw.models, &source)?;
     let engines = engines(raw.engines, &source)?;
     let mut pools: Vec<Declared> = Vec::new();
     for (i, wire) in raw.pool.into_iter().enumerate() {
         let document = document(&wire);
         let pool = pool(i, wire, &node, &engines, &source)?;
+        models::permitted(i, &pool, &models, &source)?;
         for other in pools.iter().map(|p| &p.spec) {
             beside(i, &pool, other, &engines, &source)?;
         }
         pools.push(declared(pool, document));
     }
     for reference in &overrides.models {
-        let (pool, root) = pool_of_model(reference, &pools, &source)?;
-        models.roots.extend(root);
+        let (pool, named) = pool_of_model(reference, &pools, &source)?;
+        match named {
+            Named::File(root) => models.roots.push(root),
+            Named::Remote(allowed) => models.policy.allow.push(allowed),
+            Named::Nothing => {}
+        }
         pools.push(pool);
     }
     Ok(Config { node, auth, tls, gpu, xids, models, engines, pools, source, overrides: overrides.clone() })
@@ -220,20 +227,6 @@ fn xids(raw: &RawGpu, source: &Source) -> Result<Option<XidTable>, ConfigError> 
     Ok(raw.health_checks.then_some(table))
 }
 
-fn models(raw: &RawModels, source: &Source) -> Result<Models, ConfigError> {
-    let at = |key: &'static str| [Step::Key("models"), Step::Key(key)];
-    if !raw.allow.is_empty() {
-        return Err(source
-            .error(At::Key(&at("allow")), format!("fetching models {LATER}"))
-            .hinting("remove the entries and use local files under roots"));
-    }
-    if let Some(dir) = &raw.cache_dir {
-        path(dir, source, At::Key(&at("cache_dir")))?;
-    }
-    let roots = raw.roots.iter().map(|r| path(r, source, At::Key(&at("roots")))).collect::<Result<_, _>>()?;
-    Ok(Models { roots })
-}
-
 fn engines(raw: BTreeMap<String, RawEngine>, source: &Source) -> Result<BTreeMap<String, Engine>, ConfigError> {
     let mut engines = BTreeMap::from([
         ("llama.cpp".to_owned(), Engine { kind: EngineKind::LlamaCpp, mode: EngineMode::Binary(None) }),
@@ -306,26 +299,33 @@ fn engine(name: &str, raw: &RawEngine, source: &Source) -> Result<Engine, Config
     Ok(Engine { kind, mode })
 }
 
-/// The pool of `--model REF`, and the file that becomes a root by being named.
-fn pool_of_model(
-    reference: &str,
-    others: &[Declared],
-    source: &Source,
-) -> Result<(Declared, Option<PathBuf>), ConfigError> {
+/// What may be used because it was named on the command line.
+enum Named {
+    File(PathBuf),
+    Remote(Allowed),
+    Nothing,
+}
+
+/// The pool of `--model REF`.
+fn pool_of_model(reference: &str, others: &[Declared], source: &Source) -> Result<(Declared, Named), ConfigError> {
     let at = At::Flag("--model");
     let error = |message: String| source.error(at, message);
     let stub = reference.starts_with("stub:");
-    let (model, root) = if stub {
-        (reference.to_owned(), None)
-    } else if reference.contains("://") || reference.starts_with("hf:") {
-        return Err(error(format!("fetching models {LATER}: `{reference}`")).hinting("name a local file"));
+    let remote = ["hf:", "https:", "http:", "s3:", "oci:"].iter().any(|scheme| reference.starts_with(scheme));
+    let (model, named) = if stub {
+        (reference.to_owned(), Named::Nothing)
+    } else if remote {
+        let model = reference.parse::<ModelRef>().map_err(|e| error(e.to_string()))?;
+        let ModelRef::Remote(source) = &model else { return Err(error(format!("`{reference}` is no model"))) };
+        let allowed = Allowed::exactly(&source.source).map_err(|e| error(e.to_string()))?;
+        (reference.to_owned(), Named::Remote(allowed))
     } else {
         let file = reference.strip_prefix("file:").unwrap_or(reference);
         let file = std::fs::canonicalize(file).map_err(|e| error(format!("`{reference}`: {e}")))?;
         let text = file.to_str().ok_or_else(|| error(format!("`{reference}` is not UTF-8")))?;
-        (format!("file:{text}"), Some(file))
+        (format!("file:{text}"), Named::File(file))
     };
-    let model_id = model.parse::<pool_domain::ModelRef>().map_err(|e| error(e.to_string()))?.model_id();
+    let model_id = model.parse::<ModelRef>().map_err(|e| error(e.to_string()))?.model_id();
     let stem: String = model_id
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.') { c } else { '-' })
@@ -345,7 +345,7 @@ fn pool_of_model(
     let document = document(&wire);
     let defaults = Defaults { activation: Activation::Preload };
     let pool = wire.check(&defaults).map_err(|e| error(e.to_string()))?;
-    Ok((declared(pool, document), root))
+    Ok((declared(pool, document), named))
 }
 
 /// Context of a model that is named on the command line, where nobody says more.
@@ -427,7 +427,7 @@ pub(super) fn path(text: &str, source: &Source, at: At<'_>) -> Result<PathBuf, C
     Ok(std::path::absolute(&joined).unwrap_or(joined))
 }
 
-fn home() -> Option<PathBuf> {
+pub(super) fn home() -> Option<PathBuf> {
     std::env::var_os("HOME").filter(|h| !h.is_empty()).map(PathBuf::from)
 }
 

@@ -3,6 +3,7 @@
 mod check;
 mod error;
 mod exposure;
+mod models;
 mod parse;
 mod raw;
 mod source;
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use error::ConfigError;
+pub use models::Models;
 use pool_api::dto::EngineView;
 use pool_api::spec::Defaults;
 use pool_domain::xid::XidTable;
@@ -128,13 +130,6 @@ pub enum Gpu {
     },
 }
 
-/// Where models come from.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Models {
-    /// Directories, or single files named on the command line.
-    pub roots: Vec<PathBuf>,
-}
-
 /// A declared engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Engine {
@@ -238,7 +233,7 @@ impl Config {
         compare("auth".into(), self.auth == other.auth);
         compare("tls".into(), self.tls == other.tls);
         compare("gpu".into(), self.gpu == other.gpu && self.xids == other.xids);
-        compare("models.roots".into(), self.models == other.models);
+        self.models.differs(&other.models).into_iter().for_each(|key| compare(key.into(), false));
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
         for name in names {
             compare(format!("engines.{name}"), self.engines.get(name) == other.engines.get(name));

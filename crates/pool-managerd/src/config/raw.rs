@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use pool_api::spec::Defaults;
+use pool_api::spec::{Defaults, SizeText};
 use pool_services::Activation;
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -206,16 +206,51 @@ impl Default for RawGpu {
     }
 }
 
+/// When a model of the cache is read whole before a start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Verify {
+    /// Where a file looks otherwise than it did when it was verified.
+    #[default]
+    Changed,
+    /// Each time.
+    Always,
+}
+
 /// `[models]`
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RawModels {
-    /// Where fetched models are kept; by default `~/.cache/models`.
-    pub cache_dir: Option<String>,
     /// Directories that local model files may come from.
     pub roots: Vec<String>,
-    /// Remote models that may be fetched. Nothing can be fetched yet, so this must stay empty.
+    /// What may be fetched; without an entry nothing is. `hf:ORG/*`, `https://models.example.org/*`, `s3://bucket/*`,
+    /// `oci://registry.example.org/*`; `*` stands at the end. Redirects are held to it as well, and a host of a private
+    /// network is asked only if it is named here in full.
     pub allow: Vec<String>,
+    /// Fetch nothing at all, whatever is allowed: only what is in the cache is used.
+    pub offline: bool,
+    /// Where fetched models are kept; by default `~/.cache/models`.
+    pub cache_dir: Option<String>,
+    /// Most bytes there. To make room, models that no pool names are removed, the one not used for longest first. Without
+    /// it nothing is removed.
+    pub cache_max: Option<SizeText>,
+    /// `changed` reads a model of the cache whole before a start only where it looks otherwise than when it was verified,
+    /// `always` each time.
+    pub verify: Verify,
+    /// What stands in for the Hugging Face hub; by default what `HF_ENDPOINT` says, else `https://huggingface.co`.
+    pub hf_endpoint: Option<String>,
+    /// What stands in for Amazon's S3.
+    pub s3_endpoint: Option<String>,
+    /// Region of buckets; by default `us-east-1`.
+    pub s3_region: Option<String>,
+    /// A file in the form of `~/.aws/credentials`, with the lines `aws_access_key_id` and `aws_secret_access_key`. Without
+    /// it only buckets that are for everybody can be read.
+    pub s3_credentials: Option<String>,
+    /// A file with certificates (PEM) of authorities beside those of the system.
+    pub ca_file: Option<String>,
+    /// Files that hold a bearer token alone, by host: `"huggingface.co" = "/etc/pool-managerd/hf-token"`. A token goes to
+    /// its own host only.
+    pub tokens: BTreeMap<String, String>,
 }
 
 /// `[engines.NAME]`

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pool_domain::rollout::Strategy;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::reload::Verdict;
 use crate::node::Node;
@@ -18,10 +18,14 @@ pub(super) fn verify(
     asleep: bool,
     serving: usize,
 ) -> oneshot::Receiver<Verdict> {
-    let (tell, told) = oneshot::channel();
+    let (mut tell, told) = oneshot::channel();
     let node = node.clone();
     tokio::spawn(async move {
         let verdict = async {
+            planning::permitted(&spec, &*node.ports.models).map_err(|e| e.to_string())?;
+            // A model that has to be fetched is, before anything is touched.
+            let (untold, _) = watch::channel(None);
+            node.ports.models.ensure_present(&spec.model, &untold).await.map_err(|failure| failure.detail)?;
             node.ports.provisioner.preflight(&spec).await.map_err(|failure| failure.detail)?;
             let beside = fits(&node, &spec, false).await?;
             match strategy {
@@ -39,8 +43,13 @@ pub(super) fn verify(
                 }
             }
         };
-        // Nobody waits any more if the reload was given up.
-        let _ = tell.send(verdict.await);
+        let verdict = tokio::select! {
+            biased;
+            verdict = verdict => verdict,
+            // Nobody waits any more if the reload was given up: nothing is fetched for it then.
+            () = tell.closed() => return,
+        };
+        let _ = tell.send(verdict);
     });
     told
 }

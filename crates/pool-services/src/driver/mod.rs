@@ -5,6 +5,7 @@ mod adopt;
 mod health;
 mod memory;
 mod scribe;
+mod staging;
 mod tell;
 mod work;
 
@@ -13,6 +14,7 @@ pub(crate) use memory::{Memory, Remembered};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
+use staging::Progress;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -31,7 +33,7 @@ use crate::events::EventSink;
 use crate::lease_desk::Desk;
 use crate::ports::{
     EngineHost, EngineProbe, EngineProvisioner, EngineRecord, GpuProbe, Handoff, ModelStore, PreparedEngine,
-    ResolvedModel, RunningEngine, StateLedger,
+    ResolvedModel, RunningEngine, Staging, StateLedger,
 };
 use crate::returned::Held;
 use crate::snapshot::{LastError, ReplicaSnapshot};
@@ -165,6 +167,7 @@ pub(crate) struct Holds {
 #[derive(Debug)]
 pub(crate) enum Report {
     Fact(Fact),
+    Staging(Staging),
     Staged(ResolvedModel, Arc<Demand>),
     Proved(Proof, Holds),
     Preflighted,
@@ -176,6 +179,8 @@ pub(crate) enum Report {
 /// What the current attempt has gathered.
 #[derive(Debug, Default)]
 struct Attempt {
+    /// How far its model has come.
+    staging: Option<Progress>,
     model: Option<ResolvedModel>,
     demand: Option<Arc<Demand>>,
     /// What it holds on its one device, as far as that is known.
@@ -448,7 +453,12 @@ impl Driver {
         }
         let fact = match report {
             Report::Fact(fact) => fact,
+            Report::Staging(staging) => {
+                self.progressed(staging);
+                return;
+            }
             Report::Staged(model, demand) => {
+                self.staged();
                 self.attempt.model = Some(model);
                 self.attempt.demand = Some(demand);
                 Fact::Staged

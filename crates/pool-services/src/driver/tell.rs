@@ -3,7 +3,7 @@
 use pool_domain::lifecycle::{Left, Replica, State, StopStage, Then, Wait};
 use pool_domain::{Failure, Tick};
 
-use super::{Driver, Published};
+use super::{Driver, Published, staging};
 use crate::events::EventKind;
 use crate::snapshot::ReplicaSnapshot;
 
@@ -34,7 +34,7 @@ impl Before {
 }
 
 impl Driver {
-    fn emit(&self, kind: EventKind) {
+    pub(super) fn emit(&self, kind: EventKind) {
         self.events.send(&self.key, self.replica.generation, kind);
     }
 
@@ -132,7 +132,11 @@ impl Driver {
 
     fn snapshot(&self) -> ReplicaSnapshot {
         let r = &self.replica;
-        let (reason_code, reason) = reason(&r.state, r.last_failure.as_ref());
+        let (reason_code, mut reason) = reason(&r.state, r.last_failure.as_ref());
+        let staging = self.staging();
+        if let Some(staging) = &staging {
+            reason = staging::words(staging);
+        }
         let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
         let live = r.state.live()
             && match self.process() {
@@ -166,6 +170,7 @@ impl Driver {
             last_error: self.last_error.clone(),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,
+            staging,
             context: grant.filter(|_| live).and_then(|g| g.context),
             vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes.iter().sum()),
         }

@@ -10,10 +10,11 @@ use pool_domain::lifecycle::{Fact, Proof, Wait};
 use pool_domain::plan::{Demand, EngineMemory, Split};
 use pool_domain::residency::{self, Listing, Place};
 use pool_domain::{Failure, FailureClass, Generation};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::staging::tell_staging;
 use super::{Attempt, Driver, Grant, Holds, Report, Want};
 use crate::planning::demand;
 use crate::ports::{
@@ -60,14 +61,21 @@ impl Driver {
         self.attempt = Attempt::default();
         self.attempt_began = self.clock.now();
         let (ports, spec) = (self.ports.clone(), Arc::clone(&self.spec));
+        let (told, progress) = watch::channel(None);
+        let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
             let staged = async {
-                let model = ports.models.ensure_present(&spec.model).await?;
+                let model = ports.models.ensure_present(&spec.model, &told).await?;
                 let (models, provisioner) = (&*ports.models, &*ports.provisioner);
                 let demand = demand(models, provisioner, Some(&*ports.ledger), &spec, &model).await?;
                 Ok((model, demand))
             };
-            match staged.await {
+            let staged = tokio::select! {
+                biased;
+                staged = staged => staged,
+                () = tell_staging(progress, &tx, generation) => std::future::pending().await,
+            };
+            match staged {
                 Ok((model, demand)) => Report::Staged(model, Arc::new(demand)),
                 Err(failure) => Report::Fact(Fact::Unstartable(failure)),
             }

@@ -9,6 +9,8 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::Started
         | EventKind::BecameReady { .. }
         | EventKind::EngineFailed { .. }
+        | EventKind::ModelFetching { .. }
+        | EventKind::ModelFetched { .. }
         | EventKind::Suspected { .. }
         | EventKind::Restarting
         | EventKind::RestartPlanned { .. }
@@ -43,7 +45,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::StreamEnded { .. } => {}
     }
 }
-const KINDS: usize = 36;
+const KINDS: usize = 38;
 
 /// What no sentence may tell: ids, and whatever a failure's detail may hold.
 const CANARY: &str = "canary";
@@ -82,6 +84,8 @@ fn all() -> Vec<EventKind> {
         EventKind::StateChanged { from: "preparing", to: "suspect" },
         EventKind::Started,
         EventKind::BecameReady { took: long },
+        EventKind::ModelFetching { done: u64::MAX, total: Some(u64::MAX) },
+        EventKind::ModelFetched { bytes: u64::MAX, took: long },
         EventKind::Restarting,
         EventKind::StartDelayed { delay: long },
         EventKind::BreakerOpened { pause: long },

@@ -11,7 +11,7 @@ use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, ModelRef};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, ModelStore, NotAdmitted,
-    NotAdopted, Phase, PrepareRequest, PreparedEngine, ResolvedModel, RunningEngine, Up, Worked,
+    NotAdopted, Phase, PrepareRequest, PreparedEngine, Presence, ResolvedModel, RunningEngine, StagingTold, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -376,7 +376,14 @@ impl EngineProbe for World {
 
 #[async_trait]
 impl ModelStore for World {
-    async fn ensure_present(&self, model: &ModelRef) -> Result<ResolvedModel, Failure> {
+    fn permits(&self, _: &ModelRef) -> Result<(), String> {
+        Ok(())
+    }
+    async fn look(&self, model: &ModelRef) -> Result<Presence, Failure> {
+        let (untold, _) = watch::channel(None);
+        self.ensure_present(model, &untold).await.map(Presence::Here)
+    }
+    async fn ensure_present(&self, model: &ModelRef, _: &StagingTold) -> Result<ResolvedModel, Failure> {
         self.call().await;
         let takes = self.lock().models.1;
         if !takes.is_zero() {
