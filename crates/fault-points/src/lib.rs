@@ -93,6 +93,38 @@ points! {
     AfterTakeOver = "after_take_over",
     /// An engine has proved again what it is.
     AfterAdoptionProof = "after_adoption_proof",
+    /// The new form of a pool can run; nothing was touched for it.
+    ReloadVerified = "reload_verified",
+    /// The old engines of a step of a reload are gone.
+    ReloadStopped = "reload_stopped",
+    /// What the next start of their replicas makes is the new.
+    ReloadChanged = "reload_changed",
+    /// New replicas are beside the old.
+    ReloadAdded = "reload_added",
+    /// The new engines of a step have proved that they serve.
+    ReloadStarted = "reload_started",
+    /// The new form is about to be written down.
+    BeforeCommit = "before_commit",
+    /// One of a stored pool's two files is written, and not the one that decides.
+    BetweenCopies = "between_copies",
+    /// It is durable, and the pool is still the old.
+    AfterCommit = "after_commit",
+    /// The new ones serve.
+    AfterFlip = "after_flip",
+    /// The old ones are gone.
+    AfterRetire = "after_retire",
+    /// A reload has failed; nothing is undone yet.
+    UndoBegun = "undo_begun",
+    /// That the new form was committed is struck out, as far as the disk takes it.
+    UndoneCommit = "undone_commit",
+    /// The new engines of a step are gone again.
+    UndoneStart = "undone_start",
+    /// Their replicas are made from the old again.
+    UndoneChange = "undone_change",
+    /// The old engines of a step serve again.
+    UndoneStop = "undone_stop",
+    /// The new replicas are no more.
+    UndoneAdd = "undone_add",
 }
 
 /// What happens at every point from now on. The first call counts, and in a build without points none does.

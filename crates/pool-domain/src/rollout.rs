@@ -3,9 +3,15 @@
 //! [`plan`] makes it, [`Rollout`] says what comes next. Whoever carries it out tells how each step went. Every rollout
 //! ends in the new, or in the old as it was; only if undoing fails it ends in neither, and then it says both reasons.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
-use crate::ReplicaId;
+use crate::lifecycle::Policy;
+use crate::{ReplicaId, Tick};
+
+/// For a disk to take that a commit is undone, before the rest of the way back is gone.
+const TO_STRIKE_OUT: Duration = Duration::from_secs(10);
 
 /// How a pool is to be reloaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -82,6 +88,45 @@ impl fmt::Display for Step {
     }
 }
 
+impl Step {
+    /// How long undoing it may take, where that takes time at all: a stop and, one after the other, as many starts. `policy`
+    /// is that of those it is about.
+    #[must_use]
+    pub fn time_to_undo(&self, policy: &Policy) -> Option<Duration> {
+        match self {
+            Self::Stop(ids) | Self::Start(ids) => {
+                Some(policy.stop.grace + policy.stop.prove + time_to_start(policy, ids.len()))
+            }
+            Self::Commit => Some(TO_STRIKE_OUT),
+            Self::Verify | Self::Change(_) | Self::Add(_) | Self::Flip { .. } | Self::Retire(_) => None,
+        }
+    }
+}
+
+/// How long so many starts may take, one after the other.
+#[must_use]
+pub fn time_to_start(policy: &Policy, starts: usize) -> Duration {
+    policy.start.max.saturating_mul(u32::try_from(starts).unwrap_or(u32::MAX))
+}
+
+/// Time after a commit in which a failure of the new brings back the old.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probation {
+    /// Its end.
+    pub until: Tick,
+    /// How often each of the new replicas had been restarted when it began.
+    pub restarts: BTreeMap<ReplicaId, u64>,
+}
+
+impl Probation {
+    /// Whether a replica that has been restarted so often by now has failed since. Of one that is not of the new nothing
+    /// is known.
+    #[must_use]
+    pub fn fails(&self, id: ReplicaId, restarts: u64) -> bool {
+        self.restarts.get(&id).is_some_and(|before| restarts > *before)
+    }
+}
+
 /// A replica of the pool before the rollout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Incumbent {
@@ -92,12 +137,13 @@ pub struct Incumbent {
 }
 
 /// The steps by which a pool comes to run `places` replicas of a new spec. With `asleep` nothing runs, nor is to run:
-/// then nothing is started. [`Strategy::Auto`] is taken for in place: who knows the memory decides before.
+/// then nothing is started. [`Strategy::Auto`] is taken for in place: who knows the memory decides before. `left`: of
+/// these, which serve no more, something may still be there, so that nobody new takes their names.
 #[must_use]
-pub fn plan(strategy: Strategy, old: &[Incumbent], places: u16, asleep: bool) -> Vec<Step> {
+pub fn plan(strategy: Strategy, old: &[Incumbent], left: &[ReplicaId], places: u16, asleep: bool) -> Vec<Step> {
     let ids = |of: &[Incumbent]| of.iter().map(|i| i.id).collect::<Vec<_>>();
     let (stay, leave): (Vec<Incumbent>, Vec<Incumbent>) = old.iter().partition(|i| i.place < places);
-    let mut unused = (0..u16::MAX).map(ReplicaId).filter(|id| old.iter().all(|i| i.id != *id));
+    let mut unused = (0..u16::MAX).map(ReplicaId).filter(|id| old.iter().all(|i| i.id != *id) && !left.contains(id));
     let mut newcomers = |places: &mut dyn Iterator<Item = u16>| -> Vec<(ReplicaId, u16)> {
         places.map_while(|place| Some((unused.next()?, place))).collect()
     };
@@ -173,7 +219,11 @@ pub enum Next<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Way {
     Forward,
-    Back { why: String },
+    /// `undo`: the first thing that could not be undone. The rest is, as far as it can be.
+    Back {
+        why: String,
+        undo: Option<String>,
+    },
     Ended(Outcome),
 }
 
@@ -220,17 +270,28 @@ impl Rollout {
             Way::Forward if self.at + 1 < self.steps.len() => self.at += 1,
             Way::Forward => self.way = Way::Ended(Outcome::New),
             Way::Back { .. } if self.at > 0 => self.at -= 1,
-            Way::Back { why } => self.way = Way::Ended(Outcome::Old { why: why.clone() }),
+            Way::Back { why, undo } => {
+                let why = why.clone();
+                self.way = Way::Ended(match undo.clone() {
+                    None => Outcome::Old { why },
+                    Some(undo) => Outcome::Broken { why, undo },
+                });
+            }
             Way::Ended(_) => {}
         }
     }
 
     /// What next said cannot be done. Once the new is committed nothing goes back: the rest is done as far as it can be.
+    /// What cannot be undone does not keep the rest from being undone.
     pub fn failed(&mut self, reason: String) {
-        match &self.way {
-            Way::Forward if self.committed() => self.done(),
-            Way::Forward => self.way = Way::Back { why: reason },
-            Way::Back { why } => self.way = Way::Ended(Outcome::Broken { why: why.clone(), undo: reason }),
+        let committed = self.committed();
+        match &mut self.way {
+            Way::Forward if committed => self.done(),
+            Way::Forward => self.way = Way::Back { why: reason, undo: None },
+            Way::Back { undo, .. } => {
+                undo.get_or_insert(reason);
+                self.done();
+            }
             Way::Ended(_) => {}
         }
     }
@@ -238,7 +299,7 @@ impl Rollout {
     /// It is not wanted any more: goes back if it still can. The step that is under way is undone first.
     pub fn give_up(&mut self, reason: &str) {
         if self.way == Way::Forward && !self.committed() {
-            self.way = Way::Back { why: reason.to_owned() };
+            self.way = Way::Back { why: reason.to_owned(), undo: None };
         }
     }
 
@@ -247,7 +308,7 @@ impl Rollout {
     pub fn progress(&self) -> String {
         match &self.way {
             Way::Forward => format!("step {} of {}: {}", self.at + 1, self.steps.len(), self.steps[self.at]),
-            Way::Back { why } => format!("going back because {why}: undoing step {}", self.at + 1),
+            Way::Back { why, .. } => format!("going back because {why}: undoing step {}", self.at + 1),
             Way::Ended(_) => String::new(),
         }
     }

@@ -27,8 +27,11 @@ pub(crate) async fn pools(config: &Config, ledger: &dyn StateLedger) -> Vec<Rest
                 declared.clone().into()
             }
             Some(p) if p.file_digest.as_deref() == declared.source.digest() => {
-                restored(&p, declared.source.clone(), &defaults)
-                    .unwrap_or_else(|| Restored { revision: p.revision, ..declared.clone().into() })
+                restored(&p, declared.source.clone(), &defaults).unwrap_or_else(|| Restored {
+                    revision: p.revision,
+                    stored: true,
+                    ..declared.clone().into()
+                })
             }
             Some(p) => {
                 tracing::warn!(pool_id = %id, "the config file says something new of a pool that was reloaded: the file counts");
@@ -88,5 +91,6 @@ fn restored(p: &StoredPool, source: Source, defaults: &Defaults) -> Option<Resto
         }
     });
     let declared = Declared { spec, document: p.document.clone(), source };
-    Some(Restored { declared, revision: p.revision, previous })
+    let probation = p.probation.clone();
+    Some(Restored { declared, revision: p.revision, previous, probation, stored: true })
 }

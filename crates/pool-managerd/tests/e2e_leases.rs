@@ -169,6 +169,28 @@ fn a_lease_goes_on_after_the_daemon_was_killed_and_its_slot_is_given_to_nobody_e
 }
 
 #[test]
+fn a_drain_says_how_many_leases_and_how_much_time_are_left() {
+    let daemon = ready(POOL);
+    let held = granted(&daemon, &json!({ "ttl_ms": 600_000 }));
+    let body = json!({ "deadline_ms": 300_000, "on_deadline": "force" }).to_string();
+    let begun = daemon.post("/v1/pools/chat/drain", &body).json();
+    let look = || daemon.get(&format!("/v1/operations/{}", begun["operation_id"].as_str().unwrap())).json();
+    let told = eventually(|| Some(look()).filter(|o| o["time_left_ms"].is_u64()));
+    assert_eq!((&told["state"], &told["leases_left"]), (&json!("running"), &json!(1)), "{told:#}");
+    let left = |o: &Value| o["time_left_ms"].as_u64().unwrap();
+    assert!(left(&told) <= 300_000, "{told:#}");
+    let later = eventually(|| Some(look()).filter(|o| left(o) < left(&told)));
+    assert_eq!(later["leases_left"], 1);
+    assert!(daemon.get("/v1/operations").json()[0]["time_left_ms"].is_u64());
+    assert_eq!(release(&daemon, &held), 204);
+    let over = eventually(|| Some(look()).filter(|o| o["state"] != "running"));
+    assert_eq!(
+        (&over["outcome"], &over["time_left_ms"], &over["leases_left"]),
+        (&json!("drained"), &json!(null), &json!(null))
+    );
+}
+
+#[test]
 fn bad_wishes_have_a_code_and_a_hint_and_change_nothing() {
     let daemon = ready(POOL);
     let held = granted(&daemon, &json!({}));

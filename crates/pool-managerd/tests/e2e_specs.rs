@@ -209,7 +209,7 @@ fn an_override_holds_as_long_as_its_table_stands() {
     let digest = config::load(Some(&file), &Overrides::default()).unwrap().pools[0].source.digest().unwrap().to_owned();
     let document = json!({"id": "chat", "model": "stub:newer", "engine": "stub", "activation": "preload"}).to_string();
     let (pool, file_digest) = ("chat".parse().unwrap(), Some(digest));
-    store(dir.path(), &StoredPool { pool, revision: 4, document, file_digest, previous: None });
+    store(dir.path(), &StoredPool { pool, revision: 4, document, file_digest, previous: None, probation: None });
     let daemon = Daemon::start_in_place(dir);
     let pool = ready(&daemon, "chat");
     assert_eq!((&pool["model"], &pool["revision"], &pool["source"]), (&"stub:newer".into(), &4.into(), &"file".into()));
@@ -233,6 +233,7 @@ fn a_stored_pool_that_cannot_be_read_any_more_is_kept_and_not_started() {
         document: document.to_string(),
         file_digest: None,
         previous: None,
+        probation: None,
     };
     store(dir.path(), &stored("old", json!({"id": "old", "model": "stub:old", "engine": "stub", "colour": "red"})));
     store(dir.path(), &stored("gpt", json!({"id": "gpt", "model": "stub:gpt", "engine": "stub"})));

@@ -123,6 +123,15 @@ pub enum OperationState {
     Failed(String),
 }
 
+/// What a drain still waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DrainLeft {
+    /// Leases that are held.
+    pub leases: u32,
+    /// Until leases are revoked, or the drain is given up.
+    pub time: Duration,
+}
+
 /// Something that takes a while.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operation {
@@ -136,6 +145,8 @@ pub struct Operation {
     pub state: OperationState,
     /// How far it is, in words.
     pub progress: String,
+    /// While something of the pool is being drained.
+    pub left: Option<DrainLeft>,
     /// When it began.
     pub started_at: SystemTime,
 }

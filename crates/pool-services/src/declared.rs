@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use pool_domain::rollout::Probation;
+
 use crate::conductor::Made;
 use crate::ports::StoredPool;
 use crate::spec::PoolSpec;
@@ -58,11 +60,16 @@ pub struct Restored {
     pub revision: u64,
     /// What it was before the last reload, with its document.
     pub previous: Option<(PoolSpec, String)>,
+    /// How long a failure brings that back.
+    pub probation: Option<Probation>,
+    /// Whether it lies in the ledger; one of the file does only if something was reloaded over its table.
+    pub stored: bool,
 }
 
 impl From<Declared> for Restored {
     fn from(declared: Declared) -> Self {
-        Self { declared, revision: 1, previous: None }
+        let stored = declared.source == Source::Api;
+        Self { declared, revision: 1, previous: None, probation: None, stored }
     }
 }
 
@@ -80,13 +87,15 @@ pub(crate) struct Standing {
     pub(crate) document: String,
     pub(crate) source: Source,
     pub(crate) previous: Option<Made>,
+    pub(crate) probation: Option<Probation>,
 }
 
 impl Standing {
     pub(crate) fn of(pool: &Restored) -> Self {
-        let Restored { declared: Declared { document, source, .. }, revision, previous } = pool.clone();
+        let Restored { declared: Declared { document, source, .. }, revision, previous, probation, stored: _ } =
+            pool.clone();
         let previous = previous.map(|(spec, document)| Made { spec: Arc::new(spec), document });
-        Self { revision, document, source, previous }
+        Self { revision, document, source, previous, probation }
     }
 
     /// The same as it is written down.
@@ -97,6 +106,7 @@ impl Standing {
             document: self.document.clone(),
             file_digest: self.source.digest().map(str::to_owned),
             previous: self.previous.as_ref().map(|made| made.document.clone()),
+            probation: self.probation.clone(),
         }
     }
 }

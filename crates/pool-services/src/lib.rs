@@ -38,7 +38,7 @@ mod view;
 
 pub use builder::{BuildError, Builder};
 pub use clock::Clock;
-pub use control::{ControlError, DrainOptions, Operation, OperationState, PoolControl, ReloadRequest};
+pub use control::{ControlError, DrainLeft, DrainOptions, Operation, OperationState, PoolControl, ReloadRequest};
 pub use declared::{Declared, Restored, Source};
 pub use events::{Event, EventKind};
 pub use execute::{DrainOutcome, DrainRequest, PreloadOutcome, ReloadOutcome, execute_drain, execute_reload};

@@ -5,7 +5,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::PoolId;
+use pool_domain::lifecycle::State;
+use pool_domain::{PoolId, Tick};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -17,14 +18,14 @@ use crate::clock::Clock;
 use crate::conditions::StewardCommand;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::{
-    ControlError, DrainOptions, Lease, LeaseRequest, Operation, OperationState, PlacementRequest, PlanRequest,
-    PoolControl, ReloadRequest,
+    ControlError, DrainLeft, DrainOptions, Lease, LeaseRequest, Operation, OperationState, PlacementRequest,
+    PlanRequest, PoolControl, ReloadRequest,
 };
 use crate::declared::{Declared, Source};
 use crate::driver::Ports;
 use crate::events::EventSink;
 use crate::planning::{self, Placed, PlanReport, Surroundings};
-use crate::roster::{PoolHandle, Table};
+use crate::roster::{PoolHandle, Seat, Table};
 use crate::snapshot::{NodeSnapshot, PoolSnapshot};
 use crate::spec::PoolSpec;
 use crate::view::View;
@@ -152,13 +153,25 @@ impl PoolManager {
         Err(ControlError::OperationNotFound(id.to_owned()))
     }
 
-    /// Leases move faster than operations are judged.
-    fn with_leases(&self, mut operation: Operation) -> Operation {
-        if operation.state == OperationState::Running
-            && matches!(operation.verb.as_str(), "drain" | "stop")
-            && let Ok(handle) = self.handle(&operation.pool_id)
-        {
-            let leases: u32 = handle.roster().seats.iter().map(|s| u32::from(s.admission.in_use())).sum();
+    /// Leases and time move faster than operations are judged.
+    fn at_present(&self, mut operation: Operation) -> Operation {
+        let drains = matches!(operation.verb.as_str(), "drain" | "stop" | "remove" | "reload" | "rollback");
+        if operation.state != OperationState::Running || !drains {
+            return operation;
+        }
+        let Ok(handle) = self.handle(&operation.pool_id) else { return operation };
+        let roster = handle.roster();
+        let ends = |seat: &Seat| match seat.published.borrow().state {
+            State::Draining { deadline, .. } => Some((deadline, u32::from(seat.admission.in_use()))),
+            _ => None,
+        };
+        let draining: Vec<(Tick, u32)> = roster.seats.iter().filter_map(ends).collect();
+        operation.left = draining.iter().map(|(deadline, _)| *deadline).max().map(|deadline| DrainLeft {
+            leases: draining.iter().map(|(_, leases)| leases).sum(),
+            time: deadline.since(self.inner.clock.now()),
+        });
+        if matches!(operation.verb.as_str(), "drain" | "stop") {
+            let leases: u32 = roster.seats.iter().map(|s| u32::from(s.admission.in_use())).sum();
             operation.progress = format!("{}, {leases} leases left", operation.progress);
         }
         operation
@@ -392,14 +405,14 @@ impl PoolControl for PoolManager {
             .table()
             .values()
             .flat_map(|h| h.facts.borrow().operations.iter().cloned().collect::<Vec<_>>())
-            .map(|o| self.with_leases(o))
+            .map(|o| self.at_present(o))
             .collect();
         all.sort_by_key(|o| std::cmp::Reverse(o.started_at));
         Ok(all)
     }
 
     async fn operation(&self, id: &str) -> Result<Operation, ControlError> {
-        self.find_operation(id).map(|(_, o)| self.with_leases(o))
+        self.find_operation(id).map(|(_, o)| self.at_present(o))
     }
 
     async fn wait_operation(&self, id: &str, wait: Duration) -> Result<Operation, ControlError> {

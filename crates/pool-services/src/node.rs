@@ -71,12 +71,23 @@ pub(crate) struct Birth<'a> {
 impl Node {
     /// Runs a task whose panic must not pass unnoticed.
     pub(crate) fn watched(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.watched_until(name, task, || {});
+    }
+
+    /// The same, and tells of its end, whichever it is.
+    fn watched_until(
+        &self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+        ended: impl FnOnce() + Send + 'static,
+    ) {
         let broken = self.broken.clone();
         tokio::spawn(async move {
             if tokio::spawn(task).await.is_err_and(|e| e.is_panic()) {
                 tracing::error!(task = name, "a task met a bug: nothing is started any more");
                 broken.cancel();
             }
+            ended();
         });
     }
 
@@ -116,7 +127,8 @@ impl Node {
         if let Some(found) = found {
             driver.take_over(found, hold);
         }
-        self.watched("driver", driver.run());
+        let bell = Arc::clone(bell);
+        self.watched_until("driver", driver.run(), move || bell.notify_one());
         Member { key, place, commands, published, admission, serves, sent: 0 }
     }
 
@@ -142,6 +154,7 @@ impl Node {
                 Activation::OnDemand => OperationState::Succeeded("declared".into()),
             },
             progress: String::new(),
+            left: None,
             started_at: self.clock.wall(),
         };
         let places: Vec<ReplicaId> = (0..spec.replicas).map(ReplicaId).collect();
@@ -157,7 +170,7 @@ impl Node {
         begun: Option<Operation>,
     ) -> PoolHandle {
         let standing = Standing::of(&pool);
-        let (spec, revision) = (Arc::new(pool.declared.spec), pool.revision);
+        let (spec, revision, stored) = (Arc::new(pool.declared.spec), pool.revision, pool.stored);
         let (bell, empty) = (Arc::new(Notify::new()), EmptyDesk::new());
         let desk = empty.desk.clone();
         let hold = self.ports.ledger.held(&spec.id).await;
@@ -182,10 +195,9 @@ impl Node {
             guards: Default::default(),
             replicas: members.iter().map(|m| m.published.borrow().snapshot.clone()).collect(),
         };
-        let (facts, facts_seen) =
-            watch::channel(PoolFacts { snapshot, operations: begun.into_iter().collect(), next_starts: Vec::new() });
+        let (facts, facts_seen) = watch::channel(PoolFacts::first(snapshot, begun));
         let seats = members.iter().map(Member::seat).collect();
-        let Standing { document, source, previous, .. } = standing.clone();
+        let Standing { document, source, previous, probation, .. } = standing.clone();
         let standing = Arc::new(standing);
         let (roster, roster_seen) = watch::channel(Arc::new(Roster { spec: Arc::clone(&spec), standing, seats }));
         let (commands, conductor_commands) = mpsc::channel(QUEUE);
@@ -204,11 +216,12 @@ impl Node {
             paper: Paper::of(spec.id.clone(), Arc::clone(&self.ports.ledger)),
             made: Made { spec, document },
             source,
+            stored,
             previous,
             revision,
             running: None,
             queued: None,
-            probation: None,
+            probation,
             node: self.clone(),
             members,
             bell,

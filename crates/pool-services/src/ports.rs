@@ -11,6 +11,7 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
 use pool_domain::plan::EngineMemory;
+use pool_domain::rollout::Probation;
 use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceSnapshot, Failure, Generation, ModelProfile, ModelRef, PoolId, ReplicaKey, ResolvedMask, Tick,
@@ -430,6 +431,8 @@ pub struct StoredPool {
     pub file_digest: Option<String>,
     /// The document before the last reload.
     pub previous: Option<String>,
+    /// How long a failure brings that back, in ticks of this boot; after a reboot nothing does.
+    pub probation: Option<Probation>,
 }
 
 /// Facts that outlive the daemon.

@@ -436,8 +436,13 @@ impl Steward {
         let promised = promised_but_to(key, book);
         let usable = self.devices_for(key, inventory, book, &promised);
         let promised = |u: &str| promised.get(u).copied().unwrap_or(0);
-        let fit = self
-            .beside_its_siblings(key, want, &usable, &promised, book)
+        let at_home = || {
+            let home = want.home.as_ref()?;
+            let own: Vec<_> = usable.iter().filter(|d| home.uuids.contains(&d.uuid)).cloned().collect();
+            fit(&want.demand, &want.mask, &own, &promised).ok()
+        };
+        let fit = at_home()
+            .or_else(|| self.beside_its_siblings(key, want, &usable, &promised, book))
             .map_or_else(|| fit(&want.demand, &want.mask, &usable, &promised), Ok);
         let fit = fit.map_err(|r| match r {
             // It may yet come: at boot drivers and slices are not all there at once.

@@ -33,6 +33,8 @@ async fn after_a_restart(node: &FakeNode) -> Vec<Restored> {
         declared: Declared { document: p.document, ..over_api(spec(p.pool.as_str())) },
         revision: p.revision,
         previous: None,
+        probation: None,
+        stored: true,
     };
     stored.into_iter().map(restored).collect()
 }

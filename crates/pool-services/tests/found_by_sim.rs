@@ -6,7 +6,7 @@ use std::time::Duration;
 use pool_domain::lifecycle::Policy;
 use pool_domain::{BackoffPolicy, BreakerPolicy, PoolId};
 use pool_services::ports::{Phase, StateLedger};
-use pool_services::{DrainOptions, LeaseRequest, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
+use pool_services::{Activation, DrainOptions, LeaseRequest, PoolControl, PoolSnapshot, PoolSpec, ReloadRequest};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::time::{Instant, sleep};
 
@@ -247,6 +247,46 @@ async fn a_resume_during_the_adoption_calls_the_drain_off() {
     m.resume(&id()).await.unwrap();
     sleep(LONG).await;
     assert!(m.pool(&id()).await.unwrap().ready());
+    assert_eq!(node.engines.launches().len(), 1);
+}
+
+/// It starts as soon as nothing is left, which may be in the middle of the reload.
+#[tokio::test(start_paused = true)]
+async fn a_pool_that_waits_for_a_fence_is_not_reloaded_as_if_it_slept() {
+    let node = FakeNode::default();
+    node.engines.script(|s| (s.leaves_child, s.killable) = (true, false));
+    let pool =
+        |model: &str| PoolSpec { model: model.parse().unwrap(), activation: Activation::OnDemand, ..spec("chat") };
+    let (m, _events) = node.manage(vec![pool("stub:tiny")]).await;
+    m.preload(&id()).await.unwrap();
+    until(&m, &id(), PoolSnapshot::ready).await;
+    m.stop(&id()).await.unwrap();
+    until(&m, &id(), |s| s.replicas[0].state == "fenced").await;
+    m.preload(&id()).await.unwrap();
+    node.engines.script(|s| (s.leaves_child, s.killable) = (false, true));
+    let declared = Some((pool("stub:other"), "other".to_owned()));
+    node.models.set_slow(Duration::from_secs(6));
+    let operation = m.reload(&id(), ReloadRequest { declared, ..ReloadRequest::default() }).await.unwrap();
+    sleep(Duration::from_secs(1)).await;
+    node.engines.leftovers_end();
+    m.wait_operation(&operation.id, LONG).await.unwrap();
+    sleep(Duration::from_secs(60)).await;
+    let s = until(&m, &id(), PoolSnapshot::ready).await;
+    assert_eq!(node.engines.models(), [s.model_id]);
+}
+
+/// Nor is it taken for Ready because the time of the drain that was called off is up.
+#[tokio::test(start_paused = true)]
+async fn a_resume_during_the_adoption_leaves_the_proof_its_time() {
+    let node = FakeNode::default();
+    draining_and_left(&node, Duration::from_secs(8)).await;
+    node.engines.script(|s| s.decodes = false);
+    let (m, _events) = node.manage(vec![spec("chat")]).await;
+    m.resume(&id()).await.unwrap();
+    sleep(Duration::from_secs(12)).await;
+    assert_eq!(m.pool(&id()).await.unwrap().replicas[0].state, "adopting", "it has proved nothing yet");
+    node.engines.script(|s| s.decodes = true);
+    until(&m, &id(), PoolSnapshot::ready).await;
     assert_eq!(node.engines.launches().len(), 1);
 }
 

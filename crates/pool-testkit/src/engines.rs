@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use pool_domain::failure::Exit;
 use pool_domain::liveness::{Signals, SlotWork, Work};
 use pool_domain::plan::EngineMemory;
-use pool_domain::{Failure, FailureClass, Generation};
+use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
     PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
@@ -66,6 +66,8 @@ pub struct Script {
     pub health_takes: Duration,
     /// Ports that are taken.
     pub taken_ports: Vec<u16>,
+    /// Whoever asks it to end meets a bug.
+    pub panics: bool,
 }
 
 impl Default for Script {
@@ -93,8 +95,24 @@ impl Default for Script {
             health: None,
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
+            panics: false,
         }
     }
+}
+
+/// What an engine that runs was made from.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    /// Whose it is.
+    pub key: ReplicaKey,
+    /// Of this start attempt.
+    pub generation: Generation,
+    /// What it serves.
+    pub model: String,
+    /// The arguments of its pool.
+    pub args: Vec<String>,
+    /// Its devices.
+    pub mask: String,
 }
 
 /// One launched fake.
@@ -104,7 +122,7 @@ struct FakeEngine {
     began: Instant,
     pid: u32,
     nonce: String,
-    model: String,
+    is: Process,
     exit: watch::Sender<Option<Exit>>,
     gone: watch::Sender<bool>,
     terms: AtomicU64,
@@ -117,6 +135,9 @@ pub struct FakeEngines {
     script: Mutex<Script>,
     /// For engines of these models, instead.
     scripts: Mutex<BTreeMap<String, Script>>,
+    /// For one launch of a replica with a model: which, counted from one.
+    scripts_of_launches: Mutex<BTreeMap<(ReplicaId, String, u32), Script>>,
+    launched: Mutex<BTreeMap<(ReplicaId, String), u32>>,
     by_addr: Mutex<BTreeMap<SocketAddr, Arc<FakeEngine>>>,
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
@@ -141,6 +162,24 @@ impl FakeEngines {
     pub fn script_of(&self, model: &str, change: impl FnOnce(&mut Script)) {
         let mut scripts = lock(&self.scripts);
         change(scripts.entry(model.to_owned()).or_insert_with(|| lock(&self.script).clone()));
+    }
+
+    /// Changes the script for the `nth` launch of a replica with a model alone, counted from one.
+    pub fn script_of_launch(&self, replica: ReplicaId, model: &str, nth: u32, change: impl FnOnce(&mut Script)) {
+        let mut scripts = lock(&self.scripts_of_launches);
+        change(scripts.entry((replica, model.to_owned(), nth)).or_insert_with(|| self.script_for(model)));
+    }
+
+    fn script_of_next_launch(&self, replica: ReplicaId, model: &str) -> Script {
+        let launch = (replica, model.to_owned());
+        let nth = {
+            let mut launched = lock(&self.launched);
+            let nth = launched.entry(launch.clone()).or_default();
+            *nth += 1;
+            *nth
+        };
+        let script = lock(&self.scripts_of_launches).get(&(launch.0, launch.1, nth)).cloned();
+        script.unwrap_or_else(|| self.script_for(model))
     }
 
     fn script_for(&self, model: &str) -> Script {
@@ -191,7 +230,16 @@ impl FakeEngines {
     /// The models of the engines that have not ended.
     #[must_use]
     pub fn models(&self) -> Vec<String> {
-        lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.model.clone()).collect()
+        lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.is.model.clone()).collect()
+    }
+
+    /// The engines that have not ended.
+    #[must_use]
+    pub fn processes(&self) -> Vec<Process> {
+        let mut all: Vec<_> =
+            lock(&self.by_addr).values().filter(|e| e.exit.borrow().is_none()).map(|e| e.is.clone()).collect();
+        all.sort();
+        all
     }
 
     /// TERM and KILL signals that engines have received so far.
@@ -249,12 +297,14 @@ impl RunningEngine for FakeEngine {
     }
     fn terminate(&self) {
         self.terms.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.script.panics, "a bug on purpose");
         if self.script.obeys_term {
             self.end(Exit::Code(0));
         }
     }
     fn kill(&self) {
         self.kills.fetch_add(1, Ordering::Relaxed);
+        assert!(!self.script.panics, "a bug on purpose");
         if self.script.killable {
             self.end(Exit::Signal(9));
             self.gone.send_replace(true);
@@ -319,7 +369,7 @@ impl EngineProvisioner for FakeEngines {
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
         Ok(PreparedEngine {
             entry: Some("/fake/engine".into()),
-            args: Vec::new(),
+            args: request.spec.args.clone(),
             env: Vec::new(),
             endpoint: Endpoint {
                 addr: request.listen,
@@ -340,7 +390,7 @@ impl EngineHost for FakeEngines {
         !lock(&self.script).taken_ports.contains(&addr.port()) && self.at(addr).is_none()
     }
     async fn launch(&self, record: &EngineRecord, engine: &PreparedEngine) -> Result<Arc<dyn RunningEngine>, Failure> {
-        let script = self.script_for(&engine.endpoint.model);
+        let script = self.script_of_next_launch(record.key.replica, &engine.endpoint.model);
         lock(&self.launches).push((Instant::now(), record.generation));
         if let Some(f) = script.launch {
             return Err(f);
@@ -351,7 +401,13 @@ impl EngineHost for FakeEngines {
             began: Instant::now(),
             pid,
             nonce: record.nonce.clone(),
-            model: engine.endpoint.model.clone(),
+            is: Process {
+                key: record.key.clone(),
+                generation: record.generation,
+                model: engine.endpoint.model.clone(),
+                args: engine.args.clone(),
+                mask: record.devices.to_cuda_visible_devices(),
+            },
             exit: watch::Sender::new(None),
             gone: watch::Sender::new(false),
             terms: AtomicU64::new(0),

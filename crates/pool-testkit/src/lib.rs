@@ -9,7 +9,7 @@ mod engines;
 mod rest;
 pub mod sim;
 
-pub use engines::{FakeEngines, Script};
+pub use engines::{FakeEngines, Process, Script};
 pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};
 
 use std::sync::Arc;

@@ -183,6 +183,8 @@ struct Facts {
     broken: bool,
     lies: bool,
     refuses_pools: bool,
+    lies_about_pools: bool,
+    hangs_pools: bool,
     takes: Duration,
 }
 
@@ -216,6 +218,22 @@ impl FakeLedger {
     /// Whether later writes of what pools are to be fail.
     pub fn refuse_pools(&self, refuse: bool) {
         self.facts().refuses_pools = refuse;
+    }
+
+    /// Whether later writes of what pools are to be fail and are there all the same.
+    pub fn lie_about_pools(&self, lie: bool) {
+        self.facts().lies_about_pools = lie;
+    }
+
+    /// Whether later writes of what pools are to be hang until this is lifted.
+    pub fn hang_pools(&self, hang: bool) {
+        self.facts().hangs_pools = hang;
+    }
+
+    async fn hangs(&self) {
+        while self.facts().hangs_pools {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
     }
 
     /// What is written down of what a pool is to be.
@@ -254,6 +272,13 @@ impl FakeLedger {
     #[must_use]
     pub fn past_writes(&self) -> u64 {
         self.facts().past_writes
+    }
+
+    fn or_a_lie(&self) -> Result<(), LedgerError> {
+        match self.facts().lies_about_pools {
+            true => Err(LedgerError { what: "the pool", source: std::io::ErrorKind::Other.into() }),
+            false => Ok(()),
+        }
     }
 
     fn write(&self, f: impl FnOnce(&mut Facts)) -> Result<(), LedgerError> {
@@ -357,18 +382,22 @@ impl StateLedger for FakeLedger {
     }
     async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
         self.slowly().await;
+        self.hangs().await;
         if self.facts().refuses_pools {
             return Err(LedgerError { what: "the pool", source: std::io::ErrorKind::StorageFull.into() });
         }
         self.write(|f| {
             f.stored.insert(pool.pool.clone(), pool.clone());
-        })
+        })?;
+        self.or_a_lie()
     }
     async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
         self.slowly().await;
+        self.hangs().await;
         self.write(|f| {
             f.stored.remove(pool);
-        })
+        })?;
+        self.or_a_lie()
     }
     async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError> {
         self.slowly().await;

@@ -294,15 +294,16 @@ impl StateLedger for StateDir {
     }
 
     async fn stored_pools(&self) -> Vec<StoredPool> {
-        self.work(|paths| stored::load_all(&paths.pools)).await.unwrap_or_else(|error| {
+        let boot_id = self.boot_id.clone();
+        self.work(move |paths| stored::load_all(&paths.pools, &boot_id)).await.unwrap_or_else(|error| {
             error!(%error, "the stored pools cannot be read");
             Vec::new()
         })
     }
 
     async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError> {
-        let pool = pool.clone();
-        self.work(move |paths| stored::store(&paths.pools, &pool))
+        let (pool, boot_id) = (pool.clone(), self.boot_id.clone());
+        self.work(move |paths| stored::store(&paths.pools, &pool, &boot_id))
             .await
             .map_err(|source| LedgerError { what: "a pool", source })
     }

@@ -2,6 +2,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use pool_domain::estimate::{Correction, CorrectionKey};
+use pool_domain::rollout::Probation;
 use pool_domain::{BreakerState, ReplicaId};
 
 use pool_domain::ResolvedMask;
@@ -584,6 +585,7 @@ fn stored(pool: &str) -> StoredPool {
         document: r#"{"id":"chat","model":"stub:b"}"#.into(),
         file_digest: Some("d1".into()),
         previous: Some(r#"{"id":"chat","model":"stub:a"}"#.into()),
+        probation: Some(Probation { until: Tick(60), restarts: [(ReplicaId(1), 2)].into() }),
     }
 }
 
@@ -605,6 +607,16 @@ async fn stored_pools_survive_until_they_are_dropped() {
     state.drop_pool(&chat.pool).await.unwrap();
     assert_eq!(state.stored_pools().await, [other]);
     assert_eq!(fs::read_dir(dir.path().join("pools")).unwrap().count(), 2, "and its copy");
+}
+
+#[tokio::test]
+async fn a_probation_survives_the_daemon_and_not_the_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut state = StateDir::open(dir.path()).unwrap();
+    state.store_pool(&stored("chat")).await.unwrap();
+    assert_eq!(state.stored_pools().await, [stored("chat")]);
+    state.boot_id = "another".into();
+    assert_eq!(state.stored_pools().await, [StoredPool { probation: None, ..stored("chat") }]);
 }
 
 #[tokio::test]

@@ -81,6 +81,23 @@ pub(super) const ROWS: &[Row] = &[
         ],
     ),
     row(
+        "`kill -9` of the daemon at every named point of a reload and of its undo",
+        "exactly the old or exactly the new, by whether it was committed; what overlap had not replaced is never touched",
+        &[
+            "pool-managerd::chaos::a_daemon_killed_at_any_point_of_a_reload_leaves_the_old_or_the_new",
+            "pool-managerd::chaos::a_daemon_killed_at_any_point_of_the_undo_of_a_reload_leaves_the_old",
+        ],
+    ),
+    row(
+        "any fault at any step of a reload or of its undo",
+        "exactly the old or exactly the new; where the way back fails too, both reasons, and the rest is undone",
+        &[
+            "pool-services::reload_faults::in_place_a_fault_at_any_step_or_undo_ends_in_the_old_or_the_new_or_says_both_reasons",
+            "pool-services::reload_faults::with_overlap_a_fault_at_any_step_or_undo_ends_in_the_old_or_the_new_or_says_both_reasons",
+            "pool-services::reload_faults::rolling_a_fault_at_any_step_or_undo_ends_in_the_old_or_the_new_or_says_both_reasons",
+        ],
+    ),
+    row(
         "SIGKILL of engine or shim at a named point",
         "replaced once, nothing left",
         &[

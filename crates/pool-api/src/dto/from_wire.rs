@@ -1,11 +1,11 @@
 //! From wire values to inner values, for the client.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use pool_domain::lifecycle::State;
 use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
 use pool_services::snapshot::LastError;
-use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
+use pool_services::{DrainLeft, NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 use thiserror::Error;
 
 use super::{DeviceView, LastErrorView, NodeView, OperationView, PoolView, ReplicaView};
@@ -182,6 +182,10 @@ impl TryFrom<OperationView> for Operation {
             pool_id: pool_id(&o.pool_id)?,
             state,
             progress: o.progress,
+            left: o
+                .leases_left
+                .zip(o.time_left_ms)
+                .map(|(leases, ms)| DrainLeft { leases, time: Duration::from_millis(ms) }),
             started_at: time("started_at", &o.started_at)?,
         })
     }

@@ -296,6 +296,10 @@ dtos! {
         state: String,
         /// How far it is, in words.
         progress: String,
+        /// Leases that a drain still waits for.
+        leases_left: Option<u32>,
+        /// Until they are revoked, or the drain is given up.
+        time_left_ms: Option<u64>,
         /// How it ended, where it succeeded.
         outcome: Option<String>,
         /// Why it failed, where it did.

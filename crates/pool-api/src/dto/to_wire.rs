@@ -216,6 +216,8 @@ impl From<&Operation> for OperationView {
             pool_id: o.pool_id.to_string(),
             state: state.into(),
             progress: o.progress.clone(),
+            leases_left: o.left.map(|left| left.leases),
+            time_left_ms: o.left.map(|left| u64::try_from(left.time.as_millis()).unwrap_or(u64::MAX)),
             outcome,
             problem,
             started_at: time(o.started_at),

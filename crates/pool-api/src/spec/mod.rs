@@ -134,7 +134,8 @@ tables! {
         strategy: StrategyText,
         /// Time for the whole of it; default `"15m"`.
         deadline: DurationText,
-        /// What happens then; default `"abort"`: the old engines serve on.
+        /// What happens then; default `"abort"`: the old engines serve on. With `"force"` leases end then, and the new
+        /// engines have `startup_max` each.
         on_deadline: OnDeadlineText,
         /// Time after it in which a failure of the new engines brings the old ones back, at most a day; default `"60s"`,
         /// `"0s"` is none.

@@ -20,8 +20,8 @@ use pool_domain::{
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::snapshot::LastError;
 use pool_services::{
-    ControlError, Declared, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed, PlanReport,
-    PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
+    ControlError, Declared, DrainLeft, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed,
+    PlanReport, PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -122,6 +122,7 @@ pub(crate) fn operation(verb: &str, state: OperationState) -> Operation {
         pool_id: id("chat"),
         state,
         progress: "half".into(),
+        left: Some(DrainLeft { leases: 2, time: Duration::from_millis(1_500) }),
         started_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000),
     }
 }

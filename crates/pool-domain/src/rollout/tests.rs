@@ -101,7 +101,7 @@ fn run(strategy: Strategy, count: u16, places: u16, asleep: bool, fails: Option<
     if asleep {
         pool.members.values_mut().for_each(|m| m.runs = false);
     }
-    let mut rollout = Rollout::new(plan(strategy, &incumbents(count), places, asleep));
+    let mut rollout = Rollout::new(plan(strategy, &incumbents(count), &[], places, asleep));
     for turn in 0..1000 {
         match rollout.next().clone() {
             Next::End(outcome) => return (pool.clone(), outcome.clone()),
@@ -145,7 +145,7 @@ fn a_failure_at_any_step_of_any_strategy_ends_exactly_in_the_old_or_in_the_new()
     for strategy in STRATEGIES {
         for (count, places) in [(1, 1), (3, 3), (1, 4), (4, 1), (2, 3)] {
             for asleep in [false, true] {
-                let steps = plan(strategy, &incumbents(count), places, asleep);
+                let steps = plan(strategy, &incumbents(count), &[], places, asleep);
                 let commit = steps.iter().position(|s| *s == Step::Commit).unwrap();
                 for (at, step) in steps.iter().enumerate() {
                     for share in 0..=usize::from(count.max(places)) {
@@ -171,7 +171,7 @@ fn with_overlap_as_many_serve_at_every_step_and_rolling_takes_one_at_a_time() {
     for (strategy, least) in [(Strategy::Overlap, 3), (Strategy::Rolling, 2), (Strategy::InPlace, 0)] {
         let mut pool = Pool::old(3);
         let mut fewest = 3;
-        for step in plan(strategy, &incumbents(3), 3, false) {
+        for step in plan(strategy, &incumbents(3), &[], 3, false) {
             pool.carry_out(&step, usize::MAX);
             fewest = fewest.min(pool.serving());
         }
@@ -180,14 +180,21 @@ fn with_overlap_as_many_serve_at_every_step_and_rolling_takes_one_at_a_time() {
 }
 
 #[test]
-fn when_the_way_back_fails_too_both_reasons_are_told() {
-    let mut rollout = Rollout::new(plan(Strategy::InPlace, &incumbents(1), 1, false));
-    rollout.done();
-    rollout.done();
-    rollout.done();
+fn when_the_way_back_fails_too_both_reasons_are_told_and_the_rest_is_undone() {
+    let mut rollout = Rollout::new(plan(Strategy::Rolling, &incumbents(2), &[], 2, false));
+    for _ in 0..6 {
+        rollout.done();
+    }
+    assert_eq!(rollout.next(), Next::Do(&Step::Start(vec![ReplicaId(1)])));
     rollout.failed("the new one crashed".into());
-    rollout.done();
     rollout.failed("the disk is gone".into());
+    rollout.failed("nor is there memory".into());
+    let mut undone = Vec::new();
+    while let Next::Undo(step) = rollout.next() {
+        undone.push(step.clone());
+        rollout.done();
+    }
+    assert!(undone.contains(&Step::Start(vec![ReplicaId(0)])), "the other one comes back all the same: {undone:?}");
     let both = Outcome::Broken { why: "the new one crashed".into(), undo: "the disk is gone".into() };
     assert_eq!(rollout.next(), Next::End(&both));
     rollout.failed("again".into());
@@ -196,8 +203,28 @@ fn when_the_way_back_fails_too_both_reasons_are_told() {
 }
 
 #[test]
+fn an_undo_has_the_time_of_a_stop_and_of_as_many_starts() {
+    let policy = Policy::default();
+    let stop = policy.stop.grace + policy.stop.prove;
+    let two = vec![ReplicaId(0), ReplicaId(1)];
+    assert_eq!(Step::Stop(two.clone()).time_to_undo(&policy), Some(stop + 2 * policy.start.max));
+    for step in plan(Strategy::Rolling, &incumbents(3), &[], 4, false) {
+        let takes_time = matches!(step, Step::Stop(_) | Step::Start(_) | Step::Commit);
+        assert_eq!(step.time_to_undo(&policy).is_some(), takes_time, "{step:?}");
+    }
+}
+
+#[test]
+fn a_probation_judges_the_new_replicas_by_their_own_restarts() {
+    let probation = Probation { until: Tick(60), restarts: [(ReplicaId(1), 0), (ReplicaId(2), 7)].into() };
+    assert!(probation.fails(ReplicaId(1), 1) && !probation.fails(ReplicaId(1), 0));
+    assert!(!probation.fails(ReplicaId(2), 7) && probation.fails(ReplicaId(2), 8));
+    assert!(!probation.fails(ReplicaId(0), 9), "it is of the old");
+}
+
+#[test]
 fn a_rollout_is_given_up_before_its_commit_and_finished_after_it() {
-    let steps = plan(Strategy::Overlap, &incumbents(1), 1, false);
+    let steps = plan(Strategy::Overlap, &incumbents(1), &[], 1, false);
     for at in 0..steps.len() {
         let mut rollout = Rollout::new(steps.clone());
         (0..at).for_each(|_| rollout.done());
@@ -210,8 +237,8 @@ fn a_rollout_is_given_up_before_its_commit_and_finished_after_it() {
 #[test]
 fn a_new_replica_never_takes_the_name_of_one_that_is_there() {
     let old = [Incumbent { id: ReplicaId(1), place: 0 }, Incumbent { id: ReplicaId(4), place: 1 }];
-    let steps = plan(Strategy::Overlap, &old, 2, false);
-    assert!(steps.contains(&Step::Add(vec![(ReplicaId(0), 0), (ReplicaId(2), 1)])));
+    let steps = plan(Strategy::Overlap, &old, &[ReplicaId(2)], 2, false);
+    assert!(steps.contains(&Step::Add(vec![(ReplicaId(0), 0), (ReplicaId(3), 1)])), "{steps:?}");
 }
 
 proptest! {
@@ -219,7 +246,7 @@ proptest! {
     fn no_order_of_answers_breaks_it(
         which in 0usize..4, count in 1u16..5, places in 1u16..5, asleep: bool, answers in proptest::collection::vec(0u8..8, 0..60)
     ) {
-        let mut rollout = Rollout::new(plan(STRATEGIES[which], &incumbents(count), places, asleep));
+        let mut rollout = Rollout::new(plan(STRATEGIES[which], &incumbents(count), &[], places, asleep));
         let mut was_committed = false;
         for answer in answers {
             match answer {

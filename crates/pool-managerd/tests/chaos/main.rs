@@ -16,3 +16,4 @@ mod engines;
 mod namespaces;
 mod node;
 mod points;
+mod reloads;

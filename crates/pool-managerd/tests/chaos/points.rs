@@ -23,16 +23,18 @@ use crate::support::{Daemon, Engines, alive, eventually, signal};
 
 /// What the sixth pool is asked to do for a point to be met.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum By {
+pub(crate) enum By {
     Start,
     Drain,
     Stop,
     /// The next daemon comes to it, when it finds what the first has left.
     Boot,
+    /// Its own tests: `reloads.rs`.
+    Reload,
 }
 
 /// How a point is met, and how often on the way it is of interest.
-fn met(point: Point) -> (By, u32) {
+pub(crate) fn met(point: Point) -> (By, u32) {
     use Point::*;
     match point {
         BeforeIntent | AfterIntent | AfterRecord | BeforeLaunch | AfterReplicaLock | AfterSpecWritten
@@ -46,6 +48,9 @@ fn met(point: Point) -> (By, u32) {
         }
         AfterLock | AfterAdoptionProof => (By::Boot, 1),
         BeforeAdopt | AfterAdopt | AfterTakeOver => (By::Boot, 6),
+        ReloadVerified | ReloadStopped | ReloadChanged | ReloadAdded | ReloadStarted | BeforeCommit | BetweenCopies
+        | AfterCommit | AfterFlip | AfterRetire | UndoBegun | UndoneCommit | UndoneStart | UndoneChange
+        | UndoneStop | UndoneAdd => (By::Reload, 1),
     }
 }
 
@@ -173,7 +178,7 @@ fn kill_at(point: Point, nth: u32) {
         let (verb, body) = match by {
             By::Start => ("preload", "{}"),
             By::Drain => ("drain", r#"{"deadline_ms":300000,"on_deadline":"force"}"#),
-            By::Stop | By::Boot => ("stop", "{}"),
+            By::Stop | By::Boot | By::Reload => ("stop", "{}"),
         };
         // The daemon may die before it answers.
         let (addr, path) = (daemon.addr().to_owned(), format!("/v1/pools/sixth/{verb}"));
@@ -206,7 +211,7 @@ fn kill_at(point: Point, nth: u32) {
 }
 
 /// Two at a time: they wait for processes more than they compute.
-fn side_by_side<T: Send>(jobs: Vec<T>, work: impl Fn(T) + Sync) {
+pub(crate) fn side_by_side<T: Send>(jobs: Vec<T>, work: impl Fn(T) + Sync) {
     let jobs = Mutex::new(jobs);
     let next = || jobs.lock().unwrap().pop();
     thread::scope(|scope| {

@@ -4,16 +4,20 @@
 mod idle;
 mod operations;
 mod paper;
+mod points;
+mod probation;
 mod reload;
+mod verify;
 
 pub(crate) use paper::Paper;
-pub(crate) use reload::{Made, Probation, Reload, Running};
+pub(crate) use reload::{Made, Reload, Running};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::{Command, OnDeadline};
+use pool_domain::rollout::Probation;
 use pool_domain::{ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -73,9 +77,15 @@ pub(crate) struct PoolFacts {
     pub(crate) operations: VecDeque<Operation>,
     /// When each replica's next start is due, where one is planned.
     pub(crate) next_starts: Vec<Option<Tick>>,
+    /// Whether a reload is under way: whatever is not there now comes back, as the new or as the old.
+    pub(crate) reloading: bool,
 }
 
 impl PoolFacts {
+    pub(crate) fn first(snapshot: PoolSnapshot, begun: Option<Operation>) -> Self {
+        Self { snapshot, operations: begun.into_iter().collect(), next_starts: Vec::new(), reloading: false }
+    }
+
     /// The picture with what changes with every millisecond.
     pub(crate) fn at(&self, now: Tick) -> PoolSnapshot {
         let mut snapshot = self.snapshot.clone();
@@ -127,6 +137,8 @@ pub(crate) struct Conductor {
     /// What the pool is made from, and what it was made from before the last reload.
     pub(crate) made: Made,
     pub(crate) source: Source,
+    /// Whether that lies in the ledger: one of the file does only if something was reloaded over its table.
+    pub(crate) stored: bool,
     pub(crate) previous: Option<Made>,
     pub(crate) revision: u64,
     /// The reload under way, and the one that is wanted after it.

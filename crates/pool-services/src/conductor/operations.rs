@@ -25,6 +25,7 @@ impl Conductor {
             pool_id: self.made.spec.id.clone(),
             state: OperationState::Running,
             progress: String::new(),
+            left: None,
             started_at: self.node.clock.wall(),
         };
         self.facts.send_modify(|f| {
@@ -82,9 +83,11 @@ impl Conductor {
         let serving: Vec<&Published> =
             self.members.iter().zip(&replicas).filter(|(m, _)| m.serves).map(|(_, r)| r).collect();
         let (hold, revision, spec) = (self.hold.held(), self.revision, &self.made.spec);
+        let reloading = self.running.is_some();
         let mut given_up = false;
         self.facts.send_if_modified(|f| {
             let before = f.clone();
+            f.reloading = reloading;
             f.snapshot.hold = hold;
             f.snapshot.revision = revision;
             f.snapshot.engine = spec.engine.to_string();

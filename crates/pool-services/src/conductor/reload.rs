@@ -1,23 +1,25 @@
 //! Carries out a reload: the plan says what comes next, drivers are commanded, and what they publish says how it went.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::lifecycle::{Command, OnDeadline, State, Wait};
-use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan};
-use pool_domain::{Failure, FailureClass, ReplicaId, Tick};
+use fault_points::{Point, reached};
+use pool_domain::lifecycle::{Command, OnDeadline, State, Then, Wait};
+use pool_domain::rollout::{Incumbent, Next, Outcome, Rollout, Step, Strategy, plan, time_to_start};
+use pool_domain::{Failure, FailureClass, ReplicaId, ResolvedMask, Tick};
 use tokio::sync::oneshot;
 
-use super::{Conductor, Member};
+use super::verify::verify;
+use super::{Conductor, Member, points};
 use crate::control::{ControlError, Operation, OperationState};
 use crate::declared::{Source, Standing};
 use crate::driver::{DriverCommand, Published};
 use crate::events::EventKind;
-use crate::node::{Birth, Node};
-use crate::planning::{self, Surroundings};
+use crate::node::Birth;
 #[cfg(feature = "planted-bugs")]
 use crate::planted::Bug;
+use crate::ports::StoredPool;
 use crate::roster::Roster;
 use crate::spec::{Activation, PoolSpec};
 
@@ -45,6 +47,14 @@ impl Reload {
     pub(super) fn back(to: Made) -> Self {
         Self { to, source: None, strategy: None, deadline: None, on_deadline: None }
     }
+
+    fn has_words(&self) -> bool {
+        !self.to.document.is_empty()
+    }
+
+    fn says_the_file(&self) -> bool {
+        matches!(self.source, Some(Source::File { .. }))
+    }
 }
 
 /// How a replica stood before the reload.
@@ -60,6 +70,8 @@ impl Was {
     fn of(state: &State) -> Self {
         match state {
             State::Ready { .. } => Self::Ready,
+            // It starts as soon as nothing is left.
+            State::Fenced { then: Then::Start | Then::Wait(_), .. } => Self::Trying,
             State::Idle | State::Failed { .. } | State::Fenced { .. } => Self::Rest,
             _ => Self::Trying,
         }
@@ -67,31 +79,31 @@ impl Was {
 }
 
 /// What a step that takes time found.
-type Verdict = Result<Option<Strategy>, String>;
+pub(super) type Verdict = Result<Option<Strategy>, String>;
 
 /// A reload that is being carried out.
 #[derive(Debug)]
 pub(crate) struct Running {
     rollout: Rollout,
     operation: String,
-    reload: Reload,
+    pub(super) reload: Reload,
     were: BTreeMap<ReplicaId, Was>,
+    /// Where they ran.
+    homes: BTreeMap<ReplicaId, ResolvedMask>,
     asleep: bool,
     /// Whether the step that is next was begun.
     begun: bool,
     /// When it is given up if it is not committed by then; for drains, when they end.
     deadline: Tick,
     on_deadline: OnDeadline,
+    /// When the undo that is under way has to be done.
+    undo_by: Option<Tick>,
+    /// The replicas that are made from the new spec.
+    pub(super) new: BTreeSet<ReplicaId>,
+    /// How the pool stands once it is committed; from the commit on.
+    standing: Option<Standing>,
     /// Set while a step runs that no driver tells of.
     work: Option<oneshot::Receiver<Verdict>>,
-}
-
-/// What a pool had before its last reload, and how long a failure brings that back.
-#[derive(Debug)]
-pub(crate) struct Probation {
-    until: Tick,
-    /// Restarts counted when it began.
-    restarts: u64,
 }
 
 enum Look {
@@ -112,24 +124,57 @@ impl Conductor {
         verdict
     }
 
-    /// When the reload under way is given up, if nothing is committed by then.
+    /// When the reload under way is given up, if nothing is committed by then; of an undo, when it has failed.
     pub(super) fn reload_deadline(&self) -> Option<Tick> {
         let running = self.running.as_ref()?;
-        let counts = matches!(running.rollout.next(), Next::Do(_)) && !running.rollout.committed();
-        // What is forced has ended by then; the new one has the time of a start, and does not wait for memory for ever.
-        let start = match running.on_deadline {
+        match running.rollout.next() {
+            Next::Do(_) if !running.rollout.committed() => {}
+            Next::Undo(_) => return running.undo_by,
+            Next::Do(_) | Next::End(_) => return None,
+        }
+        let spec = &running.reload.to.spec;
+        // What is forced has ended by then; the new ones have the time of their starts, and do not wait for memory for ever.
+        let starts = match running.on_deadline {
             OnDeadline::Abort => Duration::ZERO,
-            OnDeadline::Force => running.reload.to.spec.policy.start.max,
+            OnDeadline::Force => time_to_start(&spec.policy, spec.replicas.into()),
         };
-        counts.then(|| running.deadline + start)
+        Some(running.deadline + starts)
     }
 
-    /// Time is up: the old engines serve on.
+    /// Time is up: the old engines serve on, or the way back has failed, too.
     pub(super) fn reload_is_late(&mut self) {
-        if let Some(running) = &mut self.running {
-            running.rollout.give_up("it was not done by its deadline");
-            (running.begun, running.work) = (false, None);
+        let Some(mut running) = self.running.take() else { return };
+        match running.rollout.next() {
+            Next::Do(_) | Next::End(_) => running.rollout.give_up("it was not done by its deadline"),
+            // What stands is what stood before, and is written until the disk takes it.
+            Next::Undo(Step::Commit) => {
+                tracing::error!(pool_id = %self.made.spec.id, "the disk does not say whether it took that the reload was undone");
+                running.rollout.done();
+            }
+            Next::Undo(step) => {
+                let why = self.unfinished(step);
+                running.rollout.failed(why);
+            }
         }
+        (running.begun, running.work) = (false, None);
+        self.running = Some(running);
+    }
+
+    /// What an undo that takes too long waits for.
+    fn unfinished(&self, step: &Step) -> String {
+        let ids = match step {
+            Step::Stop(ids) | Step::Start(ids) => ids.as_slice(),
+            _ => &[],
+        };
+        let members = self.members.iter().filter(|m| ids.contains(&m.key.replica));
+        let each = |m: &Member| {
+            let published = m.published.borrow();
+            let (state, reason) = (published.state.code(), &published.snapshot.reason);
+            let told = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+            (!published.state.ready()).then(|| format!("{} is {state}{told}", m.key.replica))
+        };
+        let waits: Vec<_> = members.filter_map(each).collect();
+        format!("it was not done in time: {}", waits.join(", "))
     }
 
     /// Takes in the wish for a reload.
@@ -140,17 +185,8 @@ impl Conductor {
         now.unwrap_or(operation)
     }
 
-    /// A new engine that fails within its probation gives way to the old one.
-    pub(super) async fn heed_probation(&mut self) {
-        let Some(to) = self.fails_probation() else { return };
-        let operation = self.begin_operation("rollback");
-        tracing::warn!(pool_id = %self.made.spec.id, "rolling back: it failed within its probation");
-        self.begin_reload(Reload::back(to), operation.id);
-        self.advance(None).await;
-    }
-
     /// Begins a reload, or puts it after the one that is under way, which is given up.
-    fn begin_reload(&mut self, reload: Reload, operation: String) {
+    pub(super) fn begin_reload(&mut self, reload: Reload, operation: String) {
         if let Some(running) = &mut self.running {
             running.rollout.give_up("a newer one is wanted");
             running.begun = false;
@@ -181,6 +217,11 @@ impl Conductor {
         let failed = |m: &Member| matches!(m.published.borrow().state, State::Failed { .. });
         let rests = were.values().all(|w| *w == Was::Rest) && !self.serving().any(failed);
         let asleep = held || rests && reload.to.spec.activation == Activation::OnDemand;
+        let home = |m: &Member| {
+            let mask = m.published.borrow().snapshot.device_mask.clone();
+            (!mask.is_empty()).then(|| ResolvedMask { uuids: mask.split(',').map(str::to_owned).collect() })
+        };
+        let homes = self.serving().filter_map(|m| Some((m.key.replica, home(m)?))).collect();
         self.tell(EventKind::ReloadStarted);
         let policy = &reload.to.spec.reload;
         let (deadline, on_deadline) =
@@ -190,10 +231,14 @@ impl Conductor {
             operation,
             reload,
             were,
+            homes,
             asleep,
             begun: false,
             deadline: self.node.clock.now() + deadline,
             on_deadline,
+            undo_by: None,
+            new: BTreeSet::new(),
+            standing: None,
             work: None,
         });
     }
@@ -232,14 +277,28 @@ impl Conductor {
                     if !std::mem::replace(&mut running.begun, true) {
                         self.begin(&mut running, &step).await;
                     }
-                    self.look(&mut running, &step, found.take())
+                    let look = self.look(&mut running, &step, found.take());
+                    match look {
+                        Look::Done => reached(points::done(&step)),
+                        Look::Failed(_) if !running.rollout.committed() => reached(Point::UndoBegun),
+                        Look::Failed(_) | Look::Pending => {}
+                    }
+                    look
                 }
                 Next::Undo(step) => {
                     let step = step.clone();
                     if !std::mem::replace(&mut running.begun, true) {
+                        let policy = &running.reload.to.spec.policy;
+                        let old = &self.made.spec.policy;
+                        let policy = if matches!(step, Step::Stop(_)) { old } else { policy };
+                        running.undo_by = step.time_to_undo(policy).map(|limit| self.node.clock.now() + limit);
                         self.begin_undo(&mut running, &step).await;
                     }
-                    self.look_undone(&running, &step, found.take())
+                    let look = self.look_undone(&running, &step, found.take());
+                    if let (Look::Done, Some(point)) = (&look, points::undone(&step)) {
+                        reached(point);
+                    }
+                    look
                 }
             };
             match look {
@@ -269,12 +328,14 @@ impl Conductor {
                 self.command(ids, Command::Drain { deadline, on_deadline: running.on_deadline }).await;
             }
             Step::Change(ids) => {
+                running.new.extend(ids);
                 let spec = Arc::clone(&reload.to.spec);
                 // What the old earned is not held against the new.
                 self.respec(ids, &spec).await;
                 self.command(ids, Command::ResetBreaker).await;
             }
             Step::Add(new) => {
+                running.new.extend(new.iter().map(|(id, _)| *id));
                 for (id, place) in new {
                     let (spec, bell, desk, hold) = (&reload.to.spec, &self.bell, &self.desk, self.hold.held());
                     let birth = Birth { spec, id: *id, place: *place, bell, desk, serves: false, found: None, hold };
@@ -285,15 +346,18 @@ impl Conductor {
             }
             Step::Start(ids) => self.command(ids, Command::Start).await,
             Step::Commit => {
+                reached(Point::BeforeCommit);
                 let standing = Standing {
                     revision: self.revision + 1,
                     document: reload.to.document.clone(),
                     source: reload.source.clone().unwrap_or_else(|| self.source.clone()),
                     previous: Some(self.made.clone()),
+                    probation: self.probation_of(running),
                 };
-                // What the file says is not written down a second time.
-                let from_file = matches!(reload.source, Some(Source::File { .. }));
-                running.work = Some(self.store(&standing, from_file, false));
+                // Without words for it, whoever embeds this keeps it. What the file says is not written down a second time.
+                let text = (!reload.says_the_file()).then(|| standing.stored(&self.made.spec.id));
+                running.work = Some(if reload.has_words() { self.write_down(text, false) } else { kept_elsewhere() });
+                running.standing = Some(standing);
             }
             Step::Flip { to, from } => {
                 for member in &mut self.members {
@@ -317,6 +381,9 @@ impl Conductor {
             Step::Stop(ids) => {
                 for id in ids {
                     if running.were.get(id).is_some_and(|was| *was != Was::Rest) {
+                        if let Some(home) = running.homes.get(id) {
+                            self.each(&[*id], || DriverCommand::GoHome(home.clone())).await;
+                        }
                         self.command(&[*id], Command::Resume).await;
                         self.command(&[*id], Command::Start).await;
                     }
@@ -327,16 +394,18 @@ impl Conductor {
                 self.respec(ids, &spec).await;
                 self.command(ids, Command::ResetBreaker).await;
             }
-            Step::Add(new) => {
-                self.members.retain(|m| new.iter().all(|(id, _)| *id != m.key.replica));
-                self.show();
-            }
+            // One that is fenced stays until nothing of it is left.
+            Step::Add(_) => self.let_go(),
             Step::Start(ids) => {
                 let stop = Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force };
                 self.command(ids, stop).await;
             }
             // Whether it was written is not known.
-            Step::Commit => running.work = Some(self.store(&self.standing(), false, true)),
+            Step::Commit if running.reload.has_words() => {
+                let text = self.stored.then(|| self.standing().stored(&self.made.spec.id));
+                running.work = Some(self.write_down(text, true));
+            }
+            Step::Commit => running.work = Some(kept_elsewhere()),
         }
     }
 
@@ -349,7 +418,8 @@ impl Conductor {
                     let old: Vec<Incumbent> =
                         self.serving().map(|m| Incumbent { id: m.key.replica, place: m.place }).collect();
                     let strategy = strategy.unwrap_or_default();
-                    let steps = plan(strategy, &old, running.reload.to.spec.replicas, running.asleep);
+                    let left: Vec<_> = self.members.iter().filter(|m| !m.serves).map(|m| m.key.replica).collect();
+                    let steps = plan(strategy, &old, &left, running.reload.to.spec.replicas, running.asleep);
                     running.rollout = Rollout::new(steps);
                     Look::Done
                 }
@@ -362,7 +432,7 @@ impl Conductor {
                     look => look,
                 };
                 if matches!(look, Look::Done) {
-                    self.take_up(&running.reload);
+                    self.take_up(running);
                 }
                 look
             }
@@ -378,7 +448,7 @@ impl Conductor {
                     Look::Pending
                 }
             }),
-            Step::Start(ids) => self.over(ids, |seen| match seen.iter().find_map(failed) {
+            Step::Start(ids) => self.over(ids, |seen| match seen.iter().find_map(|p| failed(p).or_else(|| left(p))) {
                 Some(why) => Look::Failed(why),
                 None if seen.iter().all(|p| p.state.ready()) => Look::Done,
                 None => Look::Pending,
@@ -410,15 +480,21 @@ impl Conductor {
                     Look::Done
                 }
             },
-            Step::Start(ids) => self.over(ids, |seen| {
-                if seen.iter().any(|p| matches!(p.state, State::Fenced { .. })) {
-                    Look::Failed("something of the new engine may be left".into())
-                } else if seen.iter().all(|p| p.state.at_rest()) {
-                    Look::Done
-                } else {
-                    Look::Pending
-                }
-            }),
+            Step::Start(ids) => {
+                let old = |id: &&ReplicaId| running.were.contains_key(*id);
+                let (old, newcomers): (Vec<_>, Vec<_>) = ids.iter().partition(old);
+                let fenced = |p: &Published| matches!(p.state, State::Fenced { .. });
+                // Something of a newcomer that may be left is beside the old, which serves.
+                let newcomers = self.over(&newcomers, |seen| match seen.iter().all(|p| p.state.at_rest()) {
+                    true => Look::Done,
+                    false => Look::Pending,
+                });
+                let old = self.over(&old, |seen| match seen.iter().all(|p| p.state.at_rest() && !fenced(p)) {
+                    true => Look::Done,
+                    false => Look::Pending,
+                });
+                if matches!(newcomers, Look::Done) { old } else { newcomers }
+            }
             Step::Stop(ids) => {
                 let ready = ids.iter().filter(|id| running.were.get(*id) == Some(&Was::Ready)).copied();
                 self.over(&ready.collect::<Vec<_>>(), |seen| match seen.iter().find_map(failed) {
@@ -434,6 +510,9 @@ impl Conductor {
     fn over(&self, ids: &[ReplicaId], judge: impl FnOnce(&[Published]) -> Look) -> Look {
         let members: Vec<&Member> = self.members.iter().filter(|m| ids.contains(&m.key.replica)).collect();
         let published: Vec<_> = members.iter().map(|m| m.published.borrow().clone()).collect();
+        if let Some(lost) = members.iter().find(|m| m.published.has_changed().is_err()) {
+            return Look::Failed(format!("the driver of {} has ended", lost.key.replica));
+        }
         if members.iter().zip(&published).any(|(m, p)| p.verbs != m.sent) {
             return Look::Pending;
         }
@@ -447,8 +526,12 @@ impl Conductor {
     }
 
     async fn respec(&mut self, ids: &[ReplicaId], spec: &Arc<PoolSpec>) {
+        self.each(ids, || DriverCommand::Respec(Arc::clone(spec))).await;
+    }
+
+    async fn each(&self, ids: &[ReplicaId], command: impl Fn() -> DriverCommand) {
         for member in self.members.iter().filter(|m| ids.contains(&m.key.replica)) {
-            let _ended = member.commands.send(DriverCommand::Respec(Arc::clone(spec))).await;
+            let _ended = member.commands.send(command()).await;
         }
     }
 
@@ -475,16 +558,14 @@ impl Conductor {
     }
 
     /// The new spec is the pool's.
-    fn take_up(&mut self, reload: &Reload) {
-        self.previous = Some(std::mem::replace(&mut self.made, reload.to.clone()));
-        if let Some(source) = &reload.source {
-            self.source = source.clone();
+    fn take_up(&mut self, running: &mut Running) {
+        let Some(standing) = running.standing.take() else { return };
+        let made = std::mem::replace(&mut self.made, running.reload.to.clone());
+        (self.previous, self.source, self.revision) = (Some(made), standing.source, standing.revision);
+        self.probation = standing.probation;
+        if running.reload.has_words() {
+            self.stored = !running.reload.says_the_file();
         }
-        self.revision += 1;
-        let probation = self.made.spec.reload.probation;
-        let restarts = self.members.iter().map(|m| m.published.borrow().snapshot.restart_count).max().unwrap_or(0);
-        self.probation =
-            (!probation.is_zero()).then(|| Probation { until: self.node.clock.now() + probation, restarts });
         self.show();
     }
 
@@ -494,22 +575,18 @@ impl Conductor {
             document: self.made.document.clone(),
             source: self.source.clone(),
             previous: self.previous.clone(),
+            probation: self.probation.clone(),
         }
     }
 
-    /// Writes down what a later daemon starts from. Without words for it, whoever embeds this keeps it.
-    fn store(&self, standing: &Standing, from_file: bool, until_written: bool) -> oneshot::Receiver<Verdict> {
+    /// Writes down what a later daemon starts from; nothing where the file says it.
+    fn write_down(&self, text: Option<StoredPool>, until_written: bool) -> oneshot::Receiver<Verdict> {
         let (tell, told) = oneshot::channel();
-        let words = (!standing.document.is_empty()).then(|| standing.stored(&self.made.spec.id));
-        let text = words.map(|stored| (!from_file).then_some(stored));
-        let written = text.map(|text| self.paper.write(text, until_written));
+        let written = self.paper.write(text, until_written);
         tokio::spawn(async move {
-            let verdict = match written {
-                None => Ok(None),
-                Some(written) => match written.await {
-                    Ok(written) => written.map(|()| None).map_err(|e| format!("{e}: {}", e.source)),
-                    Err(_) => Err("nobody writes any more".into()),
-                },
+            let verdict = match written.await {
+                Ok(written) => written.map(|()| None).map_err(|e| format!("{e}: {}", e.source)),
+                Err(_) => Err("nobody writes any more".into()),
             };
             let _ = tell.send(verdict);
         });
@@ -551,22 +628,6 @@ impl Conductor {
         self.let_go();
     }
 
-    /// Whether the new engine fails before its probation is over. Ends the probation.
-    pub(super) fn fails_probation(&mut self) -> Option<Made> {
-        let probation = self.probation.as_ref().filter(|_| self.running.is_none())?;
-        if self.node.clock.now() >= probation.until {
-            self.probation = None;
-            return None;
-        }
-        let fails = |m: &Member| {
-            let published = m.published.borrow();
-            failed(&published).is_some() || published.snapshot.restart_count > probation.restarts
-        };
-        let fails = self.serving().any(fails);
-        fails.then(|| self.probation = None)?;
-        self.previous.clone()
-    }
-
     #[cfg(feature = "planted-bugs")]
     fn planted(&self, bug: Bug) -> bool {
         self.node.ports.bug == Some(bug)
@@ -578,6 +639,12 @@ impl Conductor {
     }
 }
 
+fn kept_elsewhere() -> oneshot::Receiver<Verdict> {
+    let (tell, told) = oneshot::channel();
+    let _ = tell.send(Ok(None));
+    told
+}
+
 fn waited(found: Option<Verdict>) -> Look {
     match found {
         None => Look::Pending,
@@ -586,8 +653,15 @@ fn waited(found: Option<Verdict>) -> Look {
     }
 }
 
+/// Why an engine failed of which something may be left.
+fn left(published: &Published) -> Option<String> {
+    let why = published.snapshot.last_error.as_ref().map(|e| format!("{}: {}", e.class.code(), e.detail));
+    let fenced = matches!(published.state, State::Fenced { .. });
+    fenced.then(|| why.unwrap_or_else(|| "something of it may be left".into()))
+}
+
 /// Why a start is not going to succeed; memory and devices are waited for.
-fn failed(published: &Published) -> Option<String> {
+pub(super) fn failed(published: &Published) -> Option<String> {
     let last = || published.snapshot.last_error.as_ref().map(|e| format!("{}: {}", e.class.code(), e.detail));
     match &published.state {
         State::Failed { failure, .. } => Some(failure.to_string()),
@@ -596,56 +670,4 @@ fn failed(published: &Published) -> Option<String> {
         }
         _ => None,
     }
-}
-
-/// Looks whether the new one can run here, without touching the old, and in which way it can take its place.
-fn verify(
-    node: &Node,
-    spec: Arc<PoolSpec>,
-    strategy: Strategy,
-    asleep: bool,
-    serving: usize,
-) -> oneshot::Receiver<Verdict> {
-    let (tell, told) = oneshot::channel();
-    let node = node.clone();
-    tokio::spawn(async move {
-        let verdict = async {
-            node.ports.provisioner.preflight(&spec).await.map_err(|failure| failure.detail)?;
-            let beside = fits(&node, &spec, false).await?;
-            match strategy {
-                _ if asleep => Ok(Some(Strategy::InPlace)),
-                Strategy::Overlap if beside.is_err() => {
-                    Err(format!("it does not fit beside the old one: {}", beside.err().unwrap_or_default()))
-                }
-                Strategy::Overlap => Ok(Some(Strategy::Overlap)),
-                Strategy::Auto if beside.is_ok() => Ok(Some(Strategy::Overlap)),
-                other => {
-                    // With the old one gone.
-                    fits(&node, &spec, true).await??;
-                    let gentle = if serving > 1 { Strategy::Rolling } else { Strategy::InPlace };
-                    Ok(Some(if other == Strategy::Auto { gentle } else { other }))
-                }
-            }
-        };
-        // Nobody waits any more if the reload was given up.
-        let _ = tell.send(verdict.await);
-    });
-    told
-}
-
-/// Whether the pool fits beside all that runs, or `alone`: without what it holds itself.
-async fn fits(node: &Node, spec: &PoolSpec, alone: bool) -> Result<Result<(), String>, String> {
-    let (devices, promised) = node.view.devices_without(alone.then_some(&spec.id));
-    let from = Surroundings {
-        models: &*node.ports.models,
-        provisioner: &*node.ports.provisioner,
-        ledger: Some(&*node.ports.ledger),
-        devices: &devices,
-        promised: &promised,
-    };
-    let report = planning::report(spec, from).await.map_err(|e| e.to_string())?;
-    if !report.engine_problem.is_empty() {
-        return Err(report.engine_problem);
-    }
-    Ok(if report.fits { Ok(()) } else { Err(report.reason) })
 }

@@ -109,10 +109,22 @@ impl Driver {
         // Whoever comes after this daemon keeps to it, too.
         record.phase = Phase::Draining { ready_since, proof, deadline: end, on_deadline };
         self.scribe.record(record.clone());
+        self.check_again();
+        true
+    }
+
+    /// The last wish wins, also over a drain that goes on once its engine is adopted. The look at it that was to end with
+    /// the drain begins anew.
+    pub(super) fn call_off_drain(&mut self) {
+        if self.attempt.drain.take().is_some() && matches!(self.replica.state, State::Adopting { .. }) {
+            self.check_again();
+        }
+    }
+
+    fn check_again(&mut self) {
         self.work.cancel();
         self.work = CancellationToken::new();
         self.check_adopted();
-        true
     }
 
     /// An engine that was to end anyway is not started again because it did, or because it is not what it was.

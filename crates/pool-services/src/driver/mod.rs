@@ -61,6 +61,8 @@ pub(crate) struct Ports {
 pub(crate) struct Want {
     pub(crate) generation: Generation,
     pub(crate) mask: DeviceMask,
+    /// Where it was, and is to be again if that can be.
+    pub(crate) home: Option<ResolvedMask>,
     pub(crate) demand: Arc<Demand>,
     /// An engine run by somebody else needs neither devices nor a port.
     pub(crate) external: bool,
@@ -103,6 +105,8 @@ pub(crate) enum DriverCommand {
     GiveUp(Failure),
     /// What the next start makes the engine from.
     Respec(Arc<PoolSpec>),
+    /// Where the next starts are to be, until there is another spec.
+    GoHome(ResolvedMask),
     /// The daemon ends and its engines live on: leave everything as it is.
     Leave,
 }
@@ -212,6 +216,7 @@ pub(crate) struct Driver {
     key: ReplicaKey,
     spec: Arc<PoolSpec>,
     place: u16,
+    home: Option<ResolvedMask>,
     policy: Policy,
     replica: Replica,
     ports: Ports,
@@ -290,6 +295,7 @@ impl Driver {
             key: parts.key,
             spec: parts.spec,
             place: parts.place,
+            home: None,
             ports: parts.ports,
             clock: parts.clock,
             rng: fastrand::Rng::with_seed(parts.seed),
@@ -358,8 +364,7 @@ impl Driver {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
                 if matches!(command, Command::Start | Command::Resume) {
-                    // The last wish wins, also over a drain that goes on once its engine is adopted.
-                    self.attempt.drain = None;
+                    self.call_off_drain();
                 }
                 if !self.drains_once_adopted(command) {
                     self.step(Event::Command(command));
@@ -396,9 +401,10 @@ impl Driver {
                 self.step(Event::Engine(self.replica.generation, Fact::GivenUp(failure)));
             }
             DriverCommand::Respec(spec) => {
-                self.policy = spec.policy;
+                (self.policy, self.home) = (spec.policy, None);
                 self.spec = spec;
             }
+            DriverCommand::GoHome(devices) => self.home = Some(devices),
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
             // An answer to a question that was withdrawn.

@@ -87,6 +87,7 @@ impl Driver {
         Some(Want {
             generation: self.replica.generation,
             mask: self.spec.mask_of(self.place).clone(),
+            home: self.home.clone(),
             demand: Arc::clone(self.attempt.demand.as_ref()?),
             external: self.ports.provisioner.external(&self.spec).is_some(),
         })

@@ -70,6 +70,7 @@ impl EmptyDesk {
         let clerk = Clerk {
             book: LeaseBook::new(hasher.finish(), parts.limits),
             seen,
+            reloading: false,
             p: parts,
             asked: BTreeMap::new(),
             kept: BTreeMap::new(),
@@ -120,6 +121,8 @@ struct Clerk {
     book: LeaseBook,
     /// The picture that was looked at last.
     seen: PoolSnapshot,
+    /// Whether a reload was under way in it.
+    reloading: bool,
     asked: BTreeMap<Ticket, Vec<Asker>>,
     kept: BTreeMap<Mark, Kept>,
     strange: BTreeMap<ReplicaId, Vec<SlotGuard>>,
@@ -255,12 +258,18 @@ impl Clerk {
 
     /// The pool has another picture, or none any more.
     fn look(&mut self, told: bool) {
-        let now = self.p.facts.borrow().snapshot.clone();
-        if start_failed(&self.seen, &now) {
+        let (now, reloading) = {
+            let facts = self.p.facts.borrow();
+            (facts.snapshot.clone(), facts.reloading)
+        };
+        // In a reload the old one comes back.
+        if !reloading && start_failed(&self.seen, &now) {
             self.step(Event::Dismiss);
         }
         self.seen = now;
-        self.demanded &= self.some_rest();
+        // Nobody wakes a pool that is being reloaded, so it is asked again afterwards.
+        self.demanded &= (reloading || !self.reloading) && self.some_rest();
+        self.reloading = reloading;
         if !told {
             // Its conductor has ended, and with it the pool.
             self.seen.replicas.clear();
@@ -343,11 +352,15 @@ impl Clerk {
             .find(|(at, guard)| guard.is_of(at.generation))
     }
 
+    fn outlook(&self) -> Outlook {
+        Outlook::of(&self.seen, self.reloading)
+    }
+
     fn look_ahead(&mut self) {
         if self.book.waiting() == 0 {
             return;
         }
-        match Outlook::of(&self.seen) {
+        match self.outlook() {
             Outlook::Hopeless => {
                 self.step(Event::Dismiss);
             }
@@ -357,7 +370,8 @@ impl Clerk {
 
     /// Asks for what rests: the pool, or those of its replicas that gave way to another.
     fn demand(&mut self) {
-        if self.demanded || !self.some_rest() || self.roster().spec.activation != Activation::OnDemand {
+        if self.demanded || self.reloading || !self.some_rest() || self.roster().spec.activation != Activation::OnDemand
+        {
             return;
         }
         if let Some(conductor) = self.p.conductor.upgrade() {
@@ -513,7 +527,7 @@ impl Clerk {
                 let why = "the lease of this idempotency key is over: a new lease needs a new key";
                 (ControlError::Conflict(why.into()), "conflict")
             }
-            Refusal::Full | Refusal::Late | Refusal::Dismissed => match Outlook::of(&self.seen) {
+            Refusal::Full | Refusal::Late | Refusal::Dismissed => match self.outlook() {
                 _ if self.seen.replicas.is_empty() => {
                     (ControlError::Unreachable("the daemon is stopping".into()), "stopping")
                 }

@@ -25,13 +25,14 @@ fn comes(r: &ReplicaSnapshot) -> bool {
 }
 
 impl Outlook {
-    pub(super) fn of(pool: &PoolSnapshot) -> Self {
+    /// `reloading`: what is not there now comes back, as the new or as the old.
+    pub(super) fn of(pool: &PoolSnapshot, reloading: bool) -> Self {
         let any = |p: fn(&ReplicaSnapshot) -> bool| pool.replicas.iter().any(p);
         if pool.ready() {
             Self::Serves
         } else if pool.hold {
             Self::Hopeless
-        } else if any(comes) {
+        } else if reloading || any(comes) {
             Self::Coming
         } else if any(|r| r.state == "idle") {
             Self::Rests

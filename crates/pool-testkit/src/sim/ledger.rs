@@ -37,6 +37,7 @@ impl Facts {
             document: "0".into(),
             file_digest: None,
             previous: None,
+            probation: None,
         };
         let ids = schedule.pools.iter().filter(|p| p.api).map(|p| p.spec.id.clone());
         Self { stored: ids.map(|id| (id.clone(), stored(&id))).collect(), ..Self::default() }

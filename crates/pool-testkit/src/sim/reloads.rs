@@ -22,7 +22,9 @@ pub(super) fn pools(schedule: &Schedule, world: &World) -> Vec<Restored> {
         let (spec, document) = p.formed(stored.as_ref().map_or("0", |s| &s.document));
         let previous = stored.as_ref().and_then(|s| s.previous.as_ref()).map(|document| p.formed(document));
         let declared = Declared { spec, document, source: p.source() };
-        Some(Restored { declared, revision: stored.map_or(1, |s| s.revision), previous })
+        let probation = stored.as_ref().and_then(|s| s.probation.clone());
+        let (revision, stored) = (stored.as_ref().map_or(1, |s| s.revision), stored.is_some());
+        Some(Restored { declared, revision, previous, probation, stored })
     };
     schedule.pools.iter().filter_map(restored).collect()
 }

@@ -465,7 +465,15 @@ impl Runner {
             // One start that was begun badly, the longest pause, one good start; a check that sees what was missed.
             let checks = (n.health.interval + n.health.timeout) * n.health.failures;
             let reload = p.spec.reload.deadline * 2 + p.spec.reload.probation;
-            reload + n.start.max + Duration::from_secs(300) + n.backoff.max() + checks + n.stop.grace + n.stop.prove
+            // A reload that is forced, and its undo, have the time of a start for each replica.
+            let starts = 1 + 2 * u32::from(p.spec.replicas);
+            reload
+                + n.start.max * starts
+                + Duration::from_secs(300)
+                + n.backoff.max()
+                + checks
+                + n.stop.grace
+                + n.stop.prove
         };
         self.schedule.pools.iter().map(of).max().unwrap_or_default() + SLACK
     }
@@ -584,6 +592,8 @@ impl Runner {
                 self.watch.wrong("becomes_ready", format!("{} failed with good engines: {}", pool.pool_id, r.reason));
             }
         }
+        // What could not be proved while a device was ill is looked for again soon, and not at once.
+        tokio::time::sleep(Duration::from_secs(1)).await;
         self.shut_down(&m).await;
         let handoffs = self.world.handoffs();
         if !handoffs.is_empty() {

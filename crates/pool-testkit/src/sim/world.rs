@@ -327,6 +327,7 @@ impl World {
         }
         inner.pending.clear();
         (inner.booted, inner.boot) = (inner.now(), inner.boot + 1);
+        inner.facts.stored.values_mut().for_each(|s| s.probation = None);
         if let Some(before) = inner.unsynced.take()
             && inner.rng.bool()
         {
