@@ -14,7 +14,7 @@ use pool_services::ports::{ModelStore, Presence, ResolvedModel, Staging, Staging
 use crate::LocalModels;
 use crate::cache::{Cache, Entry, Keep, Look, hash_file, offline};
 use crate::fetch::{
-    Fetched, Http, Limits, Partial, Progress, RemoteFile, Secrets, Trouble, blocking, disk, fetch_file, list,
+    Fetched, Http, Limits, MakeRoom, Partial, Progress, RemoteFile, Secrets, Trouble, blocking, disk, fetch_file, list,
 };
 
 /// Between two looks at whether somebody else is done.
@@ -262,10 +262,17 @@ impl Models {
         let cache = &self.inner.cache;
         let (path, record) = cache.partial(key, n);
         let most = file.bytes.unwrap_or(keep.cap.unwrap_or(u64::MAX));
-        let partial = Partial { path, record, lock: Arc::clone(lock), reserve: keep.reserve, most };
+        let (roomy, of, kept) = (cache.clone(), source.clone(), keep.clone());
+        let room = MakeRoom(Arc::new(move |need| roomy.make_room(&of, need, &kept)));
+        let partial = Partial { path, record, lock: Arc::clone(lock), reserve: keep.reserve, most, room };
         let fetched = fetch_file(&self.inner.http, source, file, &partial, progress).await?;
-        cache.take_in(&partial.path, fetched.digest).map_err(|e| disk(&e))?;
-        partial.remove();
+        let cache = cache.clone();
+        let taken = blocking(move || {
+            let taken = cache.take_in(&partial.path, fetched.digest);
+            partial.remove();
+            taken
+        });
+        taken.await?.map_err(|e| disk(&e))?;
         Ok(fetched)
     }
 

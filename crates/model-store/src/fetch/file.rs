@@ -103,8 +103,20 @@ pub(crate) struct Partial {
     pub(crate) lock: Arc<File>,
     /// Bytes that are left to others on the disk.
     pub(crate) reserve: u64,
-    /// Most bytes it may come to, where its size is not known before.
+    /// Most bytes it may come to, where its size is never told.
     pub(crate) most: u64,
+    /// Makes room for so many bytes more, where they are told only now.
+    pub(crate) room: MakeRoom,
+}
+
+/// Makes room on the disk, on a thread of its own.
+#[derive(Clone)]
+pub(crate) struct MakeRoom(pub(crate) Arc<dyn Fn(u64) -> Result<(), Trouble> + Send + Sync>);
+
+impl std::fmt::Debug for MakeRoom {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MakeRoom")
+    }
 }
 
 /// What a partial file is of.
@@ -327,9 +339,12 @@ async fn attempt(
             total
         }
     };
-    if total.is_some_and(|total| total > partial.most) {
-        let why = format!("it has {} bytes, and there is room for {} only", total.unwrap_or(0), partial.most);
-        return Ok((sink, Err(Trouble::Node(why))));
+    // Whose size the repository told has its room by now.
+    if let (Some(total), None) = (total, wanted.bytes) {
+        let (room, missing) = (partial.room.clone(), total.saturating_sub(sink.bytes));
+        if let Err(none) = blocking(move || (room.0)(missing)).await? {
+            return Ok((sink, Err(none)));
+        }
     }
     let body = response.into_body();
     let (sink, came) = pour(http, body, sink, total.unwrap_or(partial.most), progress).await?;

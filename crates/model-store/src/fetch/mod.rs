@@ -14,7 +14,7 @@ use pool_domain::download::{Patience, Refusal};
 use pool_domain::model_policy::Denied;
 use pool_domain::{BackoffPolicy, Failure, FailureClass, Sha256Digest};
 
-pub(crate) use self::file::{Fetched, Partial, Progress, blocking, fetch_file};
+pub(crate) use self::file::{Fetched, MakeRoom, Partial, Progress, blocking, fetch_file};
 pub(crate) use self::http::Http;
 pub(crate) use self::listing::{RemoteFile, list};
 pub(crate) use self::secrets::Secrets;

@@ -162,6 +162,32 @@ async fn models_that_nobody_needs_leave_for_one_that_is_needed() {
 }
 
 #[tokio::test]
+async fn where_only_the_answer_tells_the_size_room_is_made_before_its_body_is_taken() {
+    let bytes = content(12, 3 * MIB);
+    let mut server = serving(&bytes).await;
+    let mut b = Bench::new(&server);
+    b.options.cache_max = Some(4 << 20);
+    let models = b.models();
+    models.keep(Vec::new);
+    let url = |name: &str| server.url(&format!("/{name}.gguf"));
+    let [first, second] = ["first", "second"].map(url);
+    for url in [&first, &second] {
+        holds(&fetch(&models, url).await.unwrap(), &bytes);
+    }
+    // The same content is there once; its names count all the same, and the older one left.
+    assert_eq!(models.look(&model(&first)).await, Ok(Presence::Remote));
+    b.options.cache_max = Some(5 << 20);
+    let (small, third) = (b.models(), url("third"));
+    let pinned = model(&second);
+    small.keep(move || vec![pinned.clone()]);
+    failed(fetch(&small, &third).await, &FailureClass::Node, "raise `[models] cache_max`");
+    assert!(matches!(small.look(&model(&second)).await, Ok(Presence::Here(_))));
+    assert_eq!((server.seen().len(), b.names("partial").iter().filter(|n| !n.ends_with("json")).count()), (3, 1));
+    let partial = b.names("partial").into_iter().find(|n| !n.ends_with("json")).unwrap();
+    assert_eq!(fs::metadata(b.cache("partial").join(partial)).unwrap().len(), 0, "nothing of it was taken");
+}
+
+#[tokio::test]
 async fn a_local_file_is_compared_with_its_digest_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.gguf");
