@@ -154,7 +154,7 @@ async fn strangers_are_turned_away_on_every_route_and_method() {
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW"];
     let mut paths: Vec<&str> = ROUTES.iter().map(|(_, p)| *p).collect();
     paths.extend(GATEWAY);
-    paths.extend(["/", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
+    paths.extend(["/", "/dashboard.js", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
     for path in paths {
         for method in methods {
             for (hosts, origin) in [
@@ -162,7 +162,10 @@ async fn strangers_are_turned_away_on_every_route_and_method() {
                 (&["localhost.evil.test:9200"], None),
                 (&[], None),
                 (&["localhost", "evil.test"], None),
-                (&["localhost"], Some("http://localhost")),
+                (&["localhost"], Some("http://localhost:9201")),
+                (&["localhost:9200"], Some("http://localhost")),
+                (&["localhost:9200"], Some("http://127.0.0.1:9200")),
+                (&["evil.test"], Some("http://evil.test")),
                 (&["localhost"], Some("null")),
                 (&["localhost"], Some("")),
             ] {
@@ -193,8 +196,50 @@ async fn known_hosts_and_origins_pass() {
         assert_eq!(response.status(), 200, "{host}");
         assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
     }
+    // What a browser says of the daemon's own page.
+    for (host, origin) in [("127.0.0.1:9200", "http://127.0.0.1:9200"), ("gpu.lan", "https://gpu.lan")] {
+        let mut r = request("GET", "/v1/node");
+        r.headers_mut().insert(header::HOST, host.parse().unwrap());
+        r.headers_mut().insert(header::ORIGIN, origin.parse().unwrap());
+        assert_eq!(send(Fake::default(), r).await.status(), 200, "{origin}");
+    }
     let foreign = send(Fake::default(), request("GET", "http://evil.test/v1/node")).await;
     assert_eq!(foreign.status(), 403);
+}
+
+#[tokio::test]
+async fn the_page_may_do_nothing_but_ask_this_daemon() {
+    for (path, kind) in [("/", "text/html"), ("/dashboard.css", "text/css"), ("/dashboard.js", "text/javascript")] {
+        let response = send(Fake::default(), request("GET", path)).await;
+        assert_eq!(response.status(), 200, "{path}");
+        let header = |name: header::HeaderName| response.headers()[name].to_str().unwrap().to_owned();
+        assert!(header(header::CONTENT_TYPE).starts_with(kind), "{path}");
+        let policy = header(header::CONTENT_SECURITY_POLICY);
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+    }
+}
+
+#[tokio::test]
+async fn metrics_come_in_the_format_that_is_accepted() {
+    for (accept, kind, eof) in [
+        (None, "text/plain; version=0.0.4", false),
+        (Some("*/*"), "text/plain; version=0.0.4", false),
+        (
+            Some("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2"),
+            "application/openmetrics-text",
+            true,
+        ),
+    ] {
+        let mut r = request("GET", "/metrics");
+        if let Some(accept) = accept {
+            r.headers_mut().insert(header::ACCEPT, accept.parse().unwrap());
+        }
+        let response = send(Fake::default(), r).await;
+        assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(kind), "{accept:?}");
+        let text = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(text.ends_with(b"# EOF\n"), eof, "{accept:?}");
+    }
 }
 
 #[tokio::test]
@@ -266,7 +311,7 @@ async fn good_bodies() {
 
 #[tokio::test]
 async fn unknown_routes_and_methods() {
-    for path in ["/", "/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
+    for path in ["/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
         let (s, p) = problem(send(Fake::default(), request("GET", path)).await).await;
         assert_eq!((s, p["code"].as_str().unwrap()), (404, "NOT_FOUND"), "{path}");
     }

@@ -24,11 +24,13 @@ pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
     let node = NodeSnapshot {
         simulated: inventory.simulated,
         driver: inventory.driver.clone(),
+        cuda: inventory.cuda.clone(),
+        xids: Vec::new(),
         devices: inventory.devices.iter().map(|d| (d.clone(), 0)).collect(),
         problem: inventory.problem.clone(),
         events_lost: 0,
     };
-    print(&tables::devices(&node))?;
+    print(&tables::devices(&node, &[]))?;
     // The daemon would wait for them, but who asks wants to know.
     if let Some(absent) = compose::check_masks(&config, &inventory.devices)?.into_iter().next() {
         return Err(absent.into());

@@ -31,8 +31,15 @@ pub enum Command {
     Check(ConfigArgs),
     /// Print what a model needs on the GPUs of this machine, and what would fit instead; starts nothing
     Plan(PlanArgs),
-    /// Print the GPUs of the node
-    Devices(ClientArgs),
+    /// Print the GPUs of the node: memory, who uses it, health, and what to do
+    Devices {
+        /// Print them anew every second until it is interrupted
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the pools, or one of them
     Status {
         /// The pool
@@ -41,6 +48,8 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Watch devices, pools and their countdowns until a key ends it
+    Top(ClientArgs),
     /// Start every engine of a pool, and lift its hold
     Preload(VerbArgs),
     /// Refuse new leases, wait for the running ones, stop, and hold the pool
@@ -307,6 +316,7 @@ mod tests {
             "devices --server http://127.0.0.1:1",
             "drain chat --deadline 2s --on-deadline abort",
             "breaker reset chat",
+            "top --server http://127.0.0.1:1",
             "unfence 0",
             "stop chat --no-wait",
             "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",

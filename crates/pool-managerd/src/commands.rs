@@ -124,18 +124,29 @@ fn json(value: &impl Serialize) -> Result<String, Exit> {
     serde_json::to_string_pretty(value).map(|s| s + "\n").map_err(|e| Exit::new(BUG, e.to_string()))
 }
 
-/// `devices`
+/// Between two pictures of the devices.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// `devices`. With `watch` until it is interrupted.
 ///
 /// # Errors
 /// When the daemon is out of reach or refuses.
-pub async fn devices(args: &ClientArgs) -> Result<(), Exit> {
+pub async fn devices(watch: bool, args: &ClientArgs) -> Result<(), Exit> {
     let control = connect(args)?;
-    let text = if args.json {
-        json(&control.node_view().await.map_err(refused)?)?
-    } else {
-        tables::devices(&control.node().await.map_err(refused)?)
-    };
-    print(&text)
+    if args.json {
+        return print(&json(&control.node_view().await.map_err(refused)?)?);
+    }
+    loop {
+        let (node, pools) = (control.node().await.map_err(refused)?, control.pools().await.map_err(refused)?);
+        let text = tables::devices(&node, &pools);
+        if !watch {
+            return print(&text);
+        }
+        // A terminal is cleared; a file gets one picture after the other.
+        let clear = if std::io::stdout().is_terminal() { "\u{1b}[2J\u{1b}[H" } else { "" };
+        print(&format!("{clear}{text}"))?;
+        tokio::time::sleep(WATCH).await;
+    }
 }
 
 /// `capabilities`

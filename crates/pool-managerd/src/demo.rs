@@ -86,25 +86,22 @@ async fn introduce(started: Started) {
 }
 
 fn lines(addr: SocketAddr) -> String {
-    let ask = format!(
-        "  # a chat completion, as any client of OpenAI's API asks for one\n  \
-         curl -s http://{addr}/v1/chat/completions -H 'Content-Type: application/json' \
-         -d '{{\"model\":\"chat\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}],\"max_tokens\":16}}'\n"
-    );
     format!(
         "
-pool-managerd demo, API on http://{addr}
+pool-managerd demo: open http://{addr}/ in a browser
 
 Two SIMULATED GPUs, and two pools of stub engines (made-up words, no model):
   chat   serves
   flaky  crashes 8 s after it became ready, and is restarted with growing delays until its breaker opens
 
 Try, in another terminal:
-  # how the pools stand
+  # a chat completion, as OpenAI's clients ask for one
+  curl -s http://{addr}/v1/chat/completions -H 'Content-Type: application/json' -d '{{\"model\":\"chat\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}],\"max_tokens\":16}}'
+  # how the pools stand: once, and live
   pool-managerd status --server http://{addr}
-  curl -s http://{addr}/v1/pools
+  pool-managerd top --server http://{addr}
   curl -s http://{addr}/v1/pools/flaky
-{ask}  # drain the chat pool, and bring it back
+  # drain the chat pool, and bring it back
   curl -s -X POST http://{addr}/v1/pools/chat/drain -H 'Content-Type: application/json' -d '{{\"deadline_ms\":2000}}'
   curl -s -X POST http://{addr}/v1/pools/chat/preload
   # metrics
@@ -131,6 +128,6 @@ mod tests {
     #[test]
     fn the_lines_can_be_pasted() {
         let text = lines("127.0.0.1:9200".parse().unwrap());
-        assert!(text.contains("curl -s http://127.0.0.1:9200/v1/pools\n") && !text.contains("{{"));
+        assert!(text.contains("curl -s http://127.0.0.1:9200/v1/pools/flaky\n") && !text.contains("{{"));
     }
 }

@@ -23,6 +23,7 @@ pub mod serve;
 mod socket;
 pub mod tables;
 mod tell;
+pub mod top;
 
 // Where the project's first users looked for these.
 pub use pool_domain::health;

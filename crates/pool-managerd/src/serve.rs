@@ -11,6 +11,7 @@ use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
 use pool_api::server::{self, Access, AppState, Door, Flags, History, NodeInfo, router};
 use pool_services::PoolManager;
+use pool_services::ports::StateLedger;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
@@ -68,13 +69,25 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     tokio::spawn(keys.keeper.run(Arc::clone(&renew)));
     tracing::info!(%addr, version = env!("CARGO_PKG_VERSION"), profile = config.node.profile.code(), "the API listens");
 
-    let gpus = tokio::select! {
-        gpus = compose::open_gpus(&config, true) => gpus?,
+    let mut gpus = compose::begin_gpus(&config)?;
+    // Engines of an earlier daemon do not wait for devices that may be long in coming, and are never left alone.
+    let left = state.recorded().await.len();
+    let wait = if left == 0 { compose::gpu_wait(&config) } else { Some(compose::GPUS_BESIDE_ENGINES) };
+    tokio::select! {
+        biased;
+        found = gpus.wait(wait) => match found {
+            Err(exit) if left == 0 => return Err(exit),
+            Err(exit) => {
+                tracing::warn!(why = exit.message, engines = left, "engines of an earlier daemon are looked after all the same");
+            }
+            Ok(()) => {}
+        },
         name = signals.stop() => {
             tracing::info!(signal = name, "stopping before the GPUs were found");
             return Ok(());
         }
-    };
+    }
+    let gpus = gpus.probe;
     let inventory = gpus.inventory().borrow().clone();
     compose::check_masks_patiently(&config, &inventory.devices)?;
     compose::check_isolation(&config)?;

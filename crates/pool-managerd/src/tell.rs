@@ -49,6 +49,8 @@ fn log(event: &Event, view: &EventView, format: LogFormat) {
                 engine_version = view.engine_version,
                 model_id = view.model_id,
                 device = view.device,
+                xid = view.xid,
+                verdict = view.verdict,
                 backoff_ms = view.backoff_ms,
                 last_error = view.last_error,
                 job_id = view.job_id,
@@ -70,6 +72,7 @@ fn log(event: &Event, view: &EventView, format: LogFormat) {
         | EventKind::BreakerOpened { .. }
         | EventKind::Fenced { .. }
         | EventKind::DeviceSuspected { .. }
+        | EventKind::DeviceIncident { .. }
         | EventKind::LeaseRefused { .. }
         | EventKind::StreamEnded { outcome: "engine_failed", .. } => line!(warn),
         EventKind::StateChanged { .. }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::Left;
-use pool_domain::{Failure, Generation, Holder, ReplicaKey};
+use pool_domain::xid::XidAction;
+use pool_domain::{Failure, Generation, Holder, ReplicaKey, Verdict};
 
 /// Something worth telling.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,7 +100,18 @@ pub enum EventKind {
         /// Its UUID.
         device: String,
     },
-    /// It is used again.
+    /// The driver reported an error of a device that the replica uses.
+    DeviceIncident {
+        /// UUID of the GPU or slice.
+        device: String,
+        /// Its number; 48 for an error of memory that was not corrected.
+        xid: u64,
+        /// What follows.
+        action: XidAction,
+        /// What somebody has to do.
+        verdict: Verdict,
+    },
+    /// A device is used again.
     DeviceReadmitted {
         /// Its UUID.
         device: String,
@@ -282,7 +294,17 @@ impl Event {
             EventKind::DeviceSuspected { .. } => {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
-            EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
+            EventKind::DeviceIncident { xid, action, .. } => format!(
+                "The driver reports XID {xid} of a GPU of the {pool} pool: {}",
+                match action {
+                    XidAction::Ignore => "nothing follows",
+                    XidAction::RestartEngine => "its engine starts again",
+                    XidAction::Suspect => "nothing new starts there",
+                    XidAction::Drain => "it is drained",
+                    XidAction::Lost => "it is lost",
+                }
+            ),
+            EventKind::DeviceReadmitted { .. } => "A GPU that was not well is used again".into(),
             EventKind::EvictionPlanned { pools, .. } => {
                 let first: String = pools.first().map(|p| p.chars().take(24).collect()).unwrap_or_default();
                 let more = if pools.len() > 1 { " and others" } else { "" };
@@ -362,6 +384,7 @@ impl Event {
             EventKind::Fenced { .. } => "fenced",
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
+            EventKind::DeviceIncident { .. } => "device_incident",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
             EventKind::EvictionPlanned { .. } => "eviction_planned",
             EventKind::Evicted { .. } => "evicted",

@@ -11,6 +11,7 @@ mod conditions;
 mod conductor;
 pub mod control;
 mod declared;
+mod devices;
 mod driver;
 pub mod events;
 mod eviction;

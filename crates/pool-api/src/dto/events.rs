@@ -37,6 +37,10 @@ event! {
     model_id: String,
     /// A device.
     device: String,
+    /// The error that the driver reported of it.
+    xid: u64,
+    /// What somebody has to do about it.
+    verdict: String,
     /// The state that was left.
     from: String,
     /// The state that was entered.
@@ -142,6 +146,10 @@ impl EventView {
             EventKind::Fenced { left } => self.reason = Some(format!("{left:?}").to_lowercase()),
             EventKind::DeviceSuspected { device } | EventKind::DeviceReadmitted { device } => {
                 self.device = Some(device.clone());
+            }
+            EventKind::DeviceIncident { device, xid, verdict, .. } => {
+                (self.device, self.xid) = (Some(device.clone()), Some(*xid));
+                self.verdict = Some(verdict.code().to_owned());
             }
             EventKind::EvictionPlanned { plan, pools } => {
                 (self.reason, self.pools) = (Some(plan.clone()), Some(pools.clone()));

@@ -2,13 +2,11 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pool_domain::DeviceSnapshot;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 
 use super::{
-    BackoffView, DeviceView, HealthView, LastErrorView, MigView, NodeView, OperationView, PerfView, PoolView,
-    ReplicaHealthView, ReplicaView,
+    BackoffView, HealthView, LastErrorView, NodeView, OperationView, PerfView, PoolView, ReplicaHealthView, ReplicaView,
 };
 
 pub(super) fn time(t: SystemTime) -> String {
@@ -156,38 +154,6 @@ impl From<&PoolSnapshot> for HealthView {
     }
 }
 
-impl From<&(DeviceSnapshot, u64)> for DeviceView {
-    fn from((d, reserved): &(DeviceSnapshot, u64)) -> Self {
-        use pool_domain::DeviceHealth as H;
-        Self {
-            uuid: d.uuid.clone(),
-            index: d.index,
-            name: d.name.clone(),
-            pci_bus_id: d.pci_bus_id.clone(),
-            compute_capability: d.compute_capability.map(|(a, b)| format!("{a}.{b}")),
-            numa_node: d.numa_node,
-            vram_total_bytes: d.vram_total,
-            vram_free_bytes: d.vram_free,
-            vram_used_bytes: d.vram_used,
-            vram_reserved_bytes: *reserved,
-            vram_driver_bytes: d.vram_reserved,
-            vram_foreign_bytes: d.vram_foreign,
-            utilisation_percent: d.utilisation,
-            health: d.health.code().into(),
-            health_detail: match &d.health {
-                H::Ok => String::new(),
-                H::Suspect(r) | H::Fenced(r) | H::Lost(r) | H::Unknown(r) => r.clone(),
-            },
-            mig: d.mig.as_ref().map(|m| MigView {
-                parent: m.parent.clone(),
-                profile: m.profile.clone(),
-                index: m.index,
-            }),
-            mig_parent: d.mig_parent,
-        }
-    }
-}
-
 impl NodeView {
     /// The view of a node.
     #[must_use]
@@ -197,8 +163,10 @@ impl NodeView {
             profile: profile.to_owned(),
             simulated: node.simulated,
             driver: node.driver.clone(),
+            cuda: node.cuda.clone(),
             problem: node.problem.clone(),
             devices: node.devices.iter().map(Into::into).collect(),
+            xids: node.xids.iter().map(Into::into).collect(),
         }
     }
 }

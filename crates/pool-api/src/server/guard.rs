@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -55,6 +55,13 @@ fn host_allowed(host: &str, hosts: &[String], local: Option<SocketAddr>) -> bool
     ip.is_loopback() || local.is_some_and(|l| !ip.is_unspecified() && l.ip().to_canonical() == ip.to_canonical())
 }
 
+/// Whether an Origin is that of the daemon's own page, by a Host that was found to be its own before.
+fn is_own(origin: &HeaderValue, host: &HeaderValue) -> bool {
+    let origin = origin.as_bytes();
+    let of = [&b"http://"[..], b"https://"].into_iter().find_map(|scheme| origin.strip_prefix(scheme));
+    of.is_some_and(|of| of.eq_ignore_ascii_case(host.as_bytes()))
+}
+
 pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let local = match request.extensions().get::<Via>() {
         Some(Via::Tcp(local)) => *local,
@@ -81,7 +88,10 @@ pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, 
             "use localhost or the address it listens on, or name the host in [node] hosts",
         );
     }
-    let known = |o: &axum::http::HeaderValue| info.origins.iter().any(|k| k.as_bytes() == o.as_bytes());
+    let host = request.headers().get(header::HOST);
+    let known = |o: &HeaderValue| {
+        info.origins.iter().any(|k| k.as_bytes() == o.as_bytes()) || host.is_some_and(|host| is_own(o, host))
+    };
     if !request.headers().get_all(header::ORIGIN).iter().all(known) {
         return forbidden("the request's Origin is not allowed", "name the origin in [node] origins");
     }

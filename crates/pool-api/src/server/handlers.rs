@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 
@@ -205,13 +205,21 @@ pub(super) async fn operation(
     Ok(Json((&op).into()))
 }
 
-const METRICS_TYPE: [(HeaderName, &str); 1] =
-    [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+const OPENMETRICS: &str = "application/openmetrics-text";
+const OPENMETRICS_TYPE: [(HeaderName, &str); 2] =
+    [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8"), (header::VARY, "accept")];
+const PLAIN_TYPE: [(HeaderName, &str); 2] =
+    [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"), (header::VARY, "accept")];
 
-/// Metrics in the OpenMetrics text format.
+/// Metrics: in the OpenMetrics text format for those who accept it, as Prometheus does, else in Prometheus' own.
 #[utoipa::path(get, path = "/metrics", tag = "metrics", responses(
-    (status = 200, body = String, content_type = "application/openmetrics-text")))]
-pub(super) async fn metrics(State(s): App) -> Result<Response, Problem> {
+    (status = 200, content((String = "application/openmetrics-text"), (String = "text/plain")))))]
+pub(super) async fn metrics(State(s): App, headers: HeaderMap) -> Result<Response, Problem> {
     let (pools, node) = (s.control.pools().await?, s.control.node().await?);
-    Ok((METRICS_TYPE, s.metrics.render(&pools, &node)).into_response())
+    let accepted = |value: &HeaderValue| value.to_str().is_ok_and(|kinds| kinds.contains(OPENMETRICS));
+    Ok(if headers.get_all(header::ACCEPT).iter().any(accepted) {
+        (OPENMETRICS_TYPE, s.metrics.render(&pools, &node)).into_response()
+    } else {
+        (PLAIN_TYPE, s.metrics.render_plain(&pools, &node)).into_response()
+    })
 }

@@ -1,6 +1,7 @@
 //! The router: handlers over a `PoolControl`, behind a guard that looks at Host and Origin of every request.
 
 mod auth;
+mod dashboard;
 mod extract;
 mod feed;
 mod guard;
@@ -236,6 +237,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/events", get(streams::events))
         .route("/v1/pools/{id}/logs", get(streams::logs))
         .merge(gateway_routes())
+        .merge(dashboard::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))

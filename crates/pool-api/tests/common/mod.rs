@@ -10,15 +10,16 @@ use pool_api::dto::{ConfigReloadView, EventView, Problem};
 use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
 use pool_api::server::{Access, AppState, Feed, Flags, History, LogPart, Logs, NodeInfo, Reconfigure};
+use pool_domain::device::{DeviceProcess, Ecc, Peer, Remap};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
 use pool_domain::{
-    DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
-    failure::Exit,
+    DeviceDetails, DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey,
+    Verdict, device::MigSlice, failure::Exit,
 };
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
-use pool_services::snapshot::LastError;
+use pool_services::snapshot::{LastError, XidCount};
 use pool_services::{
     ControlError, Declared, DrainLeft, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed,
     PlanReport, PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
@@ -88,6 +89,28 @@ pub(crate) fn chat() -> PoolSnapshot {
     }
 }
 
+/// Everything that a driver can tell.
+fn details() -> DeviceDetails {
+    DeviceDetails {
+        ecc: Some(Ecc { corrected: 3, uncorrected: 1 }),
+        remap: Some(Remap { pending: true, failed: false }),
+        recovery_action: Some(1),
+        persistence: Some(true),
+        temperature: Some(61),
+        power: Some(250_500),
+        power_limit: Some(400_000),
+        energy: Some(7_000),
+        sm_clock: Some(1_980),
+        memory_clock: Some(2_619),
+        memory_utilisation: Some(25),
+        clock_limits: Some(vec!["power_cap".into()]),
+        pcie_replays: Some(4),
+        peers: vec![Peer { uuid: "GPU-y".into(), path: Some("system".into()), p2p: Some(true), nvlinks: 18 }],
+        instance: Some((9, 0)),
+        processes: vec![DeviceProcess { pid: 7, name: Some("Xorg".into()), bytes: 40, ours: false }],
+    }
+}
+
 pub(crate) fn node() -> NodeSnapshot {
     let device = DeviceSnapshot {
         uuid: "GPU-51000000-0000-4000-8000-000000000001".into(),
@@ -105,10 +128,14 @@ pub(crate) fn node() -> NodeSnapshot {
         health: DeviceHealth::Fenced("leftovers".into()),
         mig: Some(MigSlice { parent: "GPU-x".into(), profile: "1g.12gb".into(), index: 1 }),
         mig_parent: false,
+        verdict: Verdict::ResetDevice,
+        details: details(),
     };
     NodeSnapshot {
         simulated: true,
         driver: Some("580.1".into()),
+        cuda: Some("13.0".into()),
+        xids: vec![XidCount { device: "GPU-51000000-0000-4000-8000-000000000001".into(), xid: 94, count: 2 }],
         devices: vec![(device, 35)],
         problem: None,
         events_lost: 0,

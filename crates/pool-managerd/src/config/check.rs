@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pool_api::spec::Defaults;
+use pool_domain::xid::{XidAction, XidTable};
 use pool_services::{Activation, Clash, Declared, PoolSpec};
 use sha2::{Digest, Sha256};
 
@@ -25,6 +26,7 @@ pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Re
     let tls = exposure::tls(raw.tls.as_ref(), &source)?;
     let node = node(&raw, &source, overrides)?;
     let gpu = gpu(&raw.gpu, &raw.node, &node, &source)?;
+    let xids = xids(&raw.gpu, &source)?;
     let mut models = models(&raw.models, &source)?;
     let engines = engines(raw.engines, &source)?;
     let mut pools: Vec<Declared> = Vec::new();
@@ -41,7 +43,7 @@ pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Re
         models.roots.extend(root);
         pools.push(pool);
     }
-    Ok(Config { node, auth, tls, gpu, models, engines, pools, source, overrides: overrides.clone() })
+    Ok(Config { node, auth, tls, gpu, xids, models, engines, pools, source, overrides: overrides.clone() })
 }
 
 /// The table in its wire form, however it was written.
@@ -193,6 +195,29 @@ fn gpu(raw: &RawGpu, raw_node: &RawNode, node: &Node, source: &Source) -> Result
             Ok(Gpu::Simulated { topology: path(text, source, At::Key(&at("topology")))? })
         }
     }
+}
+
+fn xids(raw: &RawGpu, source: &Source) -> Result<Option<XidTable>, ConfigError> {
+    let mut table = XidTable::default();
+    for (number, word) in &raw.xid {
+        let at = [Step::Key("gpu"), Step::Key("xid"), Step::Key(number)];
+        let xid = number.parse().map_err(|_| {
+            source
+                .error(At::Key(&at), format!("`{number}` is no XID"))
+                .hinting("write its number, for example 94 = \"restart_engine\"")
+        })?;
+        let action = XidAction::from_code(word).ok_or_else(|| {
+            let words = || XidAction::ALL.iter().map(|action| action.code());
+            source.error(At::Key(&at), format!("`{word}` is nothing that can follow from an XID")).hinting(
+                match similar(word, words()) {
+                    Some(word) => format!("did you mean `{word}`?"),
+                    None => format!("one of {}", words().collect::<Vec<_>>().join(", ")),
+                },
+            )
+        })?;
+        table.overrides.insert(xid, action);
+    }
+    Ok(raw.health_checks.then_some(table))
 }
 
 fn models(raw: &RawModels, source: &Source) -> Result<Models, ConfigError> {

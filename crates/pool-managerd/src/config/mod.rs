@@ -16,6 +16,7 @@ use std::time::Duration;
 pub use error::ConfigError;
 use pool_api::dto::EngineView;
 use pool_api::spec::Defaults;
+use pool_domain::xid::XidTable;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
 pub(crate) use source::{At, Step};
@@ -45,6 +46,8 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// The devices.
     pub gpu: Gpu,
+    /// What follows from errors that the driver reports of devices; `None`: nothing.
+    pub xids: Option<XidTable>,
     /// Where models come from.
     pub models: Models,
     /// Declared engines, the built-in ones included.
@@ -234,7 +237,7 @@ impl Config {
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("auth".into(), self.auth == other.auth);
         compare("tls".into(), self.tls == other.tls);
-        compare("gpu".into(), self.gpu == other.gpu);
+        compare("gpu".into(), self.gpu == other.gpu && self.xids == other.xids);
         compare("models.roots".into(), self.models == other.models);
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
         for name in names {

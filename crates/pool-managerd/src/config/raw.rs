@@ -191,11 +191,18 @@ pub struct RawGpu {
     pub topology: Option<String>,
     /// How long to wait for devices at boot; `forever` for services.
     pub wait: String,
+    /// Whether anything follows from what the driver says of a device: errors (XIDs), memory that cannot be corrected, its
+    /// verdict that it has to be reset. Without it these are counted, and that is all.
+    pub health_checks: bool,
+    /// What follows from an XID, by its number, where NVIDIA's catalogue is not to decide: `ignore`, `restart_engine` (the
+    /// engines on the device start again), `suspect` (nothing new starts there for a while), `drain` (its engines end in
+    /// order, and it waits for a reset), `lost` (its engines end at once).
+    pub xid: BTreeMap<String, String>,
 }
 
 impl Default for RawGpu {
     fn default() -> Self {
-        Self { backend: Backend::Nvml, topology: None, wait: "30s".into() }
+        Self { backend: Backend::Nvml, topology: None, wait: "30s".into(), health_checks: true, xid: BTreeMap::new() }
     }
 }
 

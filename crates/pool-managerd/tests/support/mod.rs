@@ -7,6 +7,8 @@
     reason = "a test outside the daemon has no tokio clock; bounds are wall time"
 )]
 
+pub mod browser;
+pub mod nvml;
 pub mod stream;
 
 use std::fs;
@@ -115,13 +117,28 @@ pub fn request_with(addr: &str, method: &str, path: &str, headers: &str, body: O
     )
     .unwrap();
     let mut text = Vec::new();
-    s.read_to_end(&mut text).unwrap();
+    let mut part = [0; 16 * 1024];
+    // Not every server closes a connection when it is asked to.
+    while !is_whole(&text) {
+        match s.read(&mut part).unwrap() {
+            0 => break,
+            n => text.extend_from_slice(&part[..n]),
+        }
+    }
     let text = String::from_utf8_lossy(&text).into_owned();
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
     let body =
         if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_owned() };
     Answer { status, head: head.to_owned(), body }
+}
+
+/// Whether an answer that says how long it is is there.
+fn is_whole(text: &[u8]) -> bool {
+    let Some(end) = text.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
+    let head = String::from_utf8_lossy(&text[..end]).to_ascii_lowercase();
+    let length = head.lines().find_map(|l| l.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
+    length.is_some_and(|length| text.len() >= end + 4 + length)
 }
 
 fn unchunk(mut text: &str) -> String {
@@ -342,14 +359,18 @@ pub fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
 /// Writes the config with simulated GPUs and a state directory beside it.
 pub fn write_config(dir: &Path, config: &str) -> PathBuf {
     fs::write(dir.join("two-gpus.toml"), gpu_sim::TWO_GPUS).unwrap();
+    write_config_on(dir, "backend = \"simulated\"\ntopology = \"two-gpus.toml\"\n", config)
+}
+
+/// The same with GPUs of one's own.
+pub fn write_config_on(dir: &Path, gpu: &str, config: &str) -> PathBuf {
     let file = dir.join("pool-managerd.toml");
     let node = if config.contains("[node]") {
         String::new()
     } else {
         format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{}\"\n", engine_ports())
     };
-    let text = format!("{node}[gpu]\nbackend = \"simulated\"\ntopology = \"two-gpus.toml\"\n{config}");
-    fs::write(&file, text).unwrap();
+    fs::write(&file, format!("{node}[gpu]\n{gpu}{config}")).unwrap();
     file
 }
 

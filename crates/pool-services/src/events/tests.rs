@@ -22,6 +22,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::Fenced { .. }
         | EventKind::Unfenced
         | EventKind::DeviceSuspected { .. }
+        | EventKind::DeviceIncident { .. }
         | EventKind::DeviceReadmitted { .. }
         | EventKind::EvictionPlanned { .. }
         | EventKind::Evicted { .. }
@@ -42,7 +43,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::StreamEnded { .. } => {}
     }
 }
-const KINDS: usize = 35;
+const KINDS: usize = 36;
 
 /// What no sentence may tell: ids, and whatever a failure's detail may hold.
 const CANARY: &str = "canary";
@@ -64,6 +65,11 @@ fn all() -> Vec<EventKind> {
     }
     for left in [Left::Processes, Left::Memory] {
         all.push(EventKind::Fenced { left });
+    }
+    use pool_domain::xid::XidAction as Follows;
+    for action in [Follows::Ignore, Follows::RestartEngine, Follows::Suspect, Follows::Drain, Follows::Lost] {
+        let verdict = pool_domain::Verdict::RebootNode;
+        all.push(EventKind::DeviceIncident { device: CANARY.into(), xid: 999, action, verdict });
     }
     for outcome in ["done", "cancelled", "engine_failed"] {
         let (request, holder) = (canary(), holder());
