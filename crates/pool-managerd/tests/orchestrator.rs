@@ -128,32 +128,13 @@ fn jobs_whose_engine_dies_are_done_by_the_next_one() {
 /// Two replicas with this many of their two slots taken.
 fn picture(taken: [u32; 2], second_ready: bool) -> PoolSnapshot {
     let replica = |n: u16, active_leases, ready| ReplicaSnapshot {
-        id: ReplicaId(n),
         generation: Generation(1),
         state: if ready { "ready" } else { "starting" },
-        reason_code: "",
-        reason: String::new(),
         live: true,
         ready,
-        draining: false,
-        endpoint: None,
-        pid: None,
-        device_mask: String::new(),
-        engine_version: String::new(),
         slots_total: 2,
         active_leases,
-        restart_count: 0,
-        breaker: "closed",
-        backoff_failures: 0,
-        next_start_in_ms: None,
-        proof: "",
-        first_unit_ms: None,
-        last_error: None,
-        consecutive_failures: 0,
-        last_check_at: None,
-        vram_reserved: 0,
-        context: None,
-        staging: None,
+        ..ReplicaSnapshot::idle(ReplicaId(n))
     };
     PoolSnapshot {
         pool_id: "jobs".parse().unwrap(),
