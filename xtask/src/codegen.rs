@@ -14,6 +14,8 @@ const GENERATORS: &[(&str, &str)] = &[
     ("config-schema", "docs/config.schema.json"),
     ("config-reference", "docs/config.md"),
     ("metrics", "docs/metrics.md"),
+    ("grafana", "deploy/grafana/pool-managerd.json"),
+    ("alerts", "deploy/prometheus/pool-managerd.rules.yml"),
     ("transitions", "docs/lifecycle.md"),
 ];
 

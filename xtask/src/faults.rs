@@ -83,8 +83,8 @@ fn outcome(results: &[(Listed, Outcome)], test: &str) -> Option<Outcome> {
 fn document(results: &[(Listed, Outcome)], findings: &mut Vec<String>) -> String {
     let mut text = "# Faults\n\nWhat goes wrong, what becomes of it, and the test that says so. Written by \
         `cargo xtask faults` from the rows in\n`xtask/src/faults/rows.rs` and from the report of the last run of the \
-        tests: a row whose test did not run and pass fails it.\nNothing here needs a GPU; faults of GPUs come with \
-        issue 6.\n\n| fault | outcome | held by |\n|---|---|---|\n"
+        tests: a row whose test did not run and pass fails it.\nFaults of GPUs are played by the driver \
+        library's stand-in; none of this has run on a real one.\n\n| fault | outcome | held by |\n|---|---|---|\n"
         .to_owned();
     for row in ROWS {
         let held = match row.by {

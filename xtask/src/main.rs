@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool: its output is for people")]
 
+mod browser;
 mod ci;
 mod codegen;
 mod deny;
@@ -41,6 +42,8 @@ enum Command {
         #[arg(long)]
         from_source: bool,
     },
+    /// Install a headless Chromium for the dashboard's tests, where it is missing (Debian, as root).
+    Browser,
     /// Write a tiny random-weight model that llama.cpp really loads.
     TinyGguf {
         /// The file to write.
@@ -99,6 +102,7 @@ enum Command {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Engine { from_source } => engine::run(from_source),
+        Command::Browser => browser::run().map(|_| ()),
         Command::TinyGguf { out, target_mb } => {
             let options = tiny_gguf::Options { target_mb, ..tiny_gguf::Options::default() };
             tiny_gguf::write(&out, &options).map_err(error::io(&out))

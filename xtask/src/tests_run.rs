@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use crate::error::{self, Error, Result};
-use crate::{engine, metadata, process};
+use crate::{browser, engine, metadata, process};
 
 /// The cargo-nextest that CI uses.
 pub(crate) const NEXTEST: &str = "0.9.143";
@@ -22,12 +22,13 @@ pub(crate) fn nextest() -> Result<Command> {
 /// Runs all tests; `args` go to nextest.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     engine::run(false)?;
+    let pages: &[&str] = if browser::run()? { &[] } else { &["--filterset", "not binary(e2e_dashboard)"] };
     process::run(&mut process::cargo(["build", "--package", "pool-managerd", "--bins"]))?;
     without_fault_points()?;
     // Locks of engines, by the name of each state directory: those of tests are none of this machine's.
     let locks = metadata::load()?.target_directory.join("tmp/runtime");
     fs::create_dir_all(&locks).map_err(error::io(&locks))?;
-    process::run(nextest()?.args(["run", "--workspace"]).args(args).env("XDG_RUNTIME_DIR", &locks))?;
+    process::run(nextest()?.args(["run", "--workspace"]).args(pages).args(args).env("XDG_RUNTIME_DIR", &locks))?;
     process::run(process::cargo(["test", "--doc", "--workspace"]).env("XDG_RUNTIME_DIR", &locks))
 }
 

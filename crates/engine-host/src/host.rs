@@ -99,6 +99,16 @@ impl From<Failure> for NotLaunched {
     }
 }
 
+fn dir(runtime_dir: &Path, key: &ReplicaKey, generation: Generation) -> PathBuf {
+    runtime_dir.join(key.to_string()).join(generation.to_string())
+}
+
+/// Where the log of an engine is that a host with this runtime directory launched; the part before it has `.1` appended.
+#[must_use]
+pub fn log_path(runtime_dir: &Path, key: &ReplicaKey, generation: Generation) -> PathBuf {
+    dir(runtime_dir, key, generation).join(ENGINE_LOG)
+}
+
 impl ProcessHost {
     /// A host. Without cgroups, where they are wanted, it warns and goes by process groups and parentage.
     #[must_use]
@@ -128,11 +138,11 @@ impl ProcessHost {
     /// Where the log of a generation is; the part before it has `.1` appended.
     #[must_use]
     pub fn log_path(&self, key: &ReplicaKey, generation: Generation) -> PathBuf {
-        self.dir(key, generation).join(ENGINE_LOG)
+        log_path(&self.options.runtime_dir, key, generation)
     }
 
     fn dir(&self, key: &ReplicaKey, generation: Generation) -> PathBuf {
-        self.options.runtime_dir.join(key.to_string()).join(generation.to_string())
+        dir(&self.options.runtime_dir, key, generation)
     }
 
     fn cgroup(&self, record: &EngineRecord) -> Option<Cgroup> {

@@ -28,7 +28,7 @@ mod users;
 mod vllm;
 
 pub use decl::{EngineDecl, Kind, Mode, StubCommand};
-pub use host::{HostOptions, ProcessHost, ShimCommand};
+pub use host::{HostOptions, ProcessHost, ShimCommand, log_path};
 pub use isolation::{Unkept, can_keep};
 pub use probe::HttpProbe;
 pub use provision::Provisioner;

@@ -470,7 +470,7 @@ async fn vllm_is_told_model_place_and_limits_and_says_how_much_memory_it_takes()
     };
     let engine = provisioner.prepare(&request(&["--gpu-memory-utilization", "0.4"])).await.unwrap();
     let expected = format!(
-        "serve {} --served-model-name m --host 127.0.0.1 --port 4242 --max-num-seqs 3 --max-model-len 1024 \
+        "serve {} --served-model-name m chat --host 127.0.0.1 --port 4242 --max-num-seqs 3 --max-model-len 1024 \
          --gpu-memory-utilization 0.4",
         model.display()
     );

@@ -4,7 +4,7 @@ use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError as Raw;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use pool_domain::device::MigSlice;
-use pool_domain::{DeviceHealth, DeviceSnapshot};
+use pool_domain::{DeviceDetails, DeviceHealth, DeviceSnapshot, Verdict};
 use pool_services::ports::Holder;
 
 /// Memory of a device in bytes.
@@ -28,6 +28,7 @@ pub(crate) struct Reading {
     pub(crate) utilisation: Option<u32>,
     pub(crate) mig: Option<MigSlice>,
     pub(crate) mig_parent: bool,
+    pub(crate) details: DeviceDetails,
 }
 
 /// A device from its reading. Its index is its place in the list and set later.
@@ -37,6 +38,8 @@ pub(crate) fn snapshot(reading: Reading) -> DeviceSnapshot {
         Err(error) => (Memory::default(), health(&error)),
     };
     DeviceSnapshot {
+        verdict: verdict(&health),
+        details: reading.details,
         uuid: reading.uuid,
         index: 0,
         name: reading.name.unwrap_or_else(|| "NVIDIA GPU".to_owned()),
@@ -63,12 +66,27 @@ pub(crate) fn health(error: &Raw) -> DeviceHealth {
     let why = error.to_string();
     match error {
         Raw::GpuLost | Raw::IrqIssue => DeviceHealth::Lost(why),
-        Raw::ResetRequired => DeviceHealth::Suspect(why),
+        Raw::ResetRequired => DeviceHealth::Fenced(format!("the driver says: {why}")),
         Raw::NotSupported | Raw::FunctionNotFound | Raw::FailedToLoadSymbol(_) => {
             DeviceHealth::Unknown("the driver does not tell how much memory it has".to_owned())
         }
         _ => DeviceHealth::Unknown(why),
     }
+}
+
+/// What has to be done about a device that the driver cannot use.
+fn verdict(health: &DeviceHealth) -> Verdict {
+    match health {
+        DeviceHealth::Lost(_) => Verdict::RebootNode,
+        DeviceHealth::Fenced(_) => Verdict::ResetDevice,
+        _ => Verdict::None,
+    }
+}
+
+/// What is left of a device of which every question fails, and of its slices.
+pub(crate) fn failed(before: &[DeviceSnapshot], uuid: &str, error: &Raw) -> Vec<DeviceSnapshot> {
+    let of_it = |d: &&DeviceSnapshot| d.uuid == uuid || d.mig.as_ref().is_some_and(|m| m.parent == uuid);
+    before.iter().filter(of_it).map(|d| with_health(d, health(error))).collect()
 }
 
 /// NVML writes eight domain digits and capitals, everybody else four and none.
@@ -133,8 +151,26 @@ pub(crate) fn all_unknown(devices: &[DeviceSnapshot], why: &str) -> Vec<DeviceSn
         .collect()
 }
 
+/// One device, and its slices, of which no answer comes; whatever is known of the others is old.
+pub(crate) fn one_silent(devices: &[DeviceSnapshot], uuid: &str, why: &str, others: &str) -> Vec<DeviceSnapshot> {
+    let stale = all_unknown(devices, &format!("what is known of it is old: {others}"));
+    let of_it = |d: &DeviceSnapshot| d.uuid == uuid || d.mig.as_ref().is_some_and(|m| m.parent == uuid);
+    let lost = |d: &DeviceSnapshot| matches!(d.health, DeviceHealth::Lost(_));
+    let one = |d: DeviceSnapshot| {
+        if of_it(&d) && !lost(&d) { with_health(&d, DeviceHealth::Unknown(why.to_owned())) } else { d }
+    };
+    stale.into_iter().map(one).collect()
+}
+
+/// Nothing of it counts as free, and nothing it told is told again.
 fn with_health(device: &DeviceSnapshot, health: DeviceHealth) -> DeviceSnapshot {
-    DeviceSnapshot { health, vram_free: 0, utilisation: None, ..device.clone() }
+    let details = DeviceDetails {
+        instance: device.details.instance,
+        peers: device.details.peers.clone(),
+        ..DeviceDetails::default()
+    };
+    let verdict = verdict(&health);
+    DeviceSnapshot { health, verdict, details, vram_free: 0, utilisation: None, ..device.clone() }
 }
 
 /// Who holds memory on a device. One whose bytes the driver does not tell still holds it.
@@ -161,6 +197,7 @@ mod tests {
             utilisation: Some(7),
             mig: None,
             mig_parent: false,
+            details: DeviceDetails::default(),
         }
     }
 
@@ -203,7 +240,7 @@ mod tests {
             (Raw::Timeout, "unknown"),
             (Raw::GpuLost, "lost"),
             (Raw::IrqIssue, "lost"),
-            (Raw::ResetRequired, "suspect"),
+            (Raw::ResetRequired, "fenced"),
         ] {
             let d = bare(error);
             assert_eq!(d.health.code(), code);

@@ -31,6 +31,12 @@ pub enum NvmlError {
 }
 
 impl NvmlError {
+    /// Whether it does not pass by waiting.
+    #[must_use]
+    pub fn is_hopeless(&self) -> bool {
+        matches!(self, Self::LibraryMissing(_) | Self::VersionMismatch)
+    }
+
     /// What a person can do about it.
     #[must_use]
     pub fn hint(&self) -> &'static str {

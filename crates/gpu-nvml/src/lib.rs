@@ -1,89 +1,143 @@
 //! The GPU port over NVML, NVIDIA's driver library.
 //!
 //! NVML calls can block for minutes while a GPU is in trouble. So one thread owns NVML and makes every call, one at a
-//! time; a second watches it and marks the inventory as old when it goes silent; nobody else ever waits on NVML for
-//! longer than [`ANSWER_WITHIN`].
+//! time; a second waits for events; a third watches the first and says of which device it waits for an answer. Nobody
+//! else ever waits on NVML for longer than [`Options::answer_within`]. A library that fails as a whole is closed, once its
+//! last call has returned, and opened again, so that a driver that was loaded anew is found.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod convert;
 mod error;
+mod events;
+mod open;
+mod peers;
+mod raw;
 mod sample;
+mod shared;
+mod watcher;
 mod worker;
 
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_services::ports::{GpuProbe, Inventory, Residency};
+use pool_services::ports::{GpuProbe, Incidents, Inventory, Residency};
 use tokio::sync::{oneshot, watch};
 
 pub use crate::error::NvmlError;
+use crate::shared::Shared;
 use crate::worker::Question;
 
-/// How often the devices are looked at.
-pub const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+/// How NVML is used.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The library; unset: `libnvidia-ml.so.1`, wherever the loader finds it.
+    pub library: Option<PathBuf>,
+    /// How often the devices are looked at.
+    pub sample_every: Duration,
+    /// How long the driver may take about one device before it counts as silent.
+    pub answer_within: Duration,
+    /// How long it may take to initialise every GPU. Without persistence mode that is seconds for each.
+    pub open_within: Duration,
+    /// Between two tries to open it, at first and at most; doubled in between.
+    pub open_again: (Duration, Duration),
+}
 
-/// How long the driver may take before it counts as silent.
-pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            library: None,
+            sample_every: Duration::from_secs(1),
+            answer_within: Duration::from_secs(5),
+            open_within: Duration::from_secs(60),
+            open_again: (Duration::from_secs(1), Duration::from_secs(30)),
+        }
+    }
+}
 
-/// How long the driver may take to initialise every GPU. Without persistence mode that is seconds for each.
-pub const OPEN_WITHIN: Duration = Duration::from_secs(60);
+/// Whether the library is in use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Opening {
+    /// It was never opened so far; why the last try failed, if there was one.
+    Trying(Option<NvmlError>),
+    /// It was opened, and found devices.
+    Done,
+}
 
 /// The GPUs of this node as the driver reports them. Dropping it stops its threads.
 #[derive(Debug)]
 pub struct NvmlGpus {
-    inventory: watch::Sender<Inventory>,
+    shared: Shared,
+    answer_within: Duration,
     // The thread ends when this end of the channel is gone. It is not joined: it may be inside a call that blocks.
     questions: mpsc::Sender<Question>,
 }
 
 impl NvmlGpus {
-    /// Loads the driver library and takes the first inventory. Blocks the calling thread for up to [`OPEN_WITHIN`].
+    /// Starts to open the library, and to look at the devices once that was possible, for as long as this is there. Never
+    /// blocks.
     ///
     /// # Errors
-    /// When there is no usable driver or no GPU; [`NvmlError::hint`] says what to do.
-    pub fn open() -> Result<Self, NvmlError> {
-        let inventory = watch::Sender::new(Inventory::default());
+    /// When its threads cannot be started.
+    pub fn start(options: Options) -> Result<Self, NvmlError> {
+        let shared = Shared::default();
         let (questions, asked) = mpsc::channel();
-        let (opened, open) = mpsc::channel();
-        let published = inventory.clone();
+        let (answer_within, inner, nudge) = (options.answer_within, shared.clone(), questions.clone());
+        let failed = |e: std::io::Error| NvmlError::Other(format!("its thread did not start: {e}"));
+        let (beat, beats) = mpsc::channel();
+        let watched = shared.clone();
+        thread::Builder::new()
+            .name("nvml-watch".to_owned())
+            .spawn(move || watcher::run(&watched, &beats))
+            .map_err(failed)?;
         thread::Builder::new()
             .name("nvml".to_owned())
-            .spawn(move || worker::run(&published, &asked, &opened))
-            .map_err(|e| NvmlError::Other(format!("its thread did not start: {e}")))?;
-        match open.recv_timeout(OPEN_WITHIN) {
-            Ok(result) => result?,
-            Err(mpsc::RecvTimeoutError::Timeout) => return Err(NvmlError::Silent),
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(NvmlError::Other("its thread ended".to_owned()));
-            }
-        }
-        Ok(Self { inventory, questions })
+            .spawn(move || worker::run(&inner, &asked, &beat, &nudge, &options))
+            .map_err(failed)?;
+        Ok(Self { shared, answer_within, questions })
+    }
+
+    /// Whether the library is in use; the receiver is told of every change.
+    #[must_use]
+    pub fn opening(&self) -> watch::Receiver<Opening> {
+        self.shared.opening()
+    }
+}
+
+impl Drop for NvmlGpus {
+    fn drop(&mut self) {
+        // Without its thread there is nothing to end.
+        let _ = self.questions.send(Question::Stop);
     }
 }
 
 #[async_trait]
 impl GpuProbe for NvmlGpus {
     fn inventory(&self) -> watch::Receiver<Inventory> {
-        self.inventory.subscribe()
+        self.shared.inventory()
+    }
+
+    fn incidents(&self) -> watch::Receiver<Incidents> {
+        self.shared.incidents()
     }
 
     async fn residency(&self) -> Residency {
-        ask(&self.questions).await
+        ask(&self.questions, self.answer_within).await
     }
 }
 
-async fn ask(questions: &mpsc::Sender<Question>) -> Residency {
+async fn ask(questions: &mpsc::Sender<Question>, within: Duration) -> Residency {
     let (reply, answer) = oneshot::channel();
-    if questions.send(Question { reply }).is_err() {
+    if questions.send(Question::Residency(reply)).is_err() {
         return Residency::Unknown("the NVML thread ended".to_owned());
     }
-    match tokio::time::timeout(ANSWER_WITHIN, answer).await {
+    match tokio::time::timeout(within, answer).await {
         Ok(Ok(residency)) => residency,
         Ok(Err(_)) => Residency::Unknown("the NVML thread ended".to_owned()),
-        Err(_) => Residency::Unknown(worker::silent()),
+        Err(_) => Residency::Unknown(watcher::silent(within)),
     }
 }
 
@@ -91,26 +145,12 @@ async fn ask(questions: &mpsc::Sender<Question>) -> Residency {
 mod tests {
     use super::*;
 
-    #[test]
-    fn without_the_driver_library_it_says_so_at_once() {
-        match NvmlGpus::open() {
-            // This machine has GPUs.
-            Ok(gpus) => assert!(!gpus.inventory().borrow().devices.is_empty()),
-            Err(error) => {
-                assert!(!error.hint().is_empty());
-                if let NvmlError::LibraryMissing(_) = &error {
-                    assert!(error.hint().contains("install the NVIDIA driver"), "{}", error.hint());
-                    assert!(error.hint().contains("backend = \"simulated\""));
-                }
-            }
-        }
-    }
-
     #[tokio::test(start_paused = true)]
     async fn a_driver_that_never_answers_leaves_residency_unknown() {
         let (questions, asked) = mpsc::channel();
-        assert_eq!(ask(&questions).await, Residency::Unknown(worker::silent()));
+        let within = Duration::from_secs(5);
+        assert_eq!(ask(&questions, within).await, Residency::Unknown(watcher::silent(within)));
         drop(asked);
-        assert!(matches!(ask(&questions).await, Residency::Unknown(why) if why.contains("ended")));
+        assert!(matches!(ask(&questions, within).await, Residency::Unknown(why) if why.contains("ended")));
     }
 }

@@ -1,142 +1,189 @@
-//! The thread that owns NVML, and the one that watches it.
+//! The thread that owns NVML.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
+use std::time::Duration;
 
 use nvml_wrapper::Nvml;
 use pool_services::ports::{Inventory, Residency};
-use tokio::sync::{oneshot, watch};
-use tracing::warn;
+use tokio::sync::oneshot;
 
 use crate::error::NvmlError;
-use crate::{ANSWER_WITHIN, SAMPLE_EVERY, convert, sample};
+use crate::events::{self, Ears};
+use crate::open::open;
+use crate::sample::Sampler;
+use crate::shared::Shared;
+use crate::watcher::{About, Beat, Pulse};
+use crate::{Opening, Options, convert};
 
-/// Who holds memory now?
+/// What is wanted of the thread.
 #[derive(Debug)]
-pub(crate) struct Question {
-    pub(crate) reply: oneshot::Sender<Residency>,
+pub(crate) enum Question {
+    /// Who holds memory now?
+    Residency(oneshot::Sender<Residency>),
+    /// Look at the devices now.
+    Look,
+    /// End.
+    Stop,
 }
 
-/// What is said of a driver that does not answer.
-pub(crate) fn silent() -> String {
-    format!("the NVIDIA driver has not answered for {} s", ANSWER_WITHIN.as_secs())
+/// How the use of the library ended.
+enum Ended {
+    /// Nobody wants it any more.
+    Unwanted,
+    /// It failed as a whole.
+    Failed(NvmlError),
 }
 
-/// Opens NVML, tells how that went, then samples until nobody is left to ask.
+/// Uses the library for as long as somebody wants it, opening it again whenever it failed as a whole.
 pub(crate) fn run(
-    inventory: &watch::Sender<Inventory>,
+    shared: &Shared,
     asked: &Receiver<Question>,
-    opened: &Sender<Result<(), NvmlError>>,
+    beat: &Sender<Beat>,
+    nudge: &Sender<Question>,
+    options: &Options,
 ) {
-    let nvml = match open(inventory) {
-        Ok(nvml) => nvml,
-        Err(error) => {
-            // Whoever opened may have given up waiting.
-            let _ = opened.send(Err(error));
-            return;
-        }
-    };
-    let (alive, heard) = mpsc::channel();
-    let watched = inventory.clone();
-    let watcher = thread::Builder::new().name("nvml-watch".to_owned()).spawn(move || watch(&watched, &heard));
-    if let Err(error) = watcher {
-        let _ = opened.send(Err(NvmlError::Other(format!("its watcher did not start: {error}"))));
-        return;
-    }
-    if opened.send(Ok(())).is_err() {
-        return;
-    }
+    // To initialise every GPU may take long.
+    let opening = Pulse::new(beat, options.open_within);
+    let (first, longest) = options.open_again;
+    let mut pause = first;
     loop {
-        match asked.recv_timeout(SAMPLE_EVERY) {
-            Ok(question) => {
-                // The one who asked may have stopped waiting while a call blocked.
-                if !question.reply.is_closed() {
-                    let _ = question.reply.send(sample::residency(&nvml));
+        opening.calls(About::Driver);
+        let opened = open(options);
+        let error = match opened {
+            Err(error) => error,
+            Ok(nvml) => {
+                let mut session = Session { nvml: &nvml, shared, asked, options, sampler: Sampler::default() };
+                match session.first(&opening) {
+                    Err(error) => error,
+                    Ok(()) => {
+                        shared.set_opening(Opening::Done);
+                        pause = first;
+                        match session.run(beat, nudge) {
+                            Ended::Unwanted => return,
+                            Ended::Failed(error) => error,
+                        }
+                    }
                 }
+                // Here the library is closed, and no call of it is on its way.
             }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
-        }
-        // After an answer too: whoever asks often must not keep the inventory from being renewed.
-        // Copied first: a borrow held during the calls would block the watcher.
-        let before = inventory.borrow().devices.clone();
-        let now = sample::inventory(&nvml, &before);
-        publish(inventory, now);
-        if alive.send(()).is_err() {
+        };
+        opening.rests();
+        shared.set_opening(Opening::Trying(Some(error.clone())));
+        let why = error.to_string();
+        shared.publish(|current| failed(current, &why));
+        if !answer_for(pause, asked, &why) {
             return;
         }
+        pause = (pause * 2).min(longest);
     }
 }
 
-fn open(inventory: &watch::Sender<Inventory>) -> Result<Nvml, NvmlError> {
-    let nvml = Nvml::init()?;
-    if nvml.device_count()? == 0 {
-        return Err(NvmlError::NoDevice);
-    }
-    let first = sample::inventory(&nvml, &[]);
-    if first.devices.is_empty() {
-        // Counted, but every one of them is kept from us.
-        return Err(NvmlError::NoPermission);
-    }
-    publish(inventory, first);
-    Ok(nvml)
+fn failed(current: &Inventory, why: &str) -> Inventory {
+    Inventory { devices: convert::all_unknown(&current.devices, why), problem: Some(why.to_owned()), ..current.clone() }
 }
 
-/// Marks everything as unknown whenever nothing was heard for too long. Ends with the thread it watches.
-fn watch(inventory: &watch::Sender<Inventory>, heard: &Receiver<()>) {
+/// Answers without the library for a time. Says whether anybody still wants it.
+fn answer_for(pause: Duration, asked: &Receiver<Question>, why: &str) -> bool {
+    let began = tokio::time::Instant::now();
     loop {
-        match heard.recv_timeout(ANSWER_WITHIN) {
-            Ok(()) => {}
-            Err(RecvTimeoutError::Timeout) => mark_silent(inventory),
-            Err(RecvTimeoutError::Disconnected) => return,
+        match asked.recv_timeout(pause.saturating_sub(began.elapsed())) {
+            Ok(Question::Residency(reply)) => {
+                // Who asked may have stopped waiting.
+                let _ = reply.send(Residency::Unknown(why.to_owned()));
+            }
+            Ok(Question::Look) => {}
+            Ok(Question::Stop) | Err(RecvTimeoutError::Disconnected) => return false,
+            Err(RecvTimeoutError::Timeout) => return true,
         }
     }
 }
 
-fn mark_silent(inventory: &watch::Sender<Inventory>) {
-    inventory.send_if_modified(|current| {
-        let devices = convert::all_unknown(&current.devices, &silent());
-        let now = Inventory { devices, problem: Some(silent()), ..current.clone() };
-        replace(current, now)
-    });
+/// One use of the library.
+struct Session<'nvml> {
+    nvml: &'nvml Nvml,
+    shared: &'nvml Shared,
+    asked: &'nvml Receiver<Question>,
+    options: &'nvml Options,
+    sampler: Sampler,
 }
 
-fn publish(inventory: &watch::Sender<Inventory>, now: Inventory) {
-    inventory.send_if_modified(|current| replace(current, now));
-}
-
-/// Takes over what is new and says whether anything is; tells of a new problem once.
-fn replace(current: &mut Inventory, now: Inventory) -> bool {
-    if let Some(problem) = now.problem.as_deref().filter(|_| current.problem != now.problem) {
-        warn!(problem, "the GPUs cannot be read");
-    }
-    let changed = *current != now;
-    *current = now;
-    changed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn silence_is_told_and_told_once() {
-        let inventory = watch::Sender::new(Inventory::default());
-        let mut seen = inventory.subscribe();
-        mark_silent(&inventory);
-        assert!(seen.has_changed().unwrap());
-        assert_eq!(seen.borrow_and_update().problem, Some(silent()));
-        mark_silent(&inventory);
-        assert!(!seen.has_changed().unwrap());
+impl<'nvml> Session<'nvml> {
+    /// The first look, which may take as long as the opening.
+    fn first(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
+        self.look(pulse)?;
+        // Counted, but every one of them is kept from us.
+        if self.shared.last().devices.is_empty() { Err(NvmlError::NoPermission) } else { Ok(()) }
     }
 
-    #[test]
-    fn the_watcher_ends_with_the_thread_it_watches() {
-        let inventory = watch::Sender::new(Inventory::default());
-        let (alive, heard) = mpsc::channel();
-        alive.send(()).unwrap();
-        drop(alive);
-        watch(&inventory, &heard);
-        assert_eq!(inventory.borrow().problem, None);
+    fn look(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
+        let before = self.shared.last();
+        let now = self.sampler.inventory(self.nvml, &before.devices, pulse)?;
+        pulse.rests();
+        self.shared.publish(|_| now);
+        Ok(())
+    }
+
+    /// Looks at the devices and answers, until it fails as a whole or nobody wants it any more.
+    fn run(&mut self, beat: &Sender<Beat>, nudge: &Sender<Question>) -> Ended {
+        let (ears, heard) = mpsc::channel();
+        let deaf = AtomicBool::new(true);
+        let (nvml, shared, deaf) = (self.nvml, self.shared, &deaf);
+        let pulse = Pulse::new(beat, self.options.answer_within);
+        // The end waits for the events' thread, which may be inside a wait: the library must outlive both.
+        thread::scope(|scope| {
+            let listening = thread::Builder::new()
+                .name("nvml-events".to_owned())
+                .spawn_scoped(scope, move || events::listen(nvml, &heard, deaf, shared, nudge));
+            if let Err(error) = listening {
+                return Ended::Failed(NvmlError::Other(format!("its thread did not start: {error}")));
+            }
+            let ended = self.rounds(&pulse, &ears, deaf);
+            drop(ears);
+            pulse.calls(About::Driver);
+            ended
+        })
+    }
+
+    fn rounds(&mut self, pulse: &Pulse<'_>, ears: &Sender<Ears<'nvml>>, deaf: &AtomicBool) -> Ended {
+        loop {
+            if let Err(error) = self.hear(pulse, ears, deaf) {
+                deaf.store(true, Ordering::Relaxed);
+                tracing::debug!(%error, "events of the GPUs are not heard");
+            }
+            pulse.rests();
+            let asks = match self.asked.recv_timeout(self.options.sample_every) {
+                // The one who asked may have stopped waiting while a call blocked.
+                Ok(Question::Residency(reply)) => Some(reply).filter(|reply| !reply.is_closed()),
+                Ok(Question::Look) | Err(RecvTimeoutError::Timeout) => None,
+                Ok(Question::Stop) | Err(RecvTimeoutError::Disconnected) => return Ended::Unwanted,
+            };
+            // Before an answer too: whoever asks compares it with the inventory, and must not keep that from being renewed.
+            if let Err(error) = self.look(pulse) {
+                return Ended::Failed(error);
+            }
+            if let Some(reply) = asks {
+                let _ = reply.send(self.sampler.residency(self.nvml, pulse));
+            }
+        }
+    }
+
+    /// Sees to it that every GPU is heard of.
+    fn hear(&mut self, pulse: &Pulse<'_>, ears: &Sender<Ears<'nvml>>, deaf: &AtomicBool) -> Result<(), NvmlError> {
+        let anew = deaf.swap(false, Ordering::Relaxed);
+        if !anew && !self.sampler.changed() {
+            return Ok(());
+        }
+        let gpus = self.sampler.gpus(self.nvml, pulse)?;
+        let each = gpus.iter().map(|(device, uuid)| {
+            pulse.calls(About::Device(uuid.clone()));
+            (device, uuid.as_str())
+        });
+        let new = Ears::new(self.nvml, each)?;
+        tracing::debug!(gpus = new.gpus().count(), "events of the GPUs are heard");
+        // Who listens ends only after this end does.
+        let _ = ears.send(new);
+        Ok(())
     }
 }

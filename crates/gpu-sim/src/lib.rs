@@ -115,7 +115,7 @@ impl Shared {
                 None if current.devices.is_empty() => self.devices.clone(),
                 None => current.devices.clone(),
             };
-            let next = Inventory { simulated: true, driver: None, devices, problem };
+            let next = Inventory { simulated: true, devices, problem, ..Inventory::default() };
             let changed = *current != next;
             *current = next;
             changed

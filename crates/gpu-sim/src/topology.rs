@@ -171,6 +171,8 @@ pub(crate) fn parse(text: &str) -> Result<Vec<DeviceSnapshot>, TopologyError> {
             health: DeviceHealth::Ok,
             mig: None,
             mig_parent: !d.mig.is_empty(),
+            verdict: Default::default(),
+            details: Default::default(),
         };
         devices.push(parent.clone());
         let mut left = parent.vram_total;

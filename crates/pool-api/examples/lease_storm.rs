@@ -10,14 +10,17 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::post;
+use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, LocalAddr, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, History, LogPart, Logs, NodeInfo, router};
+use pool_domain::{Generation, ReplicaKey};
 use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, spec, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Barrier;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 const CALLS: usize = 10_000;
 const REPLICAS: u16 = 16;
@@ -120,8 +123,21 @@ async fn serve(app: Router) -> SocketAddr {
     listener.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener: TcpListener = listener.listen(4096).unwrap();
     let addr = listener.local_addr().unwrap();
-    tokio::spawn(async move { axum::serve(listener, app.into_make_service_with_connect_info::<LocalAddr>()).await });
+    tokio::spawn(server::serve(Door::Tcp(listener, None), app, 2 * CALLS, CancellationToken::new()));
     addr
+}
+
+#[derive(Debug)]
+struct NoLogs;
+
+#[async_trait::async_trait]
+impl Logs for NoLogs {
+    async fn last(&self, _: &ReplicaKey, _: Generation, _: usize) -> LogPart {
+        LogPart::default()
+    }
+    async fn after(&self, _: &ReplicaKey, _: Generation, _: u64) -> LogPart {
+        LogPart::default()
+    }
 }
 
 async fn pool() -> PoolManager {
@@ -170,6 +186,11 @@ async fn main() {
             info: NodeInfo::default(),
             metrics: Arc::new(Metrics::default()),
             flags: Arc::new(Flags::default()),
+            gateway: Gateway::new(Arc::new(manager.clone()), Duration::ZERO),
+            access: Access::Open,
+            feed: History::begin(String::new()).1,
+            logs: Arc::new(NoLogs),
+            closing: CancellationToken::new(),
         };
         let addr = serve(router(Arc::new(state))).await;
         storm_elsewhere(what, addr, body, hold_ms).await;

@@ -1,13 +1,15 @@
 //! `PoolControl` over HTTP. Embedded and remote are one switch.
 
+mod connect;
+mod sse;
+
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, Uri, header};
+use http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use pool_domain::PoolId;
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
@@ -19,9 +21,13 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
+use connect::{Connector, Trust};
+pub use sse::{Follow, SseEvent, SseStream};
+
 use crate::dto::{
-    self, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView, OperationView, PlacementBody,
-    PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, RenewBody, SpecView,
+    self, CapabilitiesView, ConfigReloadView, DrainBody, EmptyBody, Keys, LeaseBody, LeaseView, NodeView,
+    OperationView, PlacementBody, PlacementView, PlanBody, PlanView, PoolView, Problem, ReloadBody, RenewBody,
+    SpecView,
 };
 
 /// Largest answer that is read.
@@ -31,31 +37,81 @@ const ANSWER: Duration = Duration::from_secs(30);
 
 /// A text that is no address of a daemon.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("`{0}` is no address of a daemon: write http://HOST:PORT")]
+#[error(
+    "`{0}` is no address of a daemon: write http://HOST:PORT, unix:/PATH, or https://HOST:PORT with its authorities"
+)]
 pub struct BadBaseUrl(pub String);
+
+/// A text that is no token.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("the token holds what no token holds")]
+pub struct BadToken;
 
 /// A daemon, reached over HTTP.
 #[derive(Debug, Clone)]
 pub struct HttpControl {
     base: String,
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: Client<Connector, Full<Bytes>>,
+    token: Option<HeaderValue>,
 }
 
 impl HttpControl {
-    /// A daemon at `base_url`, for example `http://127.0.0.1:9200`. Nothing is connected yet.
+    /// A daemon at `base_url`: `http://127.0.0.1:9200`, `unix:/run/pool-managerd.sock`, or `https://HOST:PORT` with
+    /// [`Self::trusting`]. Nothing is connected yet.
     ///
     /// # Errors
-    /// When it is not of that form. Only `http` is spoken.
+    /// When it is not of that form.
     pub fn new(base_url: &str) -> Result<Self, BadBaseUrl> {
+        Self::connecting(base_url, None)
+    }
+
+    /// The same, where the daemon proves itself with a certificate that one of these (PEM) stands for.
+    ///
+    /// # Errors
+    /// When the address is none, or the text holds no certificate.
+    pub fn trusting(base_url: &str, authorities: &[u8]) -> Result<Self, BadBaseUrl> {
+        let trust = connect::trust(authorities).ok_or_else(|| BadBaseUrl("the file of authorities".into()))?;
+        Self::connecting(base_url, Some(trust))
+    }
+
+    /// Shows this token with every request.
+    ///
+    /// # Errors
+    /// When it is none: it goes into a header.
+    pub fn with_token(mut self, token: &str) -> Result<Self, BadToken> {
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim())).map_err(|_| BadToken)?;
+        value.set_sensitive(true);
+        self.token = Some(value);
+        Ok(self)
+    }
+
+    fn connecting(base_url: &str, trust: Option<Trust>) -> Result<Self, BadBaseUrl> {
         let bad = || BadBaseUrl(base_url.to_owned());
+        if let Some(path) = base_url.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            if !path.starts_with('/') {
+                return Err(bad());
+            }
+            let connector = Connector::Unix(path.into());
+            return Ok(Self::over(connector, "http://localhost"));
+        }
         let base = base_url.trim_end_matches('/');
         let uri: Uri = base.parse().map_err(|_| bad())?;
         let plain = matches!(uri.path(), "" | "/") && uri.query().is_none();
         let named = uri.authority().is_some_and(|a| !a.as_str().contains('@') && !a.host().is_empty());
-        if uri.scheme_str() != Some("http") || !plain || !named {
+        let connector = match (uri.scheme_str(), trust) {
+            (Some("http"), _) => Connector::tcp(),
+            (Some("https"), Some(trust)) => Connector::tls(trust),
+            _ => return Err(bad()),
+        };
+        if !plain || !named {
             return Err(bad());
         }
-        Ok(Self { base: base.to_owned(), client: Client::builder(TokioExecutor::new()).build_http() })
+        Ok(Self::over(connector, base))
+    }
+
+    fn over(connector: Connector, base: &str) -> Self {
+        Self { base: base.to_owned(), client: Client::builder(TokioExecutor::new()).build(connector), token: None }
     }
 
     fn unreachable(&self, why: &str) -> ControlError {
@@ -76,6 +132,9 @@ impl HttpControl {
         let mut request = Request::builder().method(method).uri(format!("{}{path}", self.base));
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        if let Some(token) = &self.token {
+            request = request.header(header::AUTHORIZATION, token);
         }
         if let Some(revision) = if_match {
             request = request.header(header::IF_MATCH, format!("\"{revision}\""));
@@ -204,6 +263,14 @@ impl HttpControl {
     /// When the daemon is out of reach or refuses.
     pub async fn node_view(&self) -> Result<NodeView, ControlError> {
         self.get("/v1/node", Duration::ZERO, "node").await
+    }
+
+    /// What the node can do, as it came over the wire.
+    ///
+    /// # Errors
+    /// When the daemon is out of reach or refuses.
+    pub async fn capabilities(&self) -> Result<CapabilitiesView, ControlError> {
+        self.get("/v1/capabilities", Duration::ZERO, "capabilities").await
     }
 
     /// The pools as they came over the wire.

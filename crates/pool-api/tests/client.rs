@@ -6,9 +6,9 @@ mod common;
 use std::time::Duration;
 
 use common::{Fake, chat, id, node, operation, state};
-use pool_api::client::HttpControl;
+use pool_api::client::{Follow, HttpControl};
 use pool_api::dto::keys;
-use pool_api::server::{LocalAddr, router};
+use pool_api::server::{self, Door, router};
 use pool_api::spec::{Defaults, PoolIdText, PoolSpec};
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
@@ -17,12 +17,12 @@ use pool_services::control::{LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
     ControlError, Declared, DrainOptions, OperationState, PoolControl, PoolSnapshot, ReloadRequest, Source,
 };
+use tokio_util::sync::CancellationToken;
 
 async fn serve(fake: Fake) -> HttpControl {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let app = router(state(fake)).into_make_service_with_connect_info::<LocalAddr>();
-    tokio::spawn(async move { axum::serve(listener, app).await });
+    tokio::spawn(server::serve(Door::Tcp(listener, None), router(state(fake)), 64, CancellationToken::new()));
     HttpControl::new(&format!("http://{address}/")).unwrap()
 }
 
@@ -138,12 +138,34 @@ async fn nobody_there() {
     assert!(text.contains("does not take connections") && text.contains("serve"), "{text}");
 }
 
+#[tokio::test]
+async fn events_and_logs_are_followed() {
+    let c = serve(Fake::default()).await;
+    let mut past = c.events(&Follow::default(), Some(&id("chat"))).await.unwrap();
+    let event = past.next().await.unwrap().unwrap();
+    assert_eq!((event.id.as_deref(), event.kind.as_str()), (Some("e-1"), "started"));
+    assert_eq!(event.view().unwrap().pool_id, "chat");
+    assert_eq!(past.next().await, Ok(None));
+    let mut lines = c.logs(&id("chat"), None, &Follow { follow: true, tail: Some(1), after: None }).await.unwrap();
+    let mut told = Vec::new();
+    while told.len() < 4 {
+        told.push(lines.next().await.unwrap().unwrap().data);
+    }
+    // The last line there is, and one more with each look.
+    assert_eq!(told, ["chat-r0 7 line 3", "chat-r0 7 line 4", "chat-r0 7 line 5", "chat-r0 7 line 6"]);
+    let unknown = c.logs(&id("none"), None, &Follow::default()).await;
+    assert!(matches!(unknown, Err(ControlError::PoolNotFound(_))));
+    assert_eq!(c.capabilities().await.unwrap().models, ["tiny"]);
+}
+
 #[test]
 fn addresses() {
-    for good in ["http://127.0.0.1:9200", "http://[::1]:9200/", "http://gpu.lan"] {
+    for good in ["http://127.0.0.1:9200", "http://[::1]:9200/", "http://gpu.lan", "unix:/x", "unix:///x"] {
         assert!(HttpControl::new(good).is_ok(), "{good}");
     }
-    for bad in ["", "127.0.0.1:9200", "https://x", "http://", "http://u:p@x", "http://x/y", "http://x?y", "unix:/x"] {
+    for bad in
+        ["", "127.0.0.1:9200", "https://x", "http://", "http://u:p@x", "http://x/y", "http://x?y", "unix:x", "unix:"]
+    {
         assert!(HttpControl::new(bad).is_err(), "{bad}");
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{chat, id, node};
-use pool_api::metrics::{ALL, Metrics};
+use pool_api::metrics::{ALL, GatewayTrip, Metrics};
 use pool_domain::{Failure, FailureClass, Generation, Holder, ReplicaId, ReplicaKey};
 use pool_services::{Event, EventKind, GuardCounts, PoolSnapshot};
 
@@ -42,6 +42,8 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
         m.observe(&Event { key, generation: Generation(1), kind });
     }
+    m.gateway_trip(&id("chat"), "acme", "done", &GatewayTrip { waited: took, first_byte: Some(took), took, bytes: 7 });
+    m.gateway_refused("POOL_SATURATED", "other");
     let guards = GuardCounts { granted: 7, saturated: 2, closed: 1 };
     let text = m.render(&[PoolSnapshot { guards, ..chat() }], &node());
     let mut exposed = BTreeSet::new();

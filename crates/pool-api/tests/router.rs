@@ -15,6 +15,9 @@ use pool_services::ControlError;
 use serde_json::Value;
 use tower::ServiceExt;
 
+const GATEWAY: &[&str] =
+    &["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/rerank"];
+
 const ROUTES: &[(&str, &str)] = &[
     ("GET", "/livez"),
     ("GET", "/readyz"),
@@ -50,6 +53,12 @@ const ROUTES: &[(&str, &str)] = &[
     ("GET", "/v1/operations/op-1"),
     ("GET", "/metrics"),
     ("GET", "/openapi.json"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/capabilities"),
+    ("GET", "/v1/autoscale"),
+    ("GET", "/v1/sd/prometheus"),
+    ("GET", "/v1/events?follow=false"),
+    ("GET", "/v1/pools/chat/logs?tail=3&replica=r1"),
 ];
 
 async fn send(fake: Fake, request: Request<Body>) -> Response {
@@ -144,7 +153,8 @@ async fn every_error_has_its_status_and_code() {
 async fn strangers_are_turned_away_on_every_route_and_method() {
     let methods = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "BREW"];
     let mut paths: Vec<&str> = ROUTES.iter().map(|(_, p)| *p).collect();
-    paths.extend(["/", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
+    paths.extend(GATEWAY);
+    paths.extend(["/", "/dashboard.js", "/nowhere", "/v1/pools/", "/v1/pools/%ff"]);
     for path in paths {
         for method in methods {
             for (hosts, origin) in [
@@ -152,7 +162,10 @@ async fn strangers_are_turned_away_on_every_route_and_method() {
                 (&["localhost.evil.test:9200"], None),
                 (&[], None),
                 (&["localhost", "evil.test"], None),
-                (&["localhost"], Some("http://localhost")),
+                (&["localhost"], Some("http://localhost:9201")),
+                (&["localhost:9200"], Some("http://localhost")),
+                (&["localhost:9200"], Some("http://127.0.0.1:9200")),
+                (&["evil.test"], Some("http://evil.test")),
                 (&["localhost"], Some("null")),
                 (&["localhost"], Some("")),
             ] {
@@ -183,8 +196,50 @@ async fn known_hosts_and_origins_pass() {
         assert_eq!(response.status(), 200, "{host}");
         assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
     }
+    // What a browser says of the daemon's own page.
+    for (host, origin) in [("127.0.0.1:9200", "http://127.0.0.1:9200"), ("gpu.lan", "https://gpu.lan")] {
+        let mut r = request("GET", "/v1/node");
+        r.headers_mut().insert(header::HOST, host.parse().unwrap());
+        r.headers_mut().insert(header::ORIGIN, origin.parse().unwrap());
+        assert_eq!(send(Fake::default(), r).await.status(), 200, "{origin}");
+    }
     let foreign = send(Fake::default(), request("GET", "http://evil.test/v1/node")).await;
     assert_eq!(foreign.status(), 403);
+}
+
+#[tokio::test]
+async fn the_page_may_do_nothing_but_ask_this_daemon() {
+    for (path, kind) in [("/", "text/html"), ("/dashboard.css", "text/css"), ("/dashboard.js", "text/javascript")] {
+        let response = send(Fake::default(), request("GET", path)).await;
+        assert_eq!(response.status(), 200, "{path}");
+        let header = |name: header::HeaderName| response.headers()[name].to_str().unwrap().to_owned();
+        assert!(header(header::CONTENT_TYPE).starts_with(kind), "{path}");
+        let policy = header(header::CONTENT_SECURITY_POLICY);
+        assert!(policy.contains("default-src 'none'") && policy.contains("frame-ancestors 'none'"), "{policy}");
+        assert!(!policy.contains("unsafe"), "{policy}");
+    }
+}
+
+#[tokio::test]
+async fn metrics_come_in_the_format_that_is_accepted() {
+    for (accept, kind, eof) in [
+        (None, "text/plain; version=0.0.4", false),
+        (Some("*/*"), "text/plain; version=0.0.4", false),
+        (
+            Some("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;q=0.2"),
+            "application/openmetrics-text",
+            true,
+        ),
+    ] {
+        let mut r = request("GET", "/metrics");
+        if let Some(accept) = accept {
+            r.headers_mut().insert(header::ACCEPT, accept.parse().unwrap());
+        }
+        let response = send(Fake::default(), r).await;
+        assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(kind), "{accept:?}");
+        let text = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(text.ends_with(b"# EOF\n"), eof, "{accept:?}");
+    }
 }
 
 #[tokio::test]
@@ -256,7 +311,7 @@ async fn good_bodies() {
 
 #[tokio::test]
 async fn unknown_routes_and_methods() {
-    for path in ["/", "/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
+    for path in ["/nowhere", "/v1", "/v1/pools/chat/nothing", "/v1/pools/chat/"] {
         let (s, p) = problem(send(Fake::default(), request("GET", path)).await).await;
         assert_eq!((s, p["code"].as_str().unwrap()), (404, "NOT_FOUND"), "{path}");
     }
@@ -298,6 +353,10 @@ async fn a_pool_on_the_wire() {
         "model_id",
         "device_mask",
         "devices",
+        "vram_total_bytes",
+        "vram_free_bytes",
+        "compute_capability",
+        "workload",
         "slots_total",
         "slots_free",
         "active_leases",
@@ -333,12 +392,14 @@ async fn the_document_names_every_route() {
     assert_eq!(text, pool_api::server::openapi_json());
     let doc: Value = serde_json::from_str(&text).unwrap();
     assert!(doc["openapi"].as_str().unwrap().starts_with("3.1"));
-    for (method, path) in ROUTES {
+    let gateway = GATEWAY.iter().map(|path| ("POST", *path));
+    for (method, path) in ROUTES.iter().copied().chain(gateway) {
         // Two paths of another protocol lead to the same two handlers.
         if path.starts_with("/v2/health") {
             continue;
         }
-        let path = path.split('?').next().unwrap().replace("/chat", "/{id}").replace("/l-1", "/{id}");
+        let path = path.split('?').next().unwrap().replace("/l-1", "/{id}");
+        let path = path.replace("/pools/chat", "/pools/{id}").replace("/models/chat", "/models/{id}");
         let path = path.replace("/op-1", "/{id}").replace("/GPU-51000000-0000-4000-8000-000000000001", "/{uuid}");
         assert!(doc["paths"][&path][method.to_lowercase()].is_object(), "{method} {path}");
     }
@@ -468,4 +529,69 @@ async fn what_cannot_be_declared_has_a_code_and_a_hint() {
         let (status, p) = ask_if(tag, "DELETE", "/v1/pools/chat", "").await;
         assert_eq!((status, p["code"].as_str()), (400, Some("INVALID_PARAMS")), "{tag}: {p}");
     }
+}
+
+async fn text(path: &str, after: Option<&str>) -> (u16, String) {
+    let mut r = request("GET", path);
+    if let Some(after) = after {
+        r.headers_mut().insert("last-event-id", after.parse().unwrap());
+    }
+    let response = send(Fake::default(), r).await;
+    let status = response.status().as_u16();
+    (status, String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().into()).unwrap())
+}
+
+#[tokio::test]
+async fn events_and_logs_are_streams_that_go_on_where_they_were_left() {
+    let (status, all) = text("/v1/events?follow=false", None).await;
+    assert_eq!(status, 200);
+    assert!(all.contains("id: e-1\nevent: started\ndata: {\"event\":\"started\""), "{all}");
+    for (path, after, there, gap) in [
+        ("/v1/events?follow=false&tail=0", None, false, false),
+        ("/v1/events?follow=false&pool_id=other", None, false, false),
+        ("/v1/events?follow=false&pool_id=chat", Some("e-0"), true, false),
+        ("/v1/events?follow=false", Some("e-1"), false, false),
+        ("/v1/events?follow=false", Some("d-1"), true, true),
+    ] {
+        let (status, text) = text(path, after).await;
+        assert_eq!(
+            (status, text.contains("e-1"), text.contains("event: gap")),
+            (200, there, gap),
+            "{path} {after:?}: {text}"
+        );
+    }
+    let (_, log) = text("/v1/pools/chat/logs?tail=2", None).await;
+    assert!(log.contains("id: g7-2\ndata: chat-r0 7 line 2\n\nid: g7-3\n"), "{log}");
+    assert!(!log.contains("line 1") && log.contains("line 3"), "{log}");
+    let (_, rest) = text("/v1/pools/chat/logs?replica=r1", Some("g7-3")).await;
+    assert!(rest.contains("id: g7-4\n") && !rest.contains("g7-3") && !rest.contains("event: generation"), "{rest}");
+    let (_, older) = text("/v1/pools/chat/logs", Some("g6-3")).await;
+    assert!(older.contains("event: generation\ndata: 7") && older.contains("id: g7-1\n"), "{older}");
+    for (path, after, status) in [
+        ("/v1/events?follow=perhaps", None, 400),
+        ("/v1/events?since=1", None, 400),
+        ("/v1/pools/chat/logs?replica=r9", None, 400),
+        ("/v1/pools/chat/logs", Some("nonsense"), 400),
+        ("/v1/pools/none/logs", None, 404),
+    ] {
+        assert_eq!(text(path, after).await.0, status, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn the_node_at_a_glance() {
+    let get = async |path: &str| json(send(Fake::default(), request("GET", path)).await).await;
+    let can = get("/v1/capabilities").await;
+    assert_eq!(
+        (&can["models"][0], &can["slots_total"], &can["max_context"]),
+        (&"tiny".into(), &8.into(), &8192.into())
+    );
+    assert_eq!((&can["workloads"][0], &can["version"]), (&"generate".into(), &"1.2.3".into()));
+    let load = get("/v1/autoscale").await;
+    assert_eq!((&load["pools"]["chat"]["demand"], &load["total"]["utilisation_percent"]), (&4.into(), &25.into()));
+    let targets = get("/v1/sd/prometheus").await;
+    assert_eq!(
+        (&targets[1]["targets"][0], &targets[1]["labels"]["replica_id"]),
+        (&"127.0.0.1:42000".into(), &"r1".into())
+    );
 }

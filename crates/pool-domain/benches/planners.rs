@@ -84,6 +84,8 @@ fn eviction(c: &mut Criterion) {
         health: DeviceHealth::Ok,
         mig: None,
         mig_parent: false,
+        verdict: Default::default(),
+        details: Default::default(),
     };
     let devices: Vec<DeviceSnapshot> = (0..8).map(device).collect();
     let resident = |i: u16| Resident {

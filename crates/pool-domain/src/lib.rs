@@ -6,6 +6,7 @@
 
 pub mod backoff;
 pub mod breaker;
+pub mod charges;
 pub mod device;
 #[cfg(test)]
 mod dice;
@@ -30,16 +31,18 @@ pub mod plan;
 pub mod rank;
 pub mod reconcile;
 pub mod reserve;
+pub mod residency;
 pub mod returned;
 pub mod rollout;
 pub mod room;
 pub mod split;
 pub mod suspicion;
 pub mod tick;
+pub mod xid;
 
 pub use backoff::{Backoff, BackoffPolicy};
 pub use breaker::{BreakerPolicy, BreakerState, CircuitBreaker};
-pub use device::{DeviceHealth, DeviceSnapshot};
+pub use device::{DeviceDetails, DeviceHealth, DeviceSnapshot, Verdict};
 pub use failure::{Failure, FailureClass};
 pub use health::HealthStatus;
 pub use id::{EngineName, Generation, PoolId, ReplicaId, ReplicaKey};

@@ -84,6 +84,8 @@ pub struct Round {
     pub work: Work,
     /// Leases held.
     pub leases: u16,
+    /// Grows with what comes from it for those who hold them, as far as that passes through here.
+    pub flow: u64,
 }
 
 /// What follows from a round.
@@ -126,6 +128,8 @@ enum Motion {
 pub struct Liveness {
     /// The newest signals.
     last: Option<Signals>,
+    /// The flow of the round before.
+    flow: Option<u64>,
     /// When it was last seen to get somewhere, or to have nothing to do.
     moved_at: Tick,
     /// The last canary was not answered; it may occupy a slot still.
@@ -138,13 +142,15 @@ impl Liveness {
     /// Begins to watch at `now`.
     #[must_use]
     pub fn new(now: Tick) -> Self {
-        Self { last: None, moved_at: now, canary_lost: false, declined: 0 }
+        Self { last: None, flow: None, moved_at: now, canary_lost: false, declined: 0 }
     }
 
     /// Takes in the answers of a round that began at `now`.
     pub fn observe(&mut self, round: Round, now: Tick, policy: &HealthPolicy) -> Next {
-        let Round { health, work, leases } = round;
-        let motion = self.motion(&work, leases);
+        let Round { health, work, leases, flow } = round;
+        // What its clients get is seen also where its kind tells nothing of its work.
+        let flows = self.flow.replace(flow).is_some_and(|before| before != flow);
+        let motion = if flows { Motion::Moved } else { self.motion(&work, leases) };
         if !matches!(motion, Motion::Stands | Motion::Unknown) {
             self.moved_at = now;
         }

@@ -9,7 +9,7 @@ use pool_services::{Activation, ControlError, NodeSnapshot};
 
 use crate::config::{self, Config, Gpu, Overrides};
 use crate::exit::{CONFIG, Exit, print};
-use crate::{compose, tables};
+use crate::{access, compose, tables};
 
 /// Checks a config and this machine, and prints what would happen.
 ///
@@ -18,16 +18,19 @@ use crate::{compose, tables};
 pub async fn check(file: Option<&Path>) -> Result<(), Exit> {
     let config = config::load(file, &Overrides::default())?;
     print(&told(&config))?;
+    access::open(&config)?;
     let gpus = compose::open_gpus(&config, false).await?;
     let inventory = gpus.inventory().borrow().clone();
     let node = NodeSnapshot {
         simulated: inventory.simulated,
         driver: inventory.driver.clone(),
+        cuda: inventory.cuda.clone(),
+        xids: Vec::new(),
         devices: inventory.devices.iter().map(|d| (d.clone(), 0)).collect(),
         problem: inventory.problem.clone(),
         events_lost: 0,
     };
-    print(&tables::devices(&node))?;
+    print(&tables::devices(&node, &[]))?;
     // The daemon would wait for them, but who asks wants to know.
     if let Some(absent) = compose::check_masks(&config, &inventory.devices)?.into_iter().next() {
         return Err(absent.into());

@@ -31,8 +31,15 @@ pub enum Command {
     Check(ConfigArgs),
     /// Print what a model needs on the GPUs of this machine, and what would fit instead; starts nothing
     Plan(PlanArgs),
-    /// Print the GPUs of the node
-    Devices(ClientArgs),
+    /// Print the GPUs of the node: memory, who uses it, health, and what to do
+    Devices {
+        /// Print them anew every second until it is interrupted
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
     /// Print the pools, or one of them
     Status {
         /// The pool
@@ -41,6 +48,8 @@ pub enum Command {
         #[command(flatten)]
         client: ClientArgs,
     },
+    /// Watch devices, pools and their countdowns until a key ends it
+    Top(ClientArgs),
     /// Start every engine of a pool, and lift its hold
     Preload(VerbArgs),
     /// Refuse new leases, wait for the running ones, stop, and hold the pool
@@ -92,6 +101,33 @@ pub enum Command {
     Unfence {
         /// UUID, index or PCI bus id
         device: String,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Print what the node can do: engines, models, contexts, slots
+    Capabilities(ClientArgs),
+    /// Print what happened, and with -f what happens
+    Events {
+        /// Only of this pool
+        pool: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
+        /// Whom to ask and how to answer
+        #[command(flatten)]
+        client: ClientArgs,
+    },
+    /// Print what a pool's engine wrote, and with -f what it writes
+    Logs {
+        /// The pool
+        pool: String,
+        /// Of this replica, such as r1; by default the first that is ready
+        #[arg(long, value_name = "REPLICA")]
+        replica: Option<String>,
+        /// How much
+        #[command(flatten)]
+        follow: FollowArgs,
         /// Whom to ask and how to answer
         #[command(flatten)]
         client: ClientArgs,
@@ -208,12 +244,29 @@ pub struct PlanArgs {
 /// Whom to ask and how to answer.
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
-    /// The daemon's API
+    /// The daemon's API: http://HOST:PORT, https://HOST:PORT, or unix:/PATH of its socket
     #[arg(long, value_name = "URL", env = "POOL_MANAGERD_SERVER", default_value = "http://127.0.0.1:9200")]
     pub server: String,
+    /// A file that holds the token to show; without it, POOL_MANAGERD_TOKEN is shown where it is set
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Certificates (PEM) that stand for the daemon's own, for https
+    #[arg(long, value_name = "FILE", env = "POOL_MANAGERD_CA")]
+    pub ca: Option<PathBuf>,
     /// Answer as JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// How much of something that goes on.
+#[derive(Debug, Clone, Args)]
+pub struct FollowArgs {
+    /// Go on with what comes, until it is interrupted
+    #[arg(short, long)]
+    pub follow: bool,
+    /// How much of the past comes first
+    #[arg(short = 'n', long, value_name = "N")]
+    pub tail: Option<usize>,
 }
 
 /// A verb on one pool.
@@ -263,10 +316,15 @@ mod tests {
             "devices --server http://127.0.0.1:1",
             "drain chat --deadline 2s --on-deadline abort",
             "breaker reset chat",
+            "top --server http://127.0.0.1:1",
             "unfence 0",
             "stop chat --no-wait",
             "reload chat --model stub:b --engine-version 4567 --strategy in_place --deadline 5m --on-deadline abort",
             "rollback chat --json",
+            "capabilities --json",
+            "events",
+            "events chat -f -n 5 --json",
+            "logs chat --follow --replica r1 --tail 0",
             "completions bash",
         ] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");

@@ -1,9 +1,10 @@
 //! Commands that ask a daemon over its API.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::Duration;
 
-use pool_api::client::HttpControl;
+use pool_api::client::{BadBaseUrl, HttpControl};
 use pool_api::dto::{OperationView, ReloadBody};
 use pool_api::spec::StrategyText;
 use pool_domain::PoolId;
@@ -15,6 +16,8 @@ use crate::cli::{ClientArgs, OnDeadline, Strategy, VerbArgs};
 use crate::exit::{BUG, Exit, REFUSED, USAGE, print};
 use crate::tables;
 
+/// Where the token to show is looked for.
+const TOKEN: &str = "POOL_MANAGERD_TOKEN";
 /// One look at a long operation.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -75,21 +78,45 @@ impl From<OnDeadline> for lifecycle::OnDeadline {
     }
 }
 
-fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
-    HttpControl::new(&args.server).map_err(|e| Exit::new(USAGE, format!("--server: {e}")))
+pub(crate) fn connect(args: &ClientArgs) -> Result<HttpControl, Exit> {
+    let read = |path: &Path, flag: &str| {
+        std::fs::read(path).map_err(|e| Exit::new(USAGE, format!("{flag} {}: {e}", path.display())))
+    };
+    let wrong = |e: BadBaseUrl| {
+        Exit::new(USAGE, format!("--server: {e}")).hinting("https needs --ca with a file of certificates")
+    };
+    let control = match &args.ca {
+        Some(ca) => HttpControl::trusting(&args.server, &read(ca, "--ca")?).map_err(wrong)?,
+        None => HttpControl::new(&args.server).map_err(wrong)?,
+    };
+    // Never an argument: those are everybody's to see.
+    let token = match &args.token_file {
+        Some(path) => Some(String::from_utf8_lossy(&read(path, "--token-file")?).into_owned()),
+        None => std::env::var(TOKEN).ok(),
+    };
+    // The daemon's own file of tokens will do, too: the first word of its first line.
+    let line =
+        token.as_deref().and_then(|text| text.lines().map(str::trim).find(|l| !l.is_empty() && !l.starts_with('#')));
+    let token = line.and_then(|line| line.split_whitespace().next());
+    match token {
+        Some(token) => control.with_token(token).map_err(|e| Exit::new(USAGE, e.to_string())),
+        None => Ok(control),
+    }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "so that it fits `map_err`")]
-fn refused(error: ControlError) -> Exit {
+pub(crate) fn refused(error: ControlError) -> Exit {
     let exit = Exit::new(REFUSED, error.to_string());
     match error {
         ControlError::PoolNotFound(_) => exit.hinting("`pool-managerd status` lists the pools"),
+        ControlError::Refused { code, .. } if code == "UNAUTHORIZED" => {
+            exit.hinting(format!("set {TOKEN}, or name a file with --token-file"))
+        }
         ControlError::DeviceNotFound(_) => exit.hinting("`pool-managerd devices` lists the devices"),
         _ => exit,
     }
 }
 
-fn pool_id(text: &str) -> Result<PoolId, Exit> {
+pub(crate) fn pool_id(text: &str) -> Result<PoolId, Exit> {
     text.parse().map_err(|e: pool_domain::id::IdError| Exit::new(USAGE, e.to_string()))
 }
 
@@ -97,18 +124,38 @@ fn json(value: &impl Serialize) -> Result<String, Exit> {
     serde_json::to_string_pretty(value).map(|s| s + "\n").map_err(|e| Exit::new(BUG, e.to_string()))
 }
 
-/// `devices`
+/// Between two pictures of the devices.
+const WATCH: Duration = Duration::from_secs(1);
+
+/// `devices`. With `watch` until it is interrupted.
 ///
 /// # Errors
 /// When the daemon is out of reach or refuses.
-pub async fn devices(args: &ClientArgs) -> Result<(), Exit> {
+pub async fn devices(watch: bool, args: &ClientArgs) -> Result<(), Exit> {
     let control = connect(args)?;
-    let text = if args.json {
-        json(&control.node_view().await.map_err(refused)?)?
-    } else {
-        tables::devices(&control.node().await.map_err(refused)?)
-    };
-    print(&text)
+    if args.json {
+        return print(&json(&control.node_view().await.map_err(refused)?)?);
+    }
+    loop {
+        let (node, pools) = (control.node().await.map_err(refused)?, control.pools().await.map_err(refused)?);
+        let text = tables::devices(&node, &pools);
+        if !watch {
+            return print(&text);
+        }
+        // A terminal is cleared; a file gets one picture after the other.
+        let clear = if std::io::stdout().is_terminal() { "\u{1b}[2J\u{1b}[H" } else { "" };
+        print(&format!("{clear}{text}"))?;
+        tokio::time::sleep(WATCH).await;
+    }
+}
+
+/// `capabilities`
+///
+/// # Errors
+/// When the daemon is out of reach or refuses.
+pub async fn capabilities(args: &ClientArgs) -> Result<(), Exit> {
+    let told = connect(args)?.capabilities().await.map_err(refused)?;
+    print(&if args.json { json(&told)? } else { tables::capabilities(&told) })
 }
 
 /// `status`

@@ -9,7 +9,7 @@ use std::time::Duration;
 use engine_host::{
     EngineDecl, HostOptions, HttpProbe, Kind, Mode, ProcessHost, Provisioner, ShimCommand, StubCommand, Unkept,
 };
-use gpu_nvml::{NvmlError, NvmlGpus};
+use gpu_nvml::{NvmlError, NvmlGpus, Opening};
 use gpu_sim::SimulatedGpus;
 use model_store::{Limits, Models, Options};
 use pool_domain::DeviceSnapshot;
@@ -17,7 +17,7 @@ use pool_domain::mask::MaskError;
 use pool_services::ports::GpuProbe;
 use pool_services::{BuildError, Event, PoolManager};
 use state_dir::{StateDir, StateDirError};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::{Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, OnExit};
 use crate::exit::{BUG, CONFIG, Exit, IN_USE, NO_GPU};
@@ -25,8 +25,10 @@ use crate::restore;
 
 /// Most bytes of one engine's log, and again of the part before.
 const LOG_MAX_BYTES: u64 = 16 * 1024 * 1024;
-/// Between two looks for devices at boot.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How long the first answer whether there are devices may take, however short they are waited for.
+const FIRST_ANSWER: Duration = Duration::from_secs(60);
+/// How long devices are waited for where engines of an earlier daemon are to be looked after.
+pub(crate) const GPUS_BESIDE_ENGINES: Duration = Duration::from_secs(5);
 /// No topology is larger.
 const TOPOLOGY_MAX_BYTES: u64 = 1024 * 1024;
 
@@ -52,11 +54,19 @@ pub fn sim_dir(config: &Config) -> Option<PathBuf> {
     }
 }
 
-/// Opens the devices, waiting for them as long as the config says if `patient`. Needs a tokio runtime.
+/// The devices, and what may still be waited for before they are there.
+#[derive(Debug)]
+pub struct Gpus {
+    /// The port over them, which tells why there are none as long as there are none.
+    pub probe: Arc<dyn GpuProbe>,
+    opening: Option<watch::Receiver<Opening>>,
+}
+
+/// Begins to open the devices. Needs a tokio runtime.
 ///
 /// # Errors
-/// Exit 69 when there is no usable GPU, 78 when the topology is none.
-pub async fn open_gpus(config: &Config, patient: bool) -> Result<Arc<dyn GpuProbe>, Exit> {
+/// Exit 78 when the topology is none.
+pub fn begin_gpus(config: &Config) -> Result<Gpus, Exit> {
     match &config.gpu {
         Gpu::Simulated { topology } => {
             let dir = sim_dir(config).unwrap_or_default();
@@ -69,31 +79,79 @@ pub async fn open_gpus(config: &Config, patient: bool) -> Result<Arc<dyn GpuProb
             let mut gpus =
                 SimulatedGpus::from_toml(&text, dir).map_err(|e| wrong(format!("{}: {e}", topology.display())))?;
             gpus.start();
-            Ok(Arc::new(gpus))
+            Ok(Gpus { probe: Arc::new(gpus), opening: None })
         }
-        Gpu::Nvml { wait } => open_nvml(if patient { *wait } else { Some(Duration::ZERO) }).await,
+        Gpu::Nvml { .. } => {
+            let gpus = NvmlGpus::start(gpu_nvml::Options::default()).map_err(|e| Exit::new(BUG, e.to_string()))?;
+            let opening = Some(gpus.opening());
+            Ok(Gpus { probe: Arc::new(gpus), opening })
+        }
     }
 }
 
-async fn open_nvml(wait: Option<Duration>) -> Result<Arc<dyn GpuProbe>, Exit> {
-    let began = tokio::time::Instant::now();
-    let mut told = false;
-    loop {
-        let opened = tokio::task::spawn_blocking(NvmlGpus::open).await;
-        let error = match opened.map_err(|e| Exit::new(BUG, format!("the search for GPUs ended: {e}")))? {
-            Ok(gpus) => return Ok(Arc::new(gpus)),
-            Err(error) => error,
-        };
-        // A library that is missing does not come by waiting, unless somebody said that it will.
-        let hopeless = matches!(error, NvmlError::LibraryMissing(_) | NvmlError::VersionMismatch);
-        if wait.is_some_and(|w| hopeless || began.elapsed() >= w) {
-            return Err(Exit::new(NO_GPU, format!("no usable GPU: {error}")).hinting(error.hint()));
+impl Gpus {
+    /// Waits for devices, for as long as it is told; `None` is for ever.
+    ///
+    /// # Errors
+    /// Exit 69 when there are none by then, or when waiting is pointless.
+    pub async fn wait(&mut self, wait: Option<Duration>) -> Result<(), Exit> {
+        let Some(opening) = &mut self.opening else { return Ok(()) };
+        let began = tokio::time::Instant::now();
+        let mut told = None;
+        loop {
+            let error = match opening.borrow_and_update().clone() {
+                Opening::Done => return Ok(()),
+                Opening::Trying(error) => error,
+            };
+            // The first answer is waited for in any case: to initialise the devices may take long.
+            let until = wait.map(|wait| began + if error.is_some() { wait } else { wait.max(FIRST_ANSWER) });
+            let over = until.is_some_and(|until| until <= tokio::time::Instant::now());
+            match &error {
+                // A library that is missing does not come by waiting, unless somebody said that it will.
+                Some(error) if over || wait.is_some() && error.is_hopeless() => return Err(no_gpu(error)),
+                None if over => return Err(no_gpu(&NvmlError::Silent)),
+                Some(error) if told.as_ref() != Some(error) => {
+                    tracing::warn!(%error, hint = error.hint(), "waiting for GPUs");
+                    told = Some(error.clone());
+                }
+                _ => {}
+            }
+            let in_time = async {
+                match until {
+                    Some(until) => tokio::time::sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                // Its sender lives as long as the port.
+                _ = opening.changed() => {}
+                () = in_time => {}
+            }
         }
-        if !told {
-            tracing::warn!(%error, hint = error.hint(), "waiting for GPUs");
-            told = true;
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+fn no_gpu(error: &NvmlError) -> Exit {
+    Exit::new(NO_GPU, format!("no usable GPU: {error}")).hinting(error.hint())
+}
+
+/// Opens the devices, waiting for them as long as the config says if `patient`. Needs a tokio runtime.
+///
+/// # Errors
+/// Exit 69 when there is no usable GPU, 78 when the topology is none.
+pub async fn open_gpus(config: &Config, patient: bool) -> Result<Arc<dyn GpuProbe>, Exit> {
+    let mut gpus = begin_gpus(config)?;
+    gpus.wait(if patient { gpu_wait(config) } else { Some(Duration::ZERO) }).await?;
+    Ok(gpus.probe)
+}
+
+/// How long devices are waited for at boot; `None` is for ever.
+#[must_use]
+pub fn gpu_wait(config: &Config) -> Option<Duration> {
+    match config.gpu {
+        Gpu::Simulated { .. } => None,
+        Gpu::Nvml { wait, .. } => wait,
     }
 }
 
@@ -223,6 +281,7 @@ pub async fn start(
     let started = PoolManager::builder()
         .min_ready_time(config.node.min_ready_time)
         .gpu(gpus)
+        .xids(config.xids.clone())
         .models(Arc::new(models.clone()))
         .provisioner(Arc::new(provisioner(config)?))
         .host(Arc::new(ProcessHost::new(host)))

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use pool_services::{PoolControl, PoolSnapshot};
+use pool_services::PoolControl;
 
 use crate::config::{self, Overrides};
 use crate::exit::{BUG, Exit, print};
@@ -71,47 +71,37 @@ pub async fn demo(listen: SocketAddr) -> Result<(), Exit> {
 /// Says what runs and what to try, once the first engine serves.
 async fn introduce(started: Started) {
     let Ok(id) = "chat".parse() else { return };
-    let chat = tokio::time::timeout(PATIENCE, async {
+    let served = tokio::time::timeout(PATIENCE, async {
         let mut seen = 0;
-        loop {
-            let pool = started.manager.wait_pool(&id, seen, PATIENCE).await.ok()?;
-            if pool.ready() {
-                return Some(pool);
-            }
+        while let Ok(pool) = started.manager.wait_pool(&id, seen, PATIENCE).await
+            && !pool.ready()
+        {
             seen = pool.snapshot;
         }
     });
-    let chat = chat.await.ok().flatten();
+    // A request would wait for it.
+    let _ = served.await;
     // Nothing to do about a stdout that is gone.
-    let _ = print(&lines(started.addr, chat.as_ref()));
+    let _ = print(&lines(started.addr));
 }
 
-fn lines(addr: SocketAddr, chat: Option<&PoolSnapshot>) -> String {
-    let endpoint = chat.and_then(PoolSnapshot::lead).and_then(|r| r.endpoint.clone());
-    let ask = match endpoint {
-        Some(url) => format!(
-            "  # a chat completion from the engine's own endpoint\n  \
-             curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' \
-             -d '{{\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}],\"max_tokens\":16}}'\n"
-        ),
-        None => format!(
-            "  # the chat engine is not ready yet; its endpoint will stand in\n  curl -s http://{addr}/v1/pools/chat\n"
-        ),
-    };
+fn lines(addr: SocketAddr) -> String {
     format!(
         "
-pool-managerd demo, API on http://{addr}
+pool-managerd demo: open http://{addr}/ in a browser
 
 Two SIMULATED GPUs, and two pools of stub engines (made-up words, no model):
   chat   serves
   flaky  crashes 8 s after it became ready, and is restarted with growing delays until its breaker opens
 
 Try, in another terminal:
-  # how the pools stand
+  # a chat completion, as OpenAI's clients ask for one
+  curl -s http://{addr}/v1/chat/completions -H 'Content-Type: application/json' -d '{{\"model\":\"chat\",\"messages\":[{{\"role\":\"user\",\"content\":\"hello\"}}],\"max_tokens\":16}}'
+  # how the pools stand: once, and live
   pool-managerd status --server http://{addr}
-  curl -s http://{addr}/v1/pools
+  pool-managerd top --server http://{addr}
   curl -s http://{addr}/v1/pools/flaky
-{ask}  # drain the chat pool, and bring it back
+  # drain the chat pool, and bring it back
   curl -s -X POST http://{addr}/v1/pools/chat/drain -H 'Content-Type: application/json' -d '{{\"deadline_ms\":2000}}'
   curl -s -X POST http://{addr}/v1/pools/chat/preload
   # metrics
@@ -137,7 +127,7 @@ mod tests {
 
     #[test]
     fn the_lines_can_be_pasted() {
-        let text = lines("127.0.0.1:9200".parse().unwrap(), None);
-        assert!(text.contains("curl -s http://127.0.0.1:9200/v1/pools\n") && !text.contains("{{"));
+        let text = lines("127.0.0.1:9200".parse().unwrap());
+        assert!(text.contains("curl -s http://127.0.0.1:9200/v1/pools/flaky\n") && !text.contains("{{"));
     }
 }

@@ -65,10 +65,19 @@ impl From<ConfigError> for Exit {
 /// # Errors
 /// Whatever else keeps the text from being written.
 pub fn print(text: &str) -> Result<(), Exit> {
+    is_read(text).map(drop)
+}
+
+/// The same; says whether somebody still reads, for what would go on for ever.
+///
+/// # Errors
+/// Whatever else keeps the text from being written.
+pub fn is_read(text: &str) -> Result<bool, Exit> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Exit::new(BUG, format!("cannot write: {e}"))),
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(e) => Err(Exit::new(BUG, format!("cannot write: {e}"))),
     }
 }
 

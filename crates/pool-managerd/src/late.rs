@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::PoolId;
+use pool_domain::{Generation, Holder, PoolId, ReplicaKey};
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::{
-    ControlError, Declared, DrainOptions, NodeSnapshot, Operation, Placed, PlanReport, PoolControl, PoolManager,
-    PoolSnapshot, ReloadRequest,
+    ControlError, Declared, DrainOptions, EventKind, NodeSnapshot, Operation, Placed, PlanReport, PoolControl,
+    PoolManager, PoolSnapshot, ReloadRequest, Route, Routing,
 };
 use tokio::sync::SetOnce;
 use tokio::time::{Instant, timeout};
@@ -114,5 +114,23 @@ impl PoolControl for LateControl {
     }
     async fn release(&self, lease_id: &str) -> Result<(), ControlError> {
         self.get()?.release(lease_id).await
+    }
+}
+
+#[async_trait]
+impl Routing for LateControl {
+    fn named(&self, model: &str) -> Result<Vec<PoolId>, ControlError> {
+        self.get()?.named(model)
+    }
+    async fn route(&self, pool: &PoolId, wait: Duration, holder: &Holder) -> Result<Route, ControlError> {
+        self.get()?.route(pool, wait, holder).await
+    }
+    async fn follow(&self, lease_id: &str) -> Result<(Lease, Route), ControlError> {
+        self.get()?.follow(lease_id).await
+    }
+    fn tell(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {
+        if let Ok(manager) = self.get() {
+            manager.tell(key, generation, kind);
+        }
     }
 }

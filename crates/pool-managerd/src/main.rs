@@ -7,7 +7,7 @@ use clap::Parser;
 use pool_managerd::cli::{BreakerCommand, Cli, Command};
 use pool_managerd::commands::{self, Verb};
 use pool_managerd::exit::{BUG, Exit, USAGE, print};
-use pool_managerd::{check_command, cli, config, demo, fault, plan_command, serve};
+use pool_managerd::{check_command, cli, config, demo, fault, follow_commands, plan_command, serve, top};
 
 fn main() -> ExitCode {
     // Both must come before the first thread.
@@ -57,8 +57,14 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         Command::Demo { listen } => demo::demo(listen).await,
         Command::Check(args) => check_command::check(args.config.as_deref()).await,
         Command::Plan(args) => plan_command::plan(args).await,
-        Command::Devices(client) => commands::devices(&client).await,
+        Command::Devices { watch, client } => commands::devices(watch, &client).await,
         Command::Status { pool, client } => commands::status(pool.as_deref(), &client).await,
+        Command::Top(client) => top::top(&client).await,
+        Command::Capabilities(client) => commands::capabilities(&client).await,
+        Command::Events { pool, follow, client } => follow_commands::events(pool.as_deref(), &follow, &client).await,
+        Command::Logs { pool, replica, follow, client } => {
+            follow_commands::logs(&pool, replica.as_deref(), &follow, &client).await
+        }
         Command::Preload(args) => commands::verb(Verb::Preload, &args).await,
         Command::Drain { verb, deadline, on_deadline } => {
             commands::verb(Verb::Drain { deadline, on_deadline }, &verb).await

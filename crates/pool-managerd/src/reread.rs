@@ -42,14 +42,22 @@ pub(crate) struct Rereader {
     wishes: mpsc::Receiver<oneshot::Sender<Answer>>,
     /// Rung by SIGHUP. However often it is rung meanwhile, the file is read once more.
     hangup: Arc<Notify>,
+    /// Rung with every reload, for tokens and certificates.
+    renew: Arc<Notify>,
 }
 
 impl Rereader {
-    pub(crate) fn new(config: Config, manager: PoolManager, late: &LateConfig, hangup: Arc<Notify>) -> Self {
+    pub(crate) fn new(
+        config: Config,
+        manager: PoolManager,
+        late: &LateConfig,
+        hangup: Arc<Notify>,
+        renew: Arc<Notify>,
+    ) -> Self {
         let (wish, wishes) = mpsc::channel(QUEUE);
         // Only one is ever made.
         let _ = late.0.set(wish);
-        Self { config, manager, wishes, hangup }
+        Self { config, manager, wishes, hangup, renew }
     }
 
     pub(crate) async fn run(mut self) {
@@ -71,6 +79,7 @@ impl Rereader {
     }
 
     async fn reload(&self) -> Answer {
+        self.renew.notify_one();
         let wanted = match self.wanted().await {
             Ok(wanted) => wanted,
             Err(error) => {

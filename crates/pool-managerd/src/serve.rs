@@ -1,27 +1,38 @@
 //! Runs the daemon from the first log line to an orderly end.
 
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, LocalAddr, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, History, NodeInfo, router};
 use pool_services::PoolManager;
+use pool_services::ports::StateLedger;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, OnExit};
+use crate::config::{Config, OnExit, Profile};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
+use crate::logs::LogFiles;
 use crate::reread::{LateConfig, Rereader};
-use crate::{compose, logging, notify, tell};
+use crate::{access, compose, limits, logging, notify, socket, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Most connections at once, for each way in.
+const CONNECTIONS: usize = 16_384;
+
+/// The same for probes.
+const PROBES: usize = 64;
 
 /// A daemon that has started.
 #[derive(Debug, Clone)]
@@ -40,24 +51,49 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let mut signals = Signals::listen()?;
     logging::start(config.node.log)?;
     let state = compose::open_state(&config)?;
-    let (listener, addr) = bind(&config).await?;
-    let app = app(&config);
+    let keys = access::open(&config)?;
+    let (listener, addr) = bind(config.node.listen).await?;
     let closing = CancellationToken::new();
-    let api = tokio::spawn(serve_api(listener, Arc::clone(&app.state), closing.clone()));
+    let app = app(&config, keys.access, state.runtime_dir(), closing.clone());
+    let mut doors = vec![Door::Tcp(listener, keys.tls)];
+    doors.extend(socket::bind(&config)?);
+    warn_of_exposure(&config);
+    if let Some(wish) = config.node.probe_listen {
+        let (listener, addr) = bind(wish).await?;
+        tracing::info!(%addr, "probes are answered");
+        let probes = server::probes(Arc::clone(&app.state));
+        tokio::spawn(server::serve(Door::Tcp(listener, None), probes, PROBES, closing.clone()));
+    }
+    let api = tokio::spawn(serve_api(doors, Arc::clone(&app.state), closing.clone()));
+    let renew = Arc::new(Notify::new());
+    tokio::spawn(keys.keeper.run(Arc::clone(&renew)));
     tracing::info!(%addr, version = env!("CARGO_PKG_VERSION"), profile = config.node.profile.code(), "the API listens");
 
-    let gpus = tokio::select! {
-        gpus = compose::open_gpus(&config, true) => gpus?,
+    let mut gpus = compose::begin_gpus(&config)?;
+    // Engines of an earlier daemon do not wait for devices that may be long in coming, and are never left alone.
+    let left = state.recorded().await.len();
+    let wait = if left == 0 { compose::gpu_wait(&config) } else { Some(compose::GPUS_BESIDE_ENGINES) };
+    tokio::select! {
+        biased;
+        found = gpus.wait(wait) => match found {
+            Err(exit) if left == 0 => return Err(exit),
+            Err(exit) => {
+                tracing::warn!(why = exit.message, engines = left, "engines of an earlier daemon are looked after all the same");
+            }
+            Ok(()) => {}
+        },
         name = signals.stop() => {
             tracing::info!(signal = name, "stopping before the GPUs were found");
             return Ok(());
         }
-    };
+    }
+    let gpus = gpus.probe;
     let inventory = gpus.inventory().borrow().clone();
     compose::check_masks_patiently(&config, &inventory.devices)?;
     compose::check_isolation(&config)?;
     let (manager, events) = compose::start(&config, state, gpus).await?;
-    let told = tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), config.node.log));
+    let told =
+        tokio::spawn(tell::run(events, manager.specs(), Arc::clone(&app.state.metrics), app.history, config.node.log));
     app.late.set(manager.clone());
     app.state.flags.set_started();
     app.state.flags.set_accepting(true);
@@ -65,7 +101,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
         tracing::warn!("the GPUs are SIMULATED: nothing computes on them");
     }
     tracing::info!(devices = inventory.devices.len(), pools = config.pools.len(), "started");
-    let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups));
+    let rereader = Rereader::new(config.clone(), manager.clone(), &app.config, Arc::clone(&signals.hangups), renew);
     let rereader = tokio::spawn(rereader.run());
     notify::ready(config.pools.len(), inventory.devices.len());
     let watchdog = CancellationToken::new();
@@ -90,7 +126,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     closing.cancel();
     finish(api).await;
     // The last events are told, too: without senders their channel ends.
-    drop((manager, app));
+    drop((manager, app.state, app.late, app.config));
     finish(told).await;
     if broken {
         Err(Exit::new(BUG, "the daemon met a bug and stopped what it could").hinting("the log has the details"))
@@ -110,8 +146,7 @@ async fn end(manager: &PoolManager, on_exit: OnExit, deadline: Duration) -> bool
     }
 }
 
-async fn bind(config: &Config) -> Result<(TcpListener, SocketAddr), Exit> {
-    let wish = config.node.listen;
+async fn bind(wish: SocketAddr) -> Result<(TcpListener, SocketAddr), Exit> {
     let failed = |e: std::io::Error| {
         Exit::new(CONFIG, format!("cannot listen on {wish}: {e}"))
             .hinting("choose another address with --listen, for example 127.0.0.1:0 for any free port")
@@ -125,9 +160,12 @@ struct App {
     state: Arc<AppState>,
     late: Arc<LateControl>,
     config: Arc<LateConfig>,
+    history: History,
 }
 
-fn app(config: &Config) -> App {
+fn app(config: &Config, access: Access, runtime_dir: PathBuf, closing: CancellationToken) -> App {
+    let (history, feed) = History::begin(format!("{:08x}", RandomState::new().hash_one(std::process::id()) >> 32));
+
     let (late, reread) = (Arc::new(LateControl::default()), Arc::new(LateConfig::default()));
     let state = Arc::new(AppState {
         control: Arc::clone(&late) as Arc<_>,
@@ -137,19 +175,40 @@ fn app(config: &Config) -> App {
             hosts: config.node.hosts.clone(),
             origins: config.node.origins.clone(),
             defaults: config.defaults(),
+            engines: config.engines.iter().map(|(name, engine)| engine.view(name)).collect(),
         },
         config: Some(Arc::clone(&reread) as _),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(Flags::default()),
+        gateway: Gateway::new(Arc::clone(&late) as Arc<_>, config.node.gateway_wait),
+        access,
+        feed,
+        logs: Arc::new(LogFiles { runtime_dir }),
+        closing,
     });
-    App { state, late, config: reread }
+    App { state, late, config: reread, history }
 }
 
-async fn serve_api(listener: TcpListener, state: Arc<AppState>, closing: CancellationToken) {
-    let service = router(state).into_make_service_with_connect_info::<LocalAddr>();
-    if let Err(error) = axum::serve(listener, service).with_graceful_shutdown(closing.cancelled_owned()).await {
-        tracing::error!(%error, "the API ended");
+/// Said at every start: it must not be forgotten.
+fn warn_of_exposure(config: &Config) {
+    let beyond = !config.node.listen.ip().is_loopback();
+    let listen = config.node.listen;
+    if config.node.insecure && config.auth.is_none() && (beyond || config.node.profile == Profile::Cloud) {
+        tracing::warn!(%listen, "INSECURE: everyone who reaches the API can do everything, because [node] insecure is true");
     }
+    if beyond && config.tls.is_none() {
+        tracing::warn!(%listen, "INSECURE: requests, answers and tokens cross the network for everybody to read");
+    }
+}
+
+async fn serve_api(doors: Vec<Door>, state: Arc<AppState>, closing: CancellationToken) {
+    let router = router(state);
+    let most = limits::connections(CONNECTIONS);
+    let mut open = JoinSet::new();
+    for door in doors {
+        open.spawn(server::serve(door, router.clone(), most, closing.clone()));
+    }
+    open.join_all().await;
 }
 
 async fn finish(mut task: JoinHandle<()>) {

@@ -3,6 +3,8 @@
 use bytesize::ByteSize;
 use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
+use pool_api::dto::CapabilitiesView;
+use pool_domain::DeviceSnapshot;
 use pool_services::{NodeSnapshot, Operation, OperationState, PlanReport, PoolSnapshot, ReplicaSnapshot};
 
 fn table(header: &[&str]) -> Table {
@@ -43,6 +45,29 @@ pub fn pools(pools: &[PoolSnapshot]) -> String {
         ]);
     }
     done(&t)
+}
+
+/// What a node can do.
+#[must_use]
+pub fn capabilities(c: &CapabilitiesView) -> String {
+    let mut engines = table(&["ENGINE", "KIND", "MODE", "VERSIONS HERE"]);
+    for e in &c.engines {
+        engines.add_row([e.name.clone(), e.kind.clone(), e.mode.clone(), e.versions.join(", ")]);
+    }
+    let mut pools = table(&["POOL", "WORKLOAD", "MODEL", "QUANTIZATION", "CONTEXT", "SLOTS", "NAMES"]);
+    for p in &c.pools {
+        pools.add_row([
+            p.pool_id.clone(),
+            p.workload.clone(),
+            p.model_id.clone(),
+            p.quantization.clone().unwrap_or_default(),
+            p.context.map(|c| c.to_string()).unwrap_or_default(),
+            p.slots_total.to_string(),
+            p.aliases.join(", "),
+        ]);
+    }
+    let pools = if c.pools.is_empty() { "no pools\n".to_owned() } else { done(&pools) };
+    format!("{}\n{pools}", done(&engines))
 }
 
 /// A plan: what each device would hold, and what would change that.
@@ -133,12 +158,38 @@ pub fn pool(p: &PoolSnapshot) -> String {
     out
 }
 
-/// The devices.
+/// Characters of a bar.
+const BAR: u64 = 20;
+
+/// How much of a whole is used, as a person sees it at a glance.
+fn bar(used: u64, whole: u64) -> String {
+    let full = if whole == 0 { 0 } else { (u128::from(used) * u128::from(BAR)).div_ceil(u128::from(whole)) };
+    let full = usize::try_from(full).unwrap_or(usize::MAX).min(BAR as usize);
+    format!("[{}{}]", "#".repeat(full), ".".repeat(BAR as usize - full))
+}
+
+/// Who uses a device: pools, then processes of others.
+fn users(d: &DeviceSnapshot, pools: &[PoolSnapshot]) -> String {
+    let on = |r: &ReplicaSnapshot| r.vram_reserved > 0 && r.device_mask.split(',').any(|uuid| uuid == d.uuid);
+    let ours = pools.iter().filter(|p| p.replicas.iter().any(on)).map(|p| p.pool_id.to_string());
+    let others = d.details.processes.iter().filter(|p| !p.ours).map(|p| {
+        let name = p.name.as_deref().unwrap_or("a process");
+        format!("{name} ({}, {})", p.pid, size(p.bytes))
+    });
+    let all: Vec<String> = ours.chain(others).collect();
+    if all.is_empty() { "-".into() } else { all.join(", ") }
+}
+
+/// The devices: a line each, and what is wrong with whom and what to do.
 #[must_use]
-pub fn devices(node: &NodeSnapshot) -> String {
+pub fn devices(node: &NodeSnapshot, pools: &[PoolSnapshot]) -> String {
     let mut out = String::new();
     if node.simulated {
         out.push_str("These GPUs are SIMULATED: nothing computes on them.\n");
+    }
+    if let Some(driver) = &node.driver {
+        let cuda = node.cuda.as_ref().map_or_else(String::new, |cuda| format!(", CUDA {cuda}"));
+        out.push_str(&format!("driver {driver}{cuda}\n"));
     }
     if let Some(problem) = &node.problem {
         out.push_str(&format!("problem: {problem}\n"));
@@ -147,22 +198,40 @@ pub fn devices(node: &NodeSnapshot) -> String {
         out.push_str("no devices\n");
         return out;
     }
-    let mut t = table(&["INDEX", "UUID", "NAME", "TOTAL", "USED", "FREE", "RESERVED", "CC", "HEALTH"]);
+    let mut t = table(&[
+        "GPU", "NAME", "VRAM", "USED", "TOTAL", "PROMISED", "UTIL", "TEMP", "POWER", "HEALTH", "USED BY", "UUID",
+    ]);
+    let shown = |n: Option<u32>, unit: &str| n.map_or_else(|| "-".into(), |n| format!("{n} {unit}"));
     for (d, reserved) in &node.devices {
         t.add_row([
-            d.mig.as_ref().map_or_else(|| d.index.to_string(), |m| format!("{}:{}", d.index, m.index)),
-            d.uuid.clone(),
+            index(d),
             d.name.clone(),
-            size(d.vram_total),
+            bar(d.vram_used.max(*reserved), d.vram_total),
             size(d.vram_used),
-            size(d.vram_free),
+            size(d.vram_total),
             size(*reserved),
-            d.compute_capability.map_or_else(|| "-".into(), |(a, b)| format!("{a}.{b}")),
-            d.health.to_string(),
+            shown(d.utilisation, "%"),
+            shown(d.details.temperature, "C"),
+            shown(d.details.power.map(|p| p / 1_000), "W"),
+            d.health.code().to_owned(),
+            users(d, pools),
+            d.uuid.clone(),
         ]);
     }
     out.push_str(&done(&t));
+    for (d, _) in &node.devices {
+        let advice = d.verdict.advice();
+        if !d.health.admits() || !advice.is_empty() {
+            let todo = if advice.is_empty() { String::new() } else { format!(" - {advice}") };
+            out.push_str(&format!("GPU {} is {}{todo}\n", index(d), d.health));
+        }
+    }
     out
+}
+
+/// As masks write it.
+fn index(d: &DeviceSnapshot) -> String {
+    d.mig.as_ref().map_or_else(|| d.index.to_string(), |m| format!("{}:{}", d.index, m.index))
 }
 
 /// An operation in one line.
@@ -181,8 +250,13 @@ mod tests {
 
     #[test]
     fn nothing_is_said_plainly() {
+        assert_eq!((bar(0, 0), bar(1, 24 << 30)), (format!("[{}]", ".".repeat(20)), format!("[#{}]", ".".repeat(19))));
+        assert_eq!(
+            (bar(12, 24), bar(99, 24)),
+            (format!("[{}{}]", "#".repeat(10), ".".repeat(10)), format!("[{}]", "#".repeat(20)))
+        );
         assert_eq!(pools(&[]), "no pools\n");
         let node = NodeSnapshot { simulated: true, ..NodeSnapshot::default() };
-        assert!(devices(&node).contains("SIMULATED"));
+        assert!(devices(&node, &[]).contains("SIMULATED"));
     }
 }

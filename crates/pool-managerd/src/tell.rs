@@ -1,64 +1,67 @@
-//! Events become log lines and metrics. One event is the source of both, so they cannot disagree.
+//! Events become log lines, metrics, and the stream that clients listen to. One event is the source of all, so they cannot
+//! disagree.
 
 use std::sync::Arc;
 
+use pool_api::dto::EventView;
 use pool_api::metrics::Metrics;
-use pool_services::{Event, EventKind, PoolSpec, Specs};
+use pool_api::server::History;
+use pool_services::{Clock, Event, EventKind, Specs};
 use tokio::sync::mpsc;
 
 use crate::config::LogFormat;
 
 /// Takes events until there are no more.
-pub(crate) async fn run(mut events: mpsc::Receiver<Event>, pools: Specs, metrics: Arc<Metrics>, format: LogFormat) {
-    while let Some(event) = events.recv().await {
+pub(crate) async fn run(
+    mut events: mpsc::Receiver<Event>,
+    pools: Specs,
+    metrics: Arc<Metrics>,
+    mut history: History,
+    format: LogFormat,
+) {
+    let clock = Clock::starting_at(0);
+    loop {
+        let event = tokio::select! {
+            biased;
+            event = events.recv() => event,
+            () = history.attend() => continue,
+        };
+        let Some(event) = event else { return };
         metrics.observe(&event);
-        log(&event, pools.of(&event.key.pool).as_deref(), format);
+        let view = EventView::new(&event, pools.of(&event.key.pool).as_deref(), clock.wall());
+        log(&event, &view, format);
+        history.push(&view, event.holder().is_some());
     }
 }
 
-fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
-    let sentence = event.human();
+fn log(event: &Event, view: &EventView, format: LogFormat) {
+    let sentence = view.human.as_str();
     // In the log for people the sentence is the message; programs find it under its name too.
-    let human = (format == LogFormat::Json).then_some(sentence.as_str());
-    let (backoff_ms, failure) = match &event.kind {
-        EventKind::RestartPlanned { delay, failure, .. } => (Some(*delay), Some(failure)),
-        EventKind::BreakerOpened { pause: delay } | EventKind::StartDelayed { delay } => (Some(*delay), None),
-        EventKind::EngineFailed { failure, .. } => (None, Some(failure)),
-        _ => (None, None),
-    };
-    let device = match &event.kind {
-        EventKind::DeviceSuspected { device } | EventKind::DeviceReadmitted { device } => Some(device.as_str()),
-        _ => None,
-    };
-    let backoff_ms = backoff_ms.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
-    let last_error = failure.map(ToString::to_string);
-    let engine = spec.map(|s| s.engine.as_str());
-    let model_id = spec.map(|s| s.model.model_id());
-    let replica = event.key.replica.to_string();
-    let holder = event.holder();
-    let job_id = holder.and_then(|h| h.job_id.as_deref());
-    let session_id = holder.and_then(|h| h.session_id.as_deref());
-    let tenant_id = holder.and_then(|h| h.tenant_id.as_deref());
-    let queue_position = match event.kind {
-        EventKind::LeaseQueued { position, .. } => Some(position),
-        _ => None,
-    };
+    let human = (format == LogFormat::Json).then_some(sentence);
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
-                event = event.code(),
-                pool_id = event.key.pool.as_str(),
-                replica_id = replica.as_str(),
-                generation = event.generation.0,
-                engine,
-                model_id,
-                device,
-                backoff_ms,
-                last_error,
-                job_id,
-                session_id,
-                tenant_id,
-                queue_position,
+                event = view.event,
+                pool_id = view.pool_id,
+                replica_id = view.replica_id,
+                generation = view.generation,
+                engine = view.engine,
+                engine_version = view.engine_version,
+                model_id = view.model_id,
+                device = view.device,
+                xid = view.xid,
+                verdict = view.verdict,
+                backoff_ms = view.backoff_ms,
+                last_error = view.last_error,
+                job_id = view.job_id,
+                session_id = view.session_id,
+                tenant_id = view.tenant_id,
+                queue_position = view.queue_position,
+                correlation_id = view.correlation_id,
+                outcome = view.outcome,
+                took_ms = view.took_ms,
+                first_byte_ms = view.first_byte_ms,
+                bytes_out = view.bytes_out,
                 human,
                 "{sentence}"
             )
@@ -69,12 +72,16 @@ fn log(event: &Event, spec: Option<&PoolSpec>, format: LogFormat) {
         | EventKind::BreakerOpened { .. }
         | EventKind::Fenced { .. }
         | EventKind::DeviceSuspected { .. }
-        | EventKind::LeaseRefused { .. } => line!(warn),
+        | EventKind::DeviceIncident { .. }
+        | EventKind::LeaseRefused { .. }
+        | EventKind::StreamEnded { outcome: "engine_failed", .. } => line!(warn),
         EventKind::StateChanged { .. }
         | EventKind::LeaseGranted { .. }
         | EventKind::LeaseQueued { .. }
         | EventKind::LeaseReleased { .. }
-        | EventKind::LeaseRenewed { .. } => line!(debug),
+        | EventKind::LeaseRenewed { .. }
+        | EventKind::StreamStarted { .. }
+        | EventKind::StreamEnded { .. } => line!(debug),
         _ => line!(info),
     }
 }

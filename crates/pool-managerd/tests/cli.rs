@@ -145,11 +145,11 @@ fn check_tells_of_what_could_never_start() {
 
 #[test]
 fn without_the_driver_library_it_is_69() {
-    if !matches!(gpu_nvml::NvmlGpus::open(), Err(gpu_nvml::NvmlError::LibraryMissing(_))) {
-        return; // This machine has the library.
-    }
-    let (_dir, file) = site(NODE);
-    let output = serve(&file);
+    let (dir, file) = site(NODE);
+    // Also where this machine has the library: what is found first is none.
+    std::fs::write(dir.path().join("libnvidia-ml.so.1"), "no library").unwrap();
+    let serve = program().env("LD_LIBRARY_PATH", dir.path()).args(["serve", "--config"]).arg(&file).output();
+    let output = serve.unwrap();
     assert_eq!(code(&output), Some(69), "{}", stderr(&output));
     let text = stderr(&output);
     assert!(text.contains("libnvidia-ml.so.1") && text.contains("\nhint: install the NVIDIA driver"), "{text}");
@@ -221,6 +221,13 @@ fn an_address_that_is_taken_is_78() {
     let output = run(&["serve", "--config", file.to_str().unwrap(), "--listen", &addr]);
     assert_eq!(code(&output), Some(78), "{}", stderr(&output));
     assert!(stderr(&output).contains("hint: choose another address with --listen"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_live_view_without_a_terminal_is_64() {
+    let top = run(&["top"]);
+    assert_eq!(code(&top), Some(64));
+    assert!(stderr(&top).contains("needs a terminal") && stderr(&top).contains("hint: "), "{}", stderr(&top));
 }
 
 #[test]

@@ -62,10 +62,10 @@ fn profiles_set_defaults_only() {
     let pools = "[[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"stub\"\n[[pool]]\nid = \"b\"\nmodel = \"stub:b\"\nengine = \"stub\"\nactivation = \"on_demand\"\n";
     let home = load(pools.as_bytes()).unwrap();
     assert_eq!((home.pools[0].spec.activation, home.node.log), (Activation::OnDemand, LogFormat::Pretty));
-    let cloud = load(format!("[node]\nprofile = \"cloud\"\n{pools}").as_bytes()).unwrap();
+    let cloud = load(format!("[node]\nprofile = \"cloud\"\n[auth]\n{pools}").as_bytes()).unwrap();
     assert_eq!((cloud.pools[0].spec.activation, cloud.node.log), (Activation::Preload, LogFormat::Json));
     assert_eq!(cloud.pools[1].spec.activation, Activation::OnDemand);
-    let quiet = load(b"[node]\nprofile = \"cloud\"\nlog = \"pretty\"\n").unwrap();
+    let quiet = load(b"[node]\nprofile = \"cloud\"\nlog = \"pretty\"\ninsecure = true\n").unwrap();
     assert_eq!(quiet.node.log, LogFormat::Pretty);
 }
 
@@ -174,13 +174,19 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
     ("[node]\nprofile = \"clod\"\n", 2, "node.profile", "unknown variant `clod`", "did you mean `cloud`?"),
     ("[node]\nlisten = \"localhost\"\n", 2, "node.listen", "no address with a port", "127.0.0.1:9200"),
     ("[node]\nlisten = \"0.0.0.0:9200\"\n", 2, "node.listen", "not loopback", "insecure = true"),
+    ("[node]\nlisten = \"0.0.0.0:9200\"\n[auth]\n[gpu]\n", 2, "node.listen", "for everybody to read", "add [tls]"),
     (
-        "[node]\nlisten = \"0.0.0.0:9200\"\ninsecure = true\nprofile = \"cloud\"\n",
+        "[node]\nlisten = \"[::]:9200\"\n[tls]\ncert = \"c\"\nkey = \"k\"\n",
         2,
         "node.listen",
-        "cloud profile requires tokens",
-        "127.0.0.1",
+        "could do everything",
+        "add [auth]",
     ),
+    ("[node]\nprofile = \"cloud\"\n", 2, "node.profile", "cloud profile requires tokens", "add [auth]"),
+    ("[auth]\ntoken_file = \"t\"\n", 2, "auth.token_file", "unknown", "tokens_file"),
+    ("[auth]\ntokens_file = \"\"\n", 2, "auth.tokens_file", "empty", ""),
+    ("[auth]\ntokens_env = \"A=B\"\n", 2, "auth.tokens_env", "no name", ""),
+    ("[tls]\ncert = \"t\"\n", 1, "tls", "missing field `key`", ""),
     ("[node]\nlisten = 9200\n", 2, "node.listen", "invalid type", ""),
     ("[node]\nengine_listen = \"0.0.0.0\"\n", 2, "node.engine_listen", "API keys", ""),
     ("[node]\nengine_ports = \"80-90\"\n", 2, "node.engine_ports", "below 1024", "42000-42999"),
@@ -192,8 +198,6 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
     ("[node]\nmax_lease_ttl = \"1y\"\n", 2, "node.max_lease_ttl", "outside", "1h"),
     ("[node]\nshutdown_deadline = \"-5s\"\n", 2, "node.shutdown_deadline", "no duration", "30s"),
     ("[node]\nstate_dir = \"\"\n", 2, "node.state_dir", "empty", ""),
-    ("[auth]\ntokens_file = \"t\"\n", 1, "auth", "not supported yet", "loopback"),
-    ("[tls]\ncert = \"t\"\n", 1, "tls", "not supported yet", "loopback"),
     ("[gpu]\nbackend = \"simulated\"\n", 2, "gpu.backend", "need a topology", "two-gpus.toml"),
     (
         "[gpu]\nbackend = \"simulated\"\ntopology = \"t\"\n[node]\nlisten = \"10.0.0.1:1\"\ninsecure = true\n",
@@ -203,7 +207,7 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
         "",
     ),
     (
-        "[gpu]\nbackend = \"simulated\"\ntopology = \"t\"\n[node]\nprofile = \"cloud\"\n",
+        "[gpu]\nbackend = \"simulated\"\ntopology = \"t\"\n[auth]\n[node]\nprofile = \"cloud\"\n",
         2,
         "gpu.backend",
         "cloud profile",

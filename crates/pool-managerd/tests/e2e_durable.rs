@@ -83,7 +83,7 @@ fn a_device_is_fenced_while_something_may_be_left_and_unfence_or_proof_ends_it()
     let uuid = device["uuid"].as_str().unwrap();
     assert!(device["health_detail"].as_str().unwrap().contains("sick"), "{device:#}");
     assert!(daemon.cli(&["devices"]).contains("fenced"));
-    let line = format!("pool_managerd_gpu_health{{device=\"{uuid}\",health=\"fenced\"}} 1");
+    let line = format!("pool_managerd_gpu_health{{gpu_uuid=\"{uuid}\",mig=\"\",pool_id=\"\",health=\"fenced\"}} 1");
     assert!(daemon.get("/metrics").body.contains(&line));
     daemon.post("/v1/pools/well/preload", "{}");
     daemon.until("well", |p| p["state"] == "waiting" && p["reason"].as_str().unwrap().contains("fenced"));

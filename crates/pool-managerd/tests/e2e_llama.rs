@@ -190,3 +190,80 @@ fn plan_says_what_a_real_model_needs_and_what_would_fit_instead() {
         assert!(code == Some(64) && text.contains(word), "{split}: {text}");
     }
 }
+
+/// Reads a streamed answer up to where `enough` says, and hangs up.
+fn stream(addr: &str, path: &str, body: &str, mut enough: impl FnMut(&str) -> bool) -> String {
+    use std::io::{BufRead, Write};
+    let mut socket = std::net::TcpStream::connect(addr).unwrap();
+    socket.set_read_timeout(Some(support::PATIENCE)).unwrap();
+    write!(
+        socket,
+        "POST {path} HTTP/1.1\r\nHost: {addr}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let (mut lines, mut all) = (std::io::BufReader::new(socket), String::new());
+    while !enough(&all) {
+        assert!(lines.read_line(&mut all).unwrap() > 0, "the stream ended: {all}");
+    }
+    all
+}
+
+#[test]
+fn a_real_engine_behind_the_gateway_is_started_streamed_and_cancelled() {
+    let dir = engine_dir();
+    let (bin, models) = (dir.join("bin/llama-server"), dir.join("models"));
+    let daemon = Daemon::start(&format!(
+        r#"
+[models]
+roots = ["{models}"]
+[engines."llama.cpp"]
+kind = "llama.cpp"
+mode = "binary"
+path = "{bin}"
+[[pool]]
+id = "tiny"
+model = "file:{models}/tiny.gguf"
+context = 2048
+slots = 1
+vram = "1 GiB"
+[[pool]]
+id = "vectors"
+model = "file:{models}/tiny.gguf"
+context = 512
+slots = 1
+vram = "1 GiB"
+workload = "embed"
+args = ["--pooling", "mean"]
+"#,
+        models = models.display(),
+        bin = bin.display(),
+    ));
+    support::eventually(|| (daemon.get("/v1/models").status == 200).then_some(()));
+    assert_eq!(daemon.pool("tiny")["state"], "idle");
+    let body = |tokens: u32, stream: bool| {
+        format!(
+            r#"{{"model":"tiny","messages":[{{"role":"user","content":"once"}}],"max_tokens":{tokens},"stream":{stream},"ignore_eos":true}}"#
+        )
+    };
+    let chat = "/v1/chat/completions";
+    let cold = daemon.post(chat, &body(4, false));
+    assert_eq!(cold.status, 200, "{cold:?}");
+    assert_eq!(cold.json()["usage"]["completion_tokens"], 4, "{cold:?}");
+    let streamed = stream(daemon.addr(), chat, &body(8, true), |all| all.ends_with("data: [DONE]\n"));
+    assert!(streamed.to_ascii_lowercase().contains("content-type: text/event-stream"), "{streamed}");
+    assert!(streamed.matches("data: {").count() >= 8, "{streamed}");
+    // Hangs up after a few of very many tokens: the engine's one slot is free for the next.
+    stream(daemon.addr(), chat, &body(1900, true), |all| all.matches("data: {").count() >= 3);
+    let engine = daemon.pool("tiny")["replicas"][0]["endpoint"].as_str().unwrap().replace("http://", "");
+    let busy = || request(&engine, "GET", "/slots", None).body.contains("\"is_processing\":true");
+    support::eventually(|| (!busy() && daemon.pool("tiny")["active_leases"] == 0).then_some(()));
+    assert_eq!(daemon.post(chat, &body(1, false)).status, 200);
+    let vectors = daemon.post("/v1/embeddings", r#"{"model":"vectors","input":["a","b"]}"#);
+    assert_eq!(vectors.status, 200, "{vectors:?}");
+    let vectors = vectors.json();
+    assert!(vectors["data"][1]["embedding"].as_array().unwrap().len() > 1, "{vectors}");
+    let text = daemon.post("/v1/completions", r#"{"model":"tiny","prompt":"a","max_tokens":2}"#);
+    assert_eq!((text.status, &text.json()["object"]), (200, &"text_completion".into()), "{text:?}");
+    assert_eq!(daemon.stop(), Some(0));
+}

@@ -165,6 +165,7 @@ fn picture(taken: [u32; 2], second_ready: bool) -> PoolSnapshot {
         model: "stub:jobs".into(),
         model_id: "jobs".into(),
         aliases: Vec::new(),
+        workload: "generate",
         hold: false,
         leases_waiting: 0,
         replicas: vec![replica(0, taken[0], true), replica(1, taken[1], second_ready)],

@@ -101,6 +101,8 @@ pub struct Admission<W: AtomicWord = AtomicU64, B: Bell = Notify> {
     born: Instant,
     /// When a lease was last given back: milliseconds after `born` and one, 0 for never.
     used: AtomicU64,
+    /// How often something came from the engine for those who hold its slots, where that is seen.
+    flow: AtomicU64,
 }
 
 impl<W: AtomicWord, B: Bell> Default for Admission<W, B> {
@@ -125,8 +127,8 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     /// Closed. `desk` is rung when there may be a slot for somebody who waits.
     #[must_use]
     pub fn belled(desk: Arc<B>) -> Self {
-        let (born, used) = (Instant::now(), AtomicU64::default());
-        Self { word: W::default(), idle: B::default(), granted: Notify::new(), desk, born, used }
+        let (born, used, flow) = (Instant::now(), AtomicU64::default(), AtomicU64::default());
+        Self { word: W::default(), idle: B::default(), granted: Notify::new(), desk, born, used, flow }
     }
 
     fn update(&self, f: impl Fn(Word) -> Option<Word>) -> Result<Word, Word> {
@@ -174,6 +176,17 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     pub fn unused_for(&self) -> Option<Duration> {
         let used = self.used.load(Ordering::Acquire).checked_sub(1)?;
         Some(self.born.elapsed().saturating_sub(Duration::from_millis(used)))
+    }
+
+    /// Something came from the engine for who holds a slot.
+    pub fn flowed(&self) {
+        self.flow.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often it did.
+    #[must_use]
+    pub fn flow(&self) -> u64 {
+        self.flow.load(Ordering::Relaxed)
     }
 
     /// Takes every lease back; their guards release nothing any more.

@@ -10,6 +10,7 @@ use pool_domain::PoolId;
 use pool_domain::evict::EvictionPolicy;
 use pool_domain::lease_book::Limits;
 use pool_domain::suspicion::Suspicions;
+use pool_domain::xid::XidTable;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -57,6 +58,7 @@ pub struct Builder {
     eviction: EvictionPolicy,
     boot_ms: u64,
     max_lease_ttl: Duration,
+    xids: Option<XidTable>,
     #[cfg(feature = "planted-bugs")]
     bug: Option<crate::planted::Bug>,
 }
@@ -88,6 +90,7 @@ impl Builder {
             eviction: EvictionPolicy::default(),
             boot_ms: 0,
             max_lease_ttl: Limits::default().max_ttl,
+            xids: Some(XidTable::default()),
             #[cfg(feature = "planted-bugs")]
             bug: None,
         }
@@ -163,6 +166,13 @@ impl Builder {
         self
     }
 
+    /// What follows from errors that the driver reports of devices; `None`: they are counted, and nothing follows.
+    #[must_use]
+    pub fn xids(mut self, table: Option<XidTable>) -> Self {
+        self.xids = table;
+        self
+    }
+
     /// A bug on purpose.
     #[cfg(feature = "planted-bugs")]
     #[must_use]
@@ -198,7 +208,7 @@ impl Builder {
         let clock = Clock::starting_at(self.boot_ms);
         let (events, events_rx) = EventSink::channel();
         let (told, ledgered) = watch::channel(Ledgered::default());
-        let (conditions_tx, conditions) = watch::channel(Conditions::new());
+        let (conditions_tx, conditions) = watch::channel(Conditions::default());
         let view = View { inventory: ports.gpu.inventory(), ledgered, conditions };
         let mut node = Node {
             ports: ports.clone(),
@@ -231,6 +241,8 @@ impl Builder {
             table: table.clone(),
             wards: Vec::new(),
             inventory: ports.gpu.inventory(),
+            incidents: ports.gpu.incidents(),
+            xids: self.xids,
             host: Arc::clone(&ports.host),
             listen: self.listen,
             ports: self.ports,

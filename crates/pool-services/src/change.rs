@@ -30,7 +30,7 @@ pub(crate) async fn begin(handle: &PoolHandle, change: Change) -> Result<Operati
         None => Made { spec: Arc::clone(&roster.spec), document: roster.standing.document.clone() },
     };
     let ReloadRequest { strategy, deadline, on_deadline, .. } = request;
-    ask(handle, Wish::Reload(Box::new(Reload { to, source, strategy, deadline, on_deadline }))).await
+    ask(handle, Wish::Reload(Box::new(Reload { to, source, strategy, deadline, on_deadline, back: false }))).await
 }
 
 /// Asks it for what was before its last change.

@@ -2,13 +2,34 @@
 
 use std::collections::BTreeMap;
 
-use pool_domain::{DeviceHealth, DeviceSnapshot, PoolId};
+use pool_domain::{DeviceHealth, DeviceSnapshot, PoolId, Verdict};
 use tokio::sync::oneshot;
 
 use crate::control::ControlError;
+use crate::snapshot::XidCount;
 
-/// Devices that admit nothing new, and why, by UUID.
-pub(crate) type Conditions = BTreeMap<String, DeviceHealth>;
+/// What the steward knows of devices beyond their driver's inventory.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Conditions {
+    /// Those that admit nothing new, by UUID.
+    pub(crate) devices: BTreeMap<String, Condition>,
+    /// XIDs that were reported.
+    pub(crate) xids: Vec<XidCount>,
+}
+
+/// Why a device admits nothing new, and what has to be done about it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Condition {
+    pub(crate) health: DeviceHealth,
+    pub(crate) verdict: Verdict,
+}
+
+impl Condition {
+    /// Without anything to be done.
+    pub(crate) fn of(health: DeviceHealth) -> Self {
+        Self { health, verdict: Verdict::None }
+    }
+}
 
 /// What is wanted of the steward.
 #[derive(Debug)]
@@ -26,7 +47,9 @@ pub(crate) fn left_by(pool: &PoolId) -> String {
 
 /// The device as it stands; what its own driver has against it weighs more.
 pub(crate) fn overlay(device: &mut DeviceSnapshot, conditions: &Conditions) {
-    if let Some(health) = conditions.get(&device.uuid).filter(|_| device.health.admits()) {
-        device.health = health.clone();
+    let Some(condition) = conditions.devices.get(&device.uuid) else { return };
+    device.verdict = device.verdict.max(condition.verdict);
+    if device.health.admits() {
+        device.health = condition.health.clone();
     }
 }

@@ -1,9 +1,11 @@
 //! One event type, the source of log lines, event streams and metrics.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lifecycle::Left;
-use pool_domain::{Failure, Generation, Holder, ReplicaKey};
+use pool_domain::xid::XidAction;
+use pool_domain::{Failure, Generation, Holder, ReplicaKey, Verdict};
 
 /// Something worth telling.
 #[derive(Debug, Clone, PartialEq)]
@@ -112,7 +114,18 @@ pub enum EventKind {
         /// Its UUID.
         device: String,
     },
-    /// It is used again.
+    /// The driver reported an error of a device that the replica uses.
+    DeviceIncident {
+        /// UUID of the GPU or slice.
+        device: String,
+        /// Its number; 48 for an error of memory that was not corrected.
+        xid: u64,
+        /// What follows.
+        action: XidAction,
+        /// What somebody has to do.
+        verdict: Verdict,
+    },
+    /// A device is used again.
     DeviceReadmitted {
         /// Its UUID.
         device: String,
@@ -192,19 +205,51 @@ pub enum EventKind {
         /// How long it was held.
         after: Duration,
     },
+    /// An answer begins to be streamed through the gateway.
+    StreamStarted {
+        /// The request's name, for finding it again.
+        request: Arc<str>,
+        /// For whom it is.
+        holder: Holder,
+    },
+    /// It ended.
+    StreamEnded {
+        /// The request's name, for finding it again.
+        request: Arc<str>,
+        /// For whom it was.
+        holder: Holder,
+        /// `done`, `cancelled` (its client went away) or `engine_failed`.
+        outcome: &'static str,
+        /// Since the request was there.
+        took: Duration,
+        /// Until the engine began to answer.
+        first_byte: Duration,
+        /// Bytes that came from the engine.
+        bytes: u64,
+    },
 }
+
+/// Longest sentence, and how much of a pool's name it has, in characters.
+const SENTENCE: usize = 100;
+const NAME: usize = 24;
 
 fn ordinal(n: u32) -> String {
     match n {
-        0 | 1 => "the first time".into(),
-        2 => "the second time".into(),
-        3 => "the third time".into(),
-        n => format!("the {n}th time"),
+        0 | 1 => "for the first time".into(),
+        2 => "for the second time".into(),
+        3 => "for the third time".into(),
+        n @ 4..=99 => format!("for the {n}th time"),
+        _ => "more than 99 times".into(),
     }
 }
 
 fn seconds(d: Duration) -> String {
-    if d < Duration::from_secs(10) { format!("{:.1} s", d.as_secs_f64()) } else { format!("{} s", d.as_secs()) }
+    match d.as_secs() {
+        0..10 => format!("{:.1} s", d.as_secs_f64()),
+        s @ 10..600 => format!("{s} s"),
+        s @ 600..7200 => format!("{} min", s / 60),
+        s => format!("{} h", s / 3600),
+    }
 }
 
 /// Bytes, for people.
@@ -232,8 +277,15 @@ impl Event {
     /// One plain sentence of at most 100 characters, without ids or secrets.
     #[must_use]
     pub fn human(&self) -> String {
-        let pool: String = self.key.pool.as_str().chars().take(24).collect();
-        let text = match &self.kind {
+        let name = |most: usize| self.key.pool.as_str().chars().take(most).collect::<String>();
+        let text = self.sentence(&name(NAME));
+        // Rather a shorter name than half a sentence.
+        let over = text.chars().count().saturating_sub(SENTENCE);
+        if over == 0 { text } else { self.sentence(&name(NAME.saturating_sub(over))).chars().take(SENTENCE).collect() }
+    }
+
+    fn sentence(&self, pool: &str) -> String {
+        match &self.kind {
             EventKind::StateChanged { from, to } => format!("The {pool} pool went from {from} to {to}"),
             EventKind::Started => format!("Launched an engine for the {pool} pool"),
             EventKind::ModelFetching { done, total } => {
@@ -246,14 +298,14 @@ impl Event {
                 format!("The {pool} pool proved that it serves after {}", seconds(*took))
             }
             EventKind::EngineFailed { failure, nth } => {
-                format!("The engine of the {pool} pool {} for {}", failure.class.human(), ordinal(*nth))
+                format!("The engine of the {pool} pool {} {}", failure.class.human(), ordinal(*nth))
             }
             EventKind::Suspected { failure } => {
                 format!("The {pool} pool gives no slots at present: its engine {}", failure.class.human())
             }
             EventKind::Restarting => format!("Restarting the engine of the {pool} pool"),
             EventKind::RestartPlanned { delay, failure, nth } => format!(
-                "Restarting the {pool} pool in {} after its engine {} for {}",
+                "Restarting the {pool} pool in {} after its engine {} {}",
                 seconds(*delay),
                 failure.class.human(),
                 ordinal(*nth)
@@ -283,7 +335,17 @@ impl Event {
             EventKind::DeviceSuspected { .. } => {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
-            EventKind::DeviceReadmitted { .. } => "The GPU on which several pools failed is used again".into(),
+            EventKind::DeviceIncident { xid, action, .. } => format!(
+                "The driver reports XID {xid} of a GPU of the {pool} pool: {}",
+                match action {
+                    XidAction::Ignore => "nothing follows",
+                    XidAction::RestartEngine => "its engine starts again",
+                    XidAction::Suspect => "nothing new starts there",
+                    XidAction::Drain => "it is drained",
+                    XidAction::Lost => "it is lost",
+                }
+            ),
+            EventKind::DeviceReadmitted { .. } => "A GPU that was not well is used again".into(),
             EventKind::EvictionPlanned { pools, .. } => {
                 let first: String = pools.first().map(|p| p.chars().take(24).collect()).unwrap_or_default();
                 let more = if pools.len() > 1 { " and others" } else { "" };
@@ -313,8 +375,16 @@ impl Event {
             EventKind::LeaseRevoked { after, .. } => {
                 format!("A lease of the {pool} pool ended with its engine, after {}", seconds(*after))
             }
-        };
-        text.chars().take(100).collect()
+            EventKind::StreamStarted { .. } => format!("The {pool} pool streams an answer"),
+            EventKind::StreamEnded { outcome, took, .. } => {
+                let how = match *outcome {
+                    "cancelled" => "was given up by its client",
+                    "engine_failed" => "broke off with its engine",
+                    _ => "ended",
+                };
+                format!("An answer of the {pool} pool {how} after {}", seconds(*took))
+            }
+        }
     }
 
     /// For whom the lease is, where it is about one.
@@ -327,7 +397,9 @@ impl Event {
             | EventKind::LeaseReleased { holder, .. }
             | EventKind::LeaseExpired { holder, .. }
             | EventKind::LeaseRenewed { holder }
-            | EventKind::LeaseRevoked { holder, .. } => Some(holder),
+            | EventKind::LeaseRevoked { holder, .. }
+            | EventKind::StreamStarted { holder, .. }
+            | EventKind::StreamEnded { holder, .. } => Some(holder),
             _ => None,
         }
     }
@@ -355,6 +427,7 @@ impl Event {
             EventKind::Fenced { .. } => "fenced",
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
+            EventKind::DeviceIncident { .. } => "device_incident",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
             EventKind::EvictionPlanned { .. } => "eviction_planned",
             EventKind::Evicted { .. } => "evicted",
@@ -371,6 +444,8 @@ impl Event {
             EventKind::LeaseExpired { .. } => "lease_expired",
             EventKind::LeaseRenewed { .. } => "lease_renewed",
             EventKind::LeaseRevoked { .. } => "lease_revoked",
+            EventKind::StreamStarted { .. } => "stream_started",
+            EventKind::StreamEnded { .. } => "stream_ended",
         }
     }
 }
@@ -411,3 +486,6 @@ impl EventSink {
         self.lost.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::lease_book::LeaseId;
-use pool_domain::{PoolId, ReplicaId, ReplicaKey};
+use pool_domain::{Holder, PoolId, ReplicaId, ReplicaKey};
 use tokio::sync::watch;
 
 use crate::admission::{Refused, SlotGuard};
@@ -128,11 +128,11 @@ impl PoolManager {
         if let Ok(granted) = self.grant(id)? {
             return Ok(granted);
         }
-        self.handle(id)?.desk.guard(wait).await
+        self.handle(id)?.desk.guard(wait, &Holder::default()).await
     }
 
     /// A slot, if there is one now. Told as a count, not as an event.
-    fn grant(&self, id: &PoolId) -> Result<Result<(ReplicaKey, SlotGuard), Refused>, ControlError> {
+    pub(crate) fn grant(&self, id: &PoolId) -> Result<Result<(ReplicaKey, SlotGuard), Refused>, ControlError> {
         let table = self.inner.table.borrow();
         let handle = table.get(id).ok_or_else(|| ControlError::PoolNotFound(id.to_string()))?;
         let roster = handle.roster.borrow();

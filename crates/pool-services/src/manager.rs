@@ -300,12 +300,15 @@ impl PoolControl for PoolManager {
         Ok(NodeSnapshot {
             simulated: inventory.simulated,
             driver: inventory.driver,
+            cuda: inventory.cuda,
+            xids: self.inner.view.conditions.borrow().xids.clone(),
             devices: inventory
                 .devices
                 .into_iter()
                 .map(|mut d| {
                     let ours = told.promised.get(&d.uuid).copied().unwrap_or(0);
                     d.vram_foreign = d.vram_foreign.max(told.foreign.get(&d.uuid).copied().unwrap_or(0));
+                    d.details.processes.iter_mut().for_each(|p| p.ours = told.pids.contains(&p.pid));
                     (d, ours)
                 })
                 .collect(),

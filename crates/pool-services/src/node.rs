@@ -189,6 +189,7 @@ impl Node {
             model: spec.model.to_string(),
             model_id: spec.model.model_id(),
             aliases: spec.aliases.clone(),
+            workload: spec.workload.code(),
             hold,
             leases_waiting: 0,
             guards: Default::default(),

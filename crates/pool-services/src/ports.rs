@@ -1,5 +1,6 @@
 //! What the services need from the outside, as small traits. Adapters implement them, `pool-testkit` fakes them.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::charges::Said;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
@@ -29,6 +31,8 @@ pub struct Inventory {
     pub simulated: bool,
     /// Driver version, where known.
     pub driver: Option<String>,
+    /// CUDA version of the driver such as `13.0`, where known.
+    pub cuda: Option<String>,
     /// Every GPU and MIG slice.
     pub devices: Vec<DeviceSnapshot>,
     /// Why there are none, or why this is old.
@@ -51,10 +55,54 @@ pub struct Holder {
 pub enum Residency {
     /// Every holder is listed, so that absence is proof of absence.
     Provable(Vec<Holder>),
+    /// Holders as the driver names them, which need not be as they are named here: whoever is found is there, but who is
+    /// not found may be listed under another name, or not at all.
+    Partial(Vec<Holder>),
     /// Holders on simulated devices: only engines that made a claim are listed.
     Simulated(Vec<Holder>),
     /// Nobody can say now.
     Unknown(String),
+}
+
+/// Something that a driver said of a device, once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Incident {
+    /// UUID of the GPU or slice.
+    pub device: String,
+    /// What.
+    pub said: Said,
+    /// The process that it is about, where that is told.
+    pub pid: Option<u32>,
+}
+
+/// The newest incidents, oldest first, and how many there were before them.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Incidents {
+    /// That are not among the newest any more.
+    pub earlier: u64,
+    /// The newest.
+    pub newest: VecDeque<Incident>,
+}
+
+impl Incidents {
+    /// How many are kept.
+    const KEPT: usize = 256;
+
+    /// Adds one.
+    pub fn push(&mut self, incident: Incident) {
+        self.newest.push_back(incident);
+        if self.newest.len() > Self::KEPT {
+            self.newest.pop_front();
+            self.earlier += 1;
+        }
+    }
+
+    /// Those after the first `seen`, as far as they are kept; and how many there are by now.
+    #[must_use]
+    pub fn after(&self, seen: u64) -> (Vec<Incident>, u64) {
+        let skip = usize::try_from(seen.saturating_sub(self.earlier)).unwrap_or(usize::MAX);
+        (self.newest.iter().skip(skip).cloned().collect(), self.earlier + self.newest.len() as u64)
+    }
 }
 
 /// The GPUs.
@@ -62,6 +110,10 @@ pub enum Residency {
 pub trait GpuProbe: fmt::Debug + Send + Sync {
     /// The newest inventory; the receiver is told of every change. Never blocks.
     fn inventory(&self) -> watch::Receiver<Inventory>;
+    /// What the driver said; nothing, where there is none that says anything. Never blocks.
+    fn incidents(&self) -> watch::Receiver<Incidents> {
+        watch::channel(Incidents::default()).1
+    }
     /// Who holds memory now.
     async fn residency(&self) -> Residency;
 }

@@ -43,7 +43,7 @@ impl Held {
         }
         let residency = gpu.residency().await;
         let (holders, provable) = match &residency {
-            Residency::Provable(holders) => (&holders[..], true),
+            Residency::Provable(holders) | Residency::Partial(holders) => (&holders[..], true),
             Residency::Simulated(holders) => (&holders[..], false),
             Residency::Unknown(_) => (&[][..], false),
         };
@@ -67,13 +67,25 @@ impl Held {
     }
 }
 
+/// By how much more is used on each of these devices than before a launch of which nobody is listed.
+pub(crate) fn growth(gpu: &dyn GpuProbe, holders: &[Holder], record: &EngineRecord) -> Vec<Option<u64>> {
+    let inventory = gpu.inventory();
+    let inventory = inventory.borrow();
+    let on = |(at, uuid): (usize, &String)| {
+        let before = record.unlisted.as_ref()?.get(at)?;
+        let device = inventory.devices.iter().find(|d| d.uuid == *uuid)?;
+        Some(returned::unlisted(device, listed(holders, uuid)).saturating_sub(*before))
+    };
+    record.devices.uuids.iter().enumerate().map(on).collect()
+}
+
 fn listed(holders: &[Holder], uuid: &str) -> u64 {
     holders.iter().filter(|h| h.uuid == uuid).map(|h| h.bytes).fold(0, u64::saturating_add)
 }
 
 /// What nobody is listed for on each of these devices; `None` where not everybody is listed.
 pub(crate) async fn unlisted(gpu: &dyn GpuProbe, devices: &[String]) -> Option<Vec<u64>> {
-    let Residency::Provable(holders) = gpu.residency().await else { return None };
+    let (Residency::Provable(holders) | Residency::Partial(holders)) = gpu.residency().await else { return None };
     let inventory = gpu.inventory();
     let inventory = inventory.borrow();
     let on = |uuid: &String| {

@@ -56,7 +56,7 @@ pub struct ReplicaSnapshot {
     pub backoff_failures: u32,
     /// Until the next start, where one is planned, in milliseconds.
     pub next_start_in_ms: Option<u64>,
-    /// `vram`, `simulated`, `served`, empty without a proof.
+    /// `vram`, `vram_delta`, `simulated`, `served`, empty without a proof.
     pub proof: &'static str,
     /// Milliseconds of the first unit of work.
     pub first_unit_ms: Option<u64>,
@@ -72,6 +72,41 @@ pub struct ReplicaSnapshot {
     pub context: Option<u64>,
     /// How far its model has come, while that is being made present.
     pub staging: Option<Staging>,
+}
+
+impl ReplicaSnapshot {
+    /// One that never ran.
+    #[must_use]
+    pub fn idle(id: ReplicaId) -> Self {
+        Self {
+            id,
+            generation: Generation(0),
+            state: "idle",
+            reason_code: "",
+            reason: String::new(),
+            live: false,
+            ready: false,
+            draining: false,
+            endpoint: None,
+            pid: None,
+            device_mask: String::new(),
+            engine_version: String::new(),
+            slots_total: 0,
+            active_leases: 0,
+            restart_count: 0,
+            breaker: "closed",
+            backoff_failures: 0,
+            next_start_in_ms: None,
+            proof: "",
+            first_unit_ms: None,
+            last_error: None,
+            consecutive_failures: 0,
+            last_check_at: None,
+            vram_reserved: 0,
+            context: None,
+            staging: None,
+        }
+    }
 }
 
 /// Leases that somebody in this process took as guards, since the pool is there.
@@ -104,6 +139,8 @@ pub struct PoolSnapshot {
     pub model_id: String,
     /// Other names.
     pub aliases: Vec<String>,
+    /// What it is for: `generate`, `embed`, `rerank`.
+    pub workload: &'static str,
     /// Demand does not wake it.
     pub hold: bool,
     /// Those who wait for a slot.
@@ -147,6 +184,17 @@ impl PoolSnapshot {
     }
 }
 
+/// How often the driver reported an XID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct XidCount {
+    /// UUID of the GPU or slice.
+    pub device: String,
+    /// Its number.
+    pub xid: u64,
+    /// How often since the daemon started.
+    pub count: u64,
+}
+
 /// The node.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct NodeSnapshot {
@@ -154,8 +202,12 @@ pub struct NodeSnapshot {
     pub simulated: bool,
     /// Driver version.
     pub driver: Option<String>,
+    /// CUDA version of the driver.
+    pub cuda: Option<String>,
     /// Devices, each with the bytes reserved by us.
     pub devices: Vec<(DeviceSnapshot, u64)>,
+    /// XIDs that the driver reported.
+    pub xids: Vec<XidCount>,
     /// Why there are no devices, or why this is old.
     pub problem: Option<String>,
     /// Events that are missing in log and metrics, because they came faster than they could be told.

@@ -7,23 +7,26 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_domain::charges::Standing;
 use pool_domain::evict::EvictionPolicy;
 use pool_domain::lifecycle::{State, Wait};
 use pool_domain::mask::MaskError;
 use pool_domain::plan::fit;
 use pool_domain::reserve::Refusal;
 use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
+use pool_domain::xid::XidTable;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::boot::Closed;
 use crate::clock::Clock;
-use crate::conditions::{Conditions, StewardCommand, left_by};
+use crate::conditions::{Condition, Conditions, StewardCommand, left_by};
 use crate::control::ControlError;
+use crate::devices::{self, Casebook};
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::eviction::Line;
-use crate::ports::{EngineHost, EngineRecord, Inventory, Phase};
+use crate::ports::{EngineHost, EngineRecord, Incidents, Inventory, Phase};
 use crate::roster::{Seat, Table};
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
@@ -64,6 +67,15 @@ pub(crate) struct Book {
     /// The newest accusation that was heard of each replica, and of each device its last accuser.
     heard: BTreeMap<ReplicaKey, Accused>,
     accusers: BTreeMap<String, (ReplicaKey, Generation)>,
+    /// What the driver has against devices.
+    pub(crate) cases: Casebook,
+}
+
+impl Book {
+    /// Notes whom a device was last accused for.
+    pub(crate) fn accuse_for(&mut self, device: &str, key: &ReplicaKey, generation: Generation) {
+        self.accusers.insert(device.to_owned(), (key.clone(), generation));
+    }
 }
 
 /// Bytes promised by us on each device, by UUID.
@@ -78,6 +90,8 @@ pub(crate) struct Ledgered {
     pub(crate) foreign: BTreeMap<String, u64>,
     /// By each replica: device and bytes.
     pub(crate) held: BTreeMap<ReplicaKey, Vec<(String, u64)>>,
+    /// Processes of our engines.
+    pub(crate) pids: BTreeSet<u32>,
 }
 
 pub(crate) struct Steward {
@@ -85,6 +99,9 @@ pub(crate) struct Steward {
     /// Every replica of the table; made anew before each round.
     pub(crate) wards: Vec<Seat>,
     pub(crate) inventory: watch::Receiver<Inventory>,
+    pub(crate) incidents: watch::Receiver<Incidents>,
+    /// What follows from what the driver says; unset: nothing.
+    pub(crate) xids: Option<XidTable>,
     pub(crate) host: Arc<dyn EngineHost>,
     pub(crate) listen: IpAddr,
     pub(crate) ports: RangeInclusive<u16>,
@@ -116,13 +133,14 @@ impl Steward {
         let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
-        let (mut inventory_lives, mut commanded) = (true, true);
+        let (mut inventory_lives, mut incidents_live, mut commanded) = (true, true, true);
         self.wards = self.every_replica();
         while commanded || self.wards.iter().any(|w| w.commands.upgrade().is_some()) {
             let retry = tokio::select! {
                 biased;
                 () = self.bell.notified() => false,
                 changed = self.inventory.changed(), if inventory_lives => { inventory_lives = changed.is_ok(); false }
+                told = self.incidents.changed(), if incidents_live => { incidents_live = told.is_ok(); false }
                 _ = look_again.tick() => true,
                 command = self.commands.recv(), if commanded => {
                     match command {
@@ -137,6 +155,7 @@ impl Steward {
             self.free(&mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
+            self.attend(&inventory, &mut book).await;
             self.tend(&mut book);
             self.unblock(&inventory, &mut book, next_port, retry).await;
             // Devices for whose turn somebody is next.
@@ -180,13 +199,14 @@ impl Steward {
                 promised: promised(&book.held),
                 foreign: book.foreign.clone(),
                 held: by_device(&book.held),
+                pids: self.wards.iter().flat_map(|w| w.published.borrow().pids.clone()).collect(),
             });
             self.remembered.send_if_modified(|s| {
                 let changed = *s != book.suspicions;
                 s.clone_from(&book.suspicions);
                 changed
             });
-            let conditions = self.conditions(&book);
+            let conditions = self.conditions(&inventory, &book);
             self.conditions.send_if_modified(|c| {
                 let changed = *c != conditions;
                 *c = conditions;
@@ -214,7 +234,8 @@ impl Steward {
                 let on = |held: &Reservation| held.on(&uuid).is_some();
                 book.ending.retain(|key, _| !book.held.get(key).is_some_and(on));
                 // Whoever says so has looked at the device.
-                if book.suspicions.acquit(&uuid) {
+                let (suspected, charged) = (book.suspicions.acquit(&uuid), book.cases.acquit(&uuid));
+                if suspected || charged {
                     self.readmit(book, uuid);
                 }
                 Ok(())
@@ -247,21 +268,35 @@ impl Steward {
             .filter_map(|ward| Some((ward, book.held.get(&ward.key)?)))
     }
 
-    fn conditions(&self, book: &Book) -> Conditions {
-        let mut found = Conditions::new();
+    fn conditions(&self, inventory: &Inventory, book: &Book) -> Conditions {
+        let mut found = BTreeMap::new();
         for (ward, held) in self.fenced(book) {
             for uuid in &held.devices.uuids {
-                found.entry(uuid.clone()).or_insert_with(|| DeviceHealth::Fenced(left_by(&ward.key.pool)));
+                found
+                    .entry(uuid.clone())
+                    .or_insert_with(|| Condition::of(DeviceHealth::Fenced(left_by(&ward.key.pool))));
             }
         }
         for uuid in self.closed.borrow().iter() {
             let why = || DeviceHealth::Fenced("something of an earlier engine may be left there".into());
-            found.entry(uuid.clone()).or_insert_with(why);
+            found.entry(uuid.clone()).or_insert_with(|| Condition::of(why()));
+        }
+        for device in &inventory.devices {
+            let Some(standing) = self.standing(device, inventory, book) else { continue };
+            let used = book.held.values().any(|held| held.on(&device.uuid).is_some());
+            let health = devices::shown(&standing, used);
+            let condition = found.entry(device.uuid.clone()).or_insert_with(|| Condition::of(health));
+            condition.verdict = standing.verdict;
         }
         for (uuid, why) in book.suspicions.suspects() {
-            found.entry(uuid.to_owned()).or_insert(DeviceHealth::Suspect(why));
+            found.entry(uuid.to_owned()).or_insert(Condition::of(DeviceHealth::Suspect(why)));
         }
-        found
+        Conditions { devices: found, xids: book.cases.xids() }
+    }
+
+    fn standing(&self, device: &DeviceSnapshot, inventory: &Inventory, book: &Book) -> Option<Standing> {
+        self.xids.as_ref()?;
+        book.cases.standing(device, &inventory.devices)
     }
 
     /// Hears what failures say of devices, and readmits those whose probation is over.
@@ -288,7 +323,7 @@ impl Steward {
         }
     }
 
-    fn readmit(&self, book: &mut Book, uuid: String) {
+    pub(crate) fn readmit(&self, book: &mut Book, uuid: String) {
         if let Some((key, generation)) = book.accusers.remove(&uuid) {
             self.events.send(&key, generation, EventKind::DeviceReadmitted { device: uuid });
         }
@@ -381,6 +416,9 @@ impl Steward {
         let mut devices = inventory.devices.clone();
         for device in &mut devices {
             device.vram_foreign = device.vram_foreign.max(book.foreign.get(&device.uuid).copied().unwrap_or(0));
+            if let Some(standing) = self.standing(device, inventory, book).filter(|_| device.health.admits()) {
+                device.health = devices::shown(&standing, false);
+            }
         }
         for (uuid, why) in book.suspicions.suspects() {
             for device in devices.iter_mut().filter(|d| d.uuid == uuid && d.health.admits()) {

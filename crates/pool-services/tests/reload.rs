@@ -282,6 +282,29 @@ async fn a_crash_within_the_probation_brings_the_old_one_back_by_itself() {
     assert_eq!(m.pool(&chat()).await.unwrap().revision, 3, "and it stays");
 }
 
+/// Of two forms that both crash, none would ever stay.
+#[tokio::test(start_paused = true)]
+async fn what_was_brought_back_is_on_no_probation() {
+    let node = FakeNode::default();
+    let watched = |mut spec: PoolSpec| {
+        spec.reload.probation = Duration::from_secs(60);
+        spec
+    };
+    let (m, _events) = node.manage(vec![watched(old(1))]).await;
+    all_ready(&m, 1).await;
+    for model in ["tiny", "other"] {
+        node.engines.script_of(model, |s| s.crash_after = Some(Duration::from_secs(30)));
+    }
+    let new = to(watched(new(1)), Strategy::InPlace);
+    assert_eq!(reload(&m, new).await, OperationState::Succeeded("reloaded".into()));
+    until(&m, &chat(), |s| s.revision == 3 && s.ready()).await;
+    let crashed = until(&m, &chat(), |s| s.last_error().is_some()).await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    let s = m.pool(&chat()).await.unwrap();
+    assert_eq!((s.revision, s.model.as_str()), (3, "stub:tiny"), "{crashed:?}");
+    assert!(s.replicas[0].restart_count > 0, "{s:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_pool_that_sleeps_is_changed_without_waking_it() {
     let node = FakeNode::default();

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use pool_domain::PoolId;
 use pool_services::events::Event;
-use pool_services::{PoolControl, PoolManager, PoolSnapshot, PoolSpec, Restored};
+use pool_services::{Builder, PoolControl, PoolManager, PoolSnapshot, PoolSpec, Restored};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -85,6 +85,12 @@ impl FakeNode {
         pools: Vec<Restored>,
         uptime: Duration,
     ) -> (PoolManager, mpsc::Receiver<Event>) {
+        self.builder(pools, uptime).start().await.expect("a complete set of fakes")
+    }
+
+    /// What a manager is made of, to be changed before it starts.
+    #[must_use]
+    pub fn builder(&self, pools: Vec<Restored>, uptime: Duration) -> Builder {
         let engines = &self.engines;
         PoolManager::builder()
             .gpu(Arc::clone(&self.gpus) as _)
@@ -96,8 +102,5 @@ impl FakeNode {
             .declared(pools)
             .seed(7)
             .boot_ms(u64::try_from(uptime.max(self.ledger.booted().elapsed()).as_millis()).unwrap_or(u64::MAX))
-            .start()
-            .await
-            .expect("a complete set of fakes")
     }
 }

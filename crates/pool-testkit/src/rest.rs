@@ -6,6 +6,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use pool_domain::charges::Said;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
@@ -15,8 +16,8 @@ use pool_domain::{
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Inventory, LedgerError, ModelStore, Presence, Residency, ResolvedModel, Staging,
-    StagingStep, StagingTold, StateLedger, StoredPool,
+    EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Presence, Residency,
+    ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -42,6 +43,8 @@ pub fn gpu(index: u32, vram: u64) -> DeviceSnapshot {
         health: DeviceHealth::Ok,
         mig: None,
         mig_parent: false,
+        verdict: Default::default(),
+        details: Default::default(),
     }
 }
 
@@ -81,6 +84,7 @@ pub fn spec(id: &str) -> PoolSpec {
 #[derive(Debug)]
 pub struct FakeGpus {
     inventory: watch::Sender<Inventory>,
+    incidents: watch::Sender<Incidents>,
     residency: Mutex<Residency>,
 }
 
@@ -88,13 +92,22 @@ impl FakeGpus {
     /// With these devices.
     #[must_use]
     pub fn with(devices: Vec<DeviceSnapshot>) -> Self {
-        let inventory = Inventory { simulated: true, driver: None, devices, problem: None };
-        Self { inventory: watch::Sender::new(inventory), residency: Mutex::new(Residency::Simulated(Vec::new())) }
+        let inventory = Inventory { simulated: true, devices, ..Inventory::default() };
+        Self {
+            inventory: watch::Sender::new(inventory),
+            incidents: watch::Sender::default(),
+            residency: Mutex::new(Residency::Simulated(Vec::new())),
+        }
     }
 
     /// Changes the inventory.
     pub fn change(&self, f: impl FnOnce(&mut Inventory)) {
         self.inventory.send_modify(f);
+    }
+
+    /// Has the driver say something of a device.
+    pub fn say(&self, device: &str, said: Said) {
+        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None }));
     }
 
     /// Sets who holds memory.
@@ -107,6 +120,9 @@ impl FakeGpus {
 impl GpuProbe for FakeGpus {
     fn inventory(&self) -> watch::Receiver<Inventory> {
         self.inventory.subscribe()
+    }
+    fn incidents(&self) -> watch::Receiver<Incidents> {
+        self.incidents.subscribe()
     }
     async fn residency(&self) -> Residency {
         self.residency.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -42,6 +42,12 @@ pub(crate) struct Args {
     /// Claim this much memory (such as "2 GiB") on every device in CUDA_VISIBLE_DEVICES
     #[arg(long, value_name = "SIZE")]
     pub(crate) vram: Option<ByteSize>,
+    /// Claim it on these devices instead of those it was given
+    #[arg(long, value_name = "UUIDS", requires = "vram")]
+    pub(crate) vram_on: Option<String>,
+    /// Leave the claim in this directory; by default in the one that POOL_SIM_DIR names
+    #[arg(long, value_name = "PATH", requires = "vram")]
+    pub(crate) vram_dir: Option<PathBuf>,
     /// Answer as this model, whatever --model and --alias say
     #[arg(long, value_name = "NAME")]
     pub(crate) serve_model: Option<String>,

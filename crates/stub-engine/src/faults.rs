@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use sim_claims::{Claim, SIM_DIR_ENV};
@@ -46,15 +46,17 @@ pub(crate) fn claim_vram(args: &Args) -> io::Result<Option<Claim>> {
         return Ok(None);
     };
     let missing = |what: String| io::Error::new(io::ErrorKind::NotFound, format!("--vram needs {what}"));
-    let dir = std::env::var_os(SIM_DIR_ENV)
-        .filter(|dir| !dir.is_empty())
-        .ok_or_else(|| missing(format!("{SIM_DIR_ENV} to name the simulation directory")))?;
-    let visible = std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default();
+    let dir = args
+        .vram_dir
+        .clone()
+        .or_else(|| std::env::var_os(SIM_DIR_ENV).filter(|dir| !dir.is_empty()).map(PathBuf::from))
+        .ok_or_else(|| missing(format!("--vram-dir, or {SIM_DIR_ENV} to name the simulation directory")))?;
+    let visible = args.vram_on.clone().unwrap_or_else(|| std::env::var("CUDA_VISIBLE_DEVICES").unwrap_or_default());
     let devices = devices(&visible, size.as_u64());
     if devices.is_empty() {
         return Err(missing("CUDA_VISIBLE_DEVICES to name devices".to_owned()));
     }
-    let claim = Claim::hold(Path::new(&dir), &devices)?;
+    let claim = Claim::hold(&dir, &devices)?;
     log::info(format_args!("claimed {size} on {visible}"));
     Ok(Some(claim))
 }

@@ -67,10 +67,76 @@ pub(super) const ROWS: &[Row] = &[
     row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::real_logs_tell_their_class"]),
     row(
         "VRAM is not given back",
-        "the device is fenced until it is (by NVML on real GPUs: issue 6)",
-        &["pool-services::devices::memory_that_does_not_come_back_fences_its_device_until_it_does"],
+        "the device is fenced until it is",
+        &[
+            "pool-services::devices::memory_that_does_not_come_back_fences_its_device_until_it_does",
+            "pool-managerd::e2e_nvml::memory_that_does_not_come_back_fences_its_device_until_it_does",
+        ],
     ),
-    later("XIDs, ECC, NVML that blocks, driver reload, MIG changed", "by device", "issue 6 (needs NVML)"),
+    row(
+        "VRAM comes back late, and others take of it meanwhile",
+        "the next start waits; nothing is promised before it is there",
+        &["pool-managerd::e2e_nvml::memory_that_comes_back_late_is_waited_for_and_never_promised_before"],
+    ),
+    row(
+        "XID 79",
+        "the engines of the device are ended at once; others go on; reboot the node",
+        &[
+            "pool-managerd::e2e_nvml::xid_79_ends_the_engines_of_its_gpu_at_once_and_says_what_to_do",
+            "pool-services::incidents::engines_of_a_lost_device_are_ended_at_once_whoever_uses_them",
+        ],
+    ),
+    row(
+        "XID 94, 13, 31",
+        "the engines of the device, or of the slice, start again; the device stays",
+        &[
+            "pool-managerd::e2e_nvml::xid_94_restarts_the_engines_of_its_gpu_alone",
+            "pool-managerd::e2e_nvml::an_xid_of_one_slice_touches_no_other",
+            "pool-services::incidents::an_error_of_an_engine_restarts_the_engines_of_its_device_and_no_other",
+        ],
+    ),
+    row(
+        "XID 119 and others that need a reset",
+        "drained within 10 s, fenced, used again a minute after something shows that it was reset",
+        &["pool-services::incidents::a_device_that_has_to_be_reset_is_drained_fenced_and_used_again_when_it_was"],
+    ),
+    row(
+        "NVML blocks",
+        "the device is unknown, of the others what is known is old; engines serve, the API answers, starts wait",
+        &[
+            "pool-managerd::e2e_nvml::while_the_driver_hangs_the_api_answers_engines_serve_and_starts_wait",
+            "gpu-nvml::standin::a_call_that_hangs_makes_its_device_unknown_and_all_others_old_until_it_returns",
+        ],
+    ),
+    row(
+        "errors of GPU memory (ECC), rows that wait to be remapped, rows that cannot be",
+        "drained and fenced; nothing new starts; drained, replace it",
+        &[
+            "pool-managerd::e2e_nvml::errors_of_its_memory_and_its_driver_s_verdict_drain_a_gpu_or_keep_new_starts_away",
+            "pool-services::incidents::rows_that_wait_for_a_reset_keep_new_starts_away_and_rows_that_failed_end_all",
+        ],
+    ),
+    row(
+        "driver loaded anew (codes 9 and 18)",
+        "engines are left alone, starts wait, found again without a restart of the daemon",
+        &["pool-managerd::e2e_nvml::a_driver_that_is_loaded_anew_costs_no_engine_and_starts_wait_for_it"],
+    ),
+    row(
+        "MIG changed under us, handles used again",
+        "slices are known by UUID; the engine of one that is gone is ended",
+        &[
+            "pool-managerd::e2e_nvml::a_slice_that_is_taken_apart_ends_its_engine_and_the_one_in_its_place_is_another",
+            "gpu-nvml::standin::slices_are_found_by_uuid_though_their_handles_are_used_again",
+        ],
+    ),
+    row(
+        "a GPU leaves without an XID",
+        "missed by its UUID: its engines are ended, others go on",
+        &[
+            "pool-managerd::e2e_nvml::a_gpu_that_leaves_without_a_word_ends_its_engines_and_no_other",
+            "pool-services::incidents::one_that_leaves_without_a_word_is_missed_within_six_seconds",
+        ],
+    ),
     row(
         "`kill -9` of the daemon at every named point, with engines in Starting, Warming, Ready, Draining and Stopping",
         "each engine is taken over as it was, streams go on, nothing starts twice, no stranger is signalled",

@@ -47,18 +47,24 @@ pub(crate) fn args(request: &PrepareRequest) -> Result<Vec<String>, Failure> {
     if spec.workload != Workload::Generate {
         return Err(config("vLLM is started for text only so far: `workload` has to be `generate`"));
     }
-    let mut args: Vec<String> = vec![
-        "serve".into(),
-        utf8(path.as_os_str(), "the model's path")?,
-        "--served-model-name".into(),
-        request.model.id.clone(),
+    let mut args: Vec<String> =
+        vec!["serve".into(), utf8(path.as_os_str(), "the model's path")?, "--served-model-name".into()];
+    // The first is the one it calls itself. It refuses requests that give another name than these, as clients of the gateway do.
+    let names =
+        [request.model.id.as_str(), spec.id.as_str()].into_iter().chain(spec.aliases.iter().map(String::as_str));
+    for name in names {
+        if !args[3..].iter().any(|known| known == name) {
+            args.push(name.to_owned());
+        }
+    }
+    args.extend([
         "--host".into(),
         request.listen.ip().to_string(),
         "--port".into(),
         request.listen.port().to_string(),
         "--max-num-seqs".into(),
         spec.slots.to_string(),
-    ];
+    ]);
     if let Some(context) = request.context.or(spec.context.map(u64::from)) {
         // Of a pool it is over all slots, of vLLM that of one request.
         args.extend(["--max-model-len".into(), (context / u64::from(spec.slots.max(1))).to_string()]);

@@ -3,13 +3,13 @@
 use std::time::{Duration, SystemTime};
 
 use pool_domain::lifecycle::State;
-use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
+use pool_domain::{FailureClass, Generation, PoolId, ReplicaId};
 use pool_services::ports::{Staging, StagingStep};
 use pool_services::snapshot::LastError;
 use pool_services::{DrainLeft, NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 use thiserror::Error;
 
-use super::{DeviceView, LastErrorView, NodeView, OperationView, PoolView, ReplicaView, StagingView};
+use super::{LastErrorView, NodeView, OperationView, PoolView, ReplicaView, StagingView};
 
 /// An answer that is well formed but means nothing here.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -21,7 +21,7 @@ pub struct DtoError {
     pub message: String,
 }
 
-fn wrong(field: &'static str, text: &str) -> DtoError {
+pub(super) fn wrong(field: &'static str, text: &str) -> DtoError {
     DtoError { field, message: format!("`{text}` is unknown here") }
 }
 
@@ -48,6 +48,7 @@ fn word(text: &str, known: &[&[&'static str]]) -> &'static str {
 const REASONS: &[&str] = &["backoff", "breaker", "devices", "vram", "hold", "fenced", "draining", "stopping"];
 const BREAKERS: &[&str] = &["closed", "open", "half_open"];
 const PROOFS: &[&str] = &["vram", "simulated", "served"];
+const WORKLOADS: &[&str] = &["generate", "embed", "rerank"];
 const SOURCES: &[&str] = &["file", "api"];
 
 fn class(text: &str) -> Result<FailureClass, DtoError> {
@@ -118,6 +119,7 @@ impl TryFrom<PoolView> for PoolSnapshot {
             model: p.model,
             model_id: p.model_id,
             aliases: p.aliases,
+            workload: word(&p.workload, &[WORKLOADS]),
             hold: p.hold,
             leases_waiting: p.leases_waiting,
             // Nobody takes guards of another process.
@@ -127,41 +129,10 @@ impl TryFrom<PoolView> for PoolSnapshot {
     }
 }
 
-fn capability(text: &str) -> Result<(u32, u32), DtoError> {
+pub(super) fn capability(text: &str) -> Result<(u32, u32), DtoError> {
     text.split_once('.')
         .and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)))
         .ok_or_else(|| wrong("compute_capability", text))
-}
-
-impl TryFrom<DeviceView> for (DeviceSnapshot, u64) {
-    type Error = DtoError;
-    fn try_from(d: DeviceView) -> Result<Self, DtoError> {
-        let health = match d.health.as_str() {
-            "ok" => DeviceHealth::Ok,
-            "suspect" => DeviceHealth::Suspect(d.health_detail),
-            "fenced" => DeviceHealth::Fenced(d.health_detail),
-            "lost" => DeviceHealth::Lost(d.health_detail),
-            _ => DeviceHealth::Unknown(d.health_detail),
-        };
-        let device = DeviceSnapshot {
-            uuid: d.uuid,
-            index: d.index,
-            name: d.name,
-            pci_bus_id: d.pci_bus_id,
-            compute_capability: d.compute_capability.as_deref().map(capability).transpose()?,
-            numa_node: d.numa_node,
-            vram_total: d.vram_total_bytes,
-            vram_free: d.vram_free_bytes,
-            vram_used: d.vram_used_bytes,
-            vram_reserved: d.vram_driver_bytes,
-            vram_foreign: d.vram_foreign_bytes,
-            utilisation: d.utilisation_percent,
-            health,
-            mig: d.mig.map(|m| pool_domain::device::MigSlice { parent: m.parent, profile: m.profile, index: m.index }),
-            mig_parent: d.mig_parent,
-        };
-        Ok((device, d.vram_reserved_bytes))
-    }
 }
 
 impl TryFrom<NodeView> for NodeSnapshot {
@@ -170,7 +141,9 @@ impl TryFrom<NodeView> for NodeSnapshot {
         Ok(Self {
             simulated: n.simulated,
             driver: n.driver,
+            cuda: n.cuda,
             devices: n.devices.into_iter().map(TryInto::try_into).collect::<Result<_, _>>()?,
+            xids: n.xids.into_iter().map(Into::into).collect(),
             problem: n.problem,
             // Only the metrics tell.
             events_lost: 0,

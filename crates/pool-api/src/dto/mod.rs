@@ -1,8 +1,11 @@
 //! What the API answers and what it takes. Times are RFC 3339, lengths `_ms`, sizes bytes.
 
 mod declare;
+mod events;
 mod from_wire;
 mod leases;
+mod models;
+mod overview;
 mod plan;
 mod problem;
 mod to_wire;
@@ -12,8 +15,12 @@ use serde::{Deserialize, Serialize};
 use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
+pub use device::{DetailsView, DeviceView, EccView, MigView, PeerView, ProcessView, RemapView, XidView};
+pub use events::EventView;
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
+pub use models::{ModelView, ModelsView};
+pub use overview::{AutoscaleView, CapabilitiesView, CapabilityView, EngineView, LoadView, TargetsView, targets};
 pub use plan::{
     EstimateView, PlacementBody, PlacementView, PlanBody, PlanRowView, PlanView, spec_problem, spec_request,
 };
@@ -29,6 +36,9 @@ macro_rules! dtos {
         }
     )*};
 }
+
+// After the macro that it uses.
+mod device;
 
 dtos! {
     /// A failure and when it was.
@@ -101,7 +111,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,
@@ -139,10 +149,18 @@ dtos! {
         model: String,
         /// Other names of the model.
         aliases: Vec<String>,
+        /// What it is for: `generate`, `embed` or `rerank`.
+        workload: String,
         /// Mask of the replica that speaks for the pool.
         device_mask: String,
         /// UUIDs of every device in a resolved mask.
         devices: Vec<String>,
+        /// All memory of these devices together; nothing while it is on none.
+        vram_total_bytes: Option<u64>,
+        /// Of it, free as the driver says.
+        vram_free_bytes: Option<u64>,
+        /// The least compute capability of these devices, where known.
+        compute_capability: Option<String>,
         /// Requests its Ready replicas take at once.
         slots_total: u32,
         /// Of these, free.
@@ -175,7 +193,7 @@ dtos! {
         breaker: String,
         /// How far the backoff is.
         backoff: BackoffView,
-        /// `vram`, `simulated`, `served`; empty without a proof.
+        /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
         /// What was measured.
         perf: PerfView,
@@ -224,52 +242,6 @@ dtos! {
         /// Its replicas.
         replicas: Vec<ReplicaHealthView>,
     }
-    /// Where a MIG slice belongs.
-    MigView {
-        /// UUID of the GPU.
-        parent: String,
-        /// For example `1g.12gb`.
-        profile: String,
-        /// Place on the parent.
-        index: u32,
-    }
-    /// One GPU or MIG slice.
-    DeviceView {
-        /// `GPU-…` or `MIG-…`.
-        uuid: String,
-        /// Position in PCI bus order.
-        index: u32,
-        /// Product name.
-        name: String,
-        /// PCI bus id, where known.
-        pci_bus_id: Option<String>,
-        /// CUDA compute capability such as `8.9`, where known.
-        compute_capability: Option<String>,
-        /// NUMA node, where known.
-        numa_node: Option<u32>,
-        /// All memory.
-        vram_total_bytes: u64,
-        /// Free as the driver says.
-        vram_free_bytes: u64,
-        /// Used as the driver says.
-        vram_used_bytes: u64,
-        /// Reserved for our engines.
-        vram_reserved_bytes: u64,
-        /// Kept by driver and firmware.
-        vram_driver_bytes: u64,
-        /// Held by processes that are not ours.
-        vram_foreign_bytes: u64,
-        /// Compute utilisation in percent, where known.
-        utilisation_percent: Option<u32>,
-        /// `ok`, `suspect`, `fenced`, `lost` or `unknown`.
-        health: String,
-        /// Why, where it is not `ok`.
-        health_detail: String,
-        /// For a MIG slice: where it belongs.
-        mig: Option<MigView>,
-        /// A GPU split into slices.
-        mig_parent: bool,
-    }
     /// The node.
     NodeView {
         /// Version of the daemon.
@@ -280,10 +252,16 @@ dtos! {
         simulated: bool,
         /// Driver version.
         driver: Option<String>,
+        /// CUDA version of the driver.
+        #[serde(default)]
+        cuda: Option<String>,
         /// Why there are no devices, or why this is old.
         problem: Option<String>,
         /// Devices.
         devices: Vec<DeviceView>,
+        /// XIDs that the driver reported since the daemon started.
+        #[serde(default)]
+        xids: Vec<XidView>,
     }
     /// Something that takes a while.
     OperationView {

@@ -68,6 +68,10 @@ macro_rules! codes {
 codes! {
     /// The request is not of the form.
     InvalidParams = "INVALID_PARAMS", BAD_REQUEST, false;
+    /// No token that is taken here.
+    Unauthorized = "UNAUTHORIZED", UNAUTHORIZED, false;
+    /// A token that is not for this.
+    Forbidden = "FORBIDDEN", FORBIDDEN, false;
     /// The Host or Origin is not allowed.
     ForbiddenHost = "FORBIDDEN_HOST", FORBIDDEN, false;
     /// No such pool.
@@ -78,6 +82,8 @@ codes! {
     OperationNotFound = "OPERATION_NOT_FOUND", NOT_FOUND, false;
     /// No such device.
     DeviceNotFound = "DEVICE_NOT_FOUND", NOT_FOUND, false;
+    /// No pool serves it.
+    ModelNotFound = "MODEL_NOT_FOUND", NOT_FOUND, false;
     /// No such route.
     NotFound = "NOT_FOUND", NOT_FOUND, false;
     /// Not this method.
@@ -112,6 +118,8 @@ codes! {
     InsufficientVram = "INSUFFICIENT_VRAM", SERVICE_UNAVAILABLE, true;
     /// The daemon is starting or stopping.
     Unavailable = "UNAVAILABLE", SERVICE_UNAVAILABLE, true;
+    /// The engine did not answer, or not to the end.
+    EngineFailed = "ENGINE_FAILED", BAD_GATEWAY, true;
     /// A bug.
     Internal = "INTERNAL", INTERNAL_SERVER_ERROR, false;
 }

@@ -2,14 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pool_domain::DeviceSnapshot;
 use pool_services::ports::Staging;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
 
 use super::{
-    BackoffView, DeviceView, HealthView, LastErrorView, MigView, NodeView, OperationView, PerfView, PoolView,
-    ReplicaHealthView, ReplicaView, StagingView,
+    BackoffView, HealthView, LastErrorView, NodeView, OperationView, PerfView, PoolView, ReplicaHealthView,
+    ReplicaView, StagingView,
 };
 
 pub(super) fn time(t: SystemTime) -> String {
@@ -95,8 +94,12 @@ impl From<&PoolSnapshot> for PoolView {
             model_id: p.model_id.clone(),
             model: p.model.clone(),
             aliases: p.aliases.clone(),
+            workload: p.workload.into(),
             device_mask: lead.as_ref().map(|l| l.device_mask.clone()).unwrap_or_default(),
             devices: uuids(p),
+            vram_total_bytes: None,
+            vram_free_bytes: None,
+            compute_capability: None,
             slots_total: ready().map(|r| r.slots_total).sum(),
             slots_free: ready().map(|r| r.slots_total.saturating_sub(r.active_leases)).sum(),
             active_leases: p.replicas.iter().map(|r| r.active_leases).sum(),
@@ -117,6 +120,21 @@ impl From<&PoolSnapshot> for PoolView {
             perf: lead.map_or(PerfView { first_token_ms: None }, |l| l.perf),
             replicas: p.replicas.iter().map(Into::into).collect(),
         }
+    }
+}
+
+impl PoolView {
+    /// With what the node's devices say of those that it is on.
+    #[must_use]
+    pub fn on(mut self, node: &NodeSnapshot) -> Self {
+        let mine: Vec<_> = node.devices.iter().map(|(d, _)| d).filter(|d| self.devices.contains(&d.uuid)).collect();
+        if !mine.is_empty() {
+            self.vram_total_bytes = Some(mine.iter().map(|d| d.vram_total).sum());
+            self.vram_free_bytes = Some(mine.iter().map(|d| d.vram_free).sum());
+            let least = mine.iter().filter_map(|d| d.compute_capability).min();
+            self.compute_capability = least.map(|(a, b)| format!("{a}.{b}"));
+        }
+        self
     }
 }
 
@@ -151,38 +169,6 @@ impl From<&PoolSnapshot> for HealthView {
     }
 }
 
-impl From<&(DeviceSnapshot, u64)> for DeviceView {
-    fn from((d, reserved): &(DeviceSnapshot, u64)) -> Self {
-        use pool_domain::DeviceHealth as H;
-        Self {
-            uuid: d.uuid.clone(),
-            index: d.index,
-            name: d.name.clone(),
-            pci_bus_id: d.pci_bus_id.clone(),
-            compute_capability: d.compute_capability.map(|(a, b)| format!("{a}.{b}")),
-            numa_node: d.numa_node,
-            vram_total_bytes: d.vram_total,
-            vram_free_bytes: d.vram_free,
-            vram_used_bytes: d.vram_used,
-            vram_reserved_bytes: *reserved,
-            vram_driver_bytes: d.vram_reserved,
-            vram_foreign_bytes: d.vram_foreign,
-            utilisation_percent: d.utilisation,
-            health: d.health.code().into(),
-            health_detail: match &d.health {
-                H::Ok => String::new(),
-                H::Suspect(r) | H::Fenced(r) | H::Lost(r) | H::Unknown(r) => r.clone(),
-            },
-            mig: d.mig.as_ref().map(|m| MigView {
-                parent: m.parent.clone(),
-                profile: m.profile.clone(),
-                index: m.index,
-            }),
-            mig_parent: d.mig_parent,
-        }
-    }
-}
-
 impl NodeView {
     /// The view of a node.
     #[must_use]
@@ -192,8 +178,10 @@ impl NodeView {
             profile: profile.to_owned(),
             simulated: node.simulated,
             driver: node.driver.clone(),
+            cuda: node.cuda.clone(),
             problem: node.problem.clone(),
             devices: node.devices.iter().map(Into::into).collect(),
+            xids: node.xids.iter().map(Into::into).collect(),
         }
     }
 }

@@ -1,9 +1,12 @@
 //! Counters that follow events, and gauges that are made from snapshots at each scrape, so that nothing stale is shown.
 
+mod gateway;
+mod gpu;
 pub mod names;
+mod text;
 
+use pool_domain::ReplicaKey;
 use pool_domain::lifecycle::State;
-use pool_domain::{DeviceHealth, DeviceSnapshot, ReplicaKey};
 use pool_services::{Event, EventKind, NodeSnapshot, PoolSnapshot, ReplicaSnapshot};
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
 use prometheus_client::metrics::counter::Counter;
@@ -13,6 +16,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 use std::sync::atomic::AtomicU64;
 
+use gateway::GatewayMetrics;
+pub use gateway::GatewayTrip;
 pub use names::{ALL, MetricDoc};
 
 type Labels = Vec<(&'static str, String)>;
@@ -53,6 +58,7 @@ pub struct Metrics {
     renewed: Counters,
     start_duration: Histograms,
     drain_duration: Histograms,
+    gateway: GatewayMetrics,
 }
 
 fn register(registry: &mut Registry, doc: MetricDoc, metric: impl Metric) {
@@ -88,6 +94,7 @@ impl Default for Metrics {
         register(&mut r, names::START_DURATION, start_duration.clone());
         let drain_duration = Histograms::new_with_constructor(Buckets);
         register(&mut r, names::DRAIN_DURATION, drain_duration.clone());
+        let gateway = GatewayMetrics::registered(&mut r);
         Self {
             registry: r,
             transitions,
@@ -108,6 +115,7 @@ impl Default for Metrics {
             renewed,
             start_duration,
             drain_duration,
+            gateway,
         }
     }
 }
@@ -178,7 +186,11 @@ impl Metrics {
             | EventKind::StartDelayed { .. }
             | EventKind::ReloadStarted
             | EventKind::DeviceSuspected { .. }
-            | EventKind::DeviceReadmitted { .. } => {}
+            | EventKind::DeviceIncident { .. }
+            | EventKind::DeviceReadmitted { .. }
+            // Counted as they end, with those that are no streams.
+            | EventKind::StreamStarted { .. }
+            | EventKind::StreamEnded { .. } => {}
         }
     }
 
@@ -191,6 +203,12 @@ impl Metrics {
         let _ = encode_registry(&mut out, &scrape(pools, node));
         let _ = encode_eof(&mut out);
         out
+    }
+
+    /// The same in Prometheus' own text format.
+    #[must_use]
+    pub fn render_plain(&self, pools: &[PoolSnapshot], node: &NodeSnapshot) -> String {
+        text::from_openmetrics(&self.render(pools, node))
     }
 }
 
@@ -254,19 +272,7 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     s.gauge(names::LEASES_ACTIVE, &replicas, |(k, r)| vec![(of(k, &[]), f64::from(r.active_leases))]);
     s.gauge(names::SLOTS, &replicas, |(k, r)| vec![(of(k, &[]), f64::from(r.slots_total))]);
 
-    let device = |d: &DeviceSnapshot| vec![("device", d.uuid.clone())];
-    s.gauge(names::GPU_TOTAL, &node.devices, |(d, _)| vec![(device(d), number(d.vram_total))]);
-    s.gauge(names::GPU_FREE, &node.devices, |(d, _)| vec![(device(d), number(d.vram_free))]);
-    s.gauge(names::GPU_USED, &node.devices, |(d, _)| vec![(device(d), number(d.vram_used))]);
-    s.gauge(names::GPU_RESERVED, &node.devices, |(d, ours)| vec![(device(d), number(*ours))]);
-    s.gauge(names::GPU_FOREIGN, &node.devices, |(d, _)| vec![(device(d), number(d.vram_foreign))]);
-    s.gauge(names::GPU_UTILISATION, &node.devices, |(d, _)| {
-        d.utilisation.map(|u| (device(d), f64::from(u) / 100.0)).into_iter().collect()
-    });
-    s.gauge(names::GPU_HEALTH, &node.devices, |(d, _)| {
-        let labels = |code: &str| vec![("device", d.uuid.clone()), ("health", code.to_owned())];
-        DeviceHealth::CODES.iter().map(|code| (labels(code), flag(*code == d.health.code()))).collect()
-    });
+    gpu::scrape(&mut s, pools, node);
     s.gauge(names::SIMULATED, &[node.simulated], |s| vec![(Vec::new(), flag(*s))]);
     s.counter(names::EVENTS_LOST, &[node.events_lost], |n| vec![(Vec::new(), *n)]);
     s.0

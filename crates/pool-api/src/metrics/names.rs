@@ -15,7 +15,8 @@ pub struct MetricDoc {
 
 const REPLICA: &[&str] = &["pool_id", "replica_id"];
 const POOL: &[&str] = &["pool_id"];
-const DEVICE: &[&str] = &["device"];
+/// The GPU or slice, the profile of a slice, and the pool whose engines have it to themselves; the latter two may be empty.
+const DEVICE: &[&str] = &["gpu_uuid", "mig", "pool_id"];
 
 macro_rules! metrics {
     ($($const:ident = $name:literal, $kind:literal, $labels:expr, $help:literal;)*) => {
@@ -59,6 +60,15 @@ metrics! {
         "Time from the start attempt to the proof that the engine serves";
     DRAIN_DURATION = "drain_duration_seconds", "histogram", &["pool_id", "replica_id", "outcome"],
         "Time a drain took";
+    GATEWAY_REQUESTS = "gateway_requests_total", "counter", &["pool_id", "tenant_id", "outcome"],
+        "Requests that the gateway sent to an engine: done, cancelled by their client, or broken off by the engine";
+    GATEWAY_REFUSED = "gateway_refused_total", "counter", &["tenant_id", "code"],
+        "Requests that the gateway answered itself, by the code of the answer";
+    GATEWAY_WAIT = "gateway_wait_seconds", "histogram", POOL, "Time a request waited for a slot";
+    GATEWAY_FIRST_BYTE = "gateway_first_byte_seconds", "histogram", POOL,
+        "Time from the request until the engine began to answer";
+    GATEWAY_DURATION = "gateway_duration_seconds", "histogram", POOL, "Time from the request to the end of its answer";
+    GATEWAY_BYTES = "gateway_answer_bytes_total", "counter", POOL, "Bytes of answers that came from engines";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
     POOL_LIVE = "pool_live", "gauge", POOL, "1 when at least one process exists";
     POOL_READY_REPLICAS = "pool_ready_replicas", "gauge", POOL, "Replicas that are ready";
@@ -81,8 +91,28 @@ metrics! {
     GPU_RESERVED = "gpu_memory_reserved_bytes", "gauge", DEVICE, "GPU memory reserved for engines of this daemon";
     GPU_FOREIGN = "gpu_memory_foreign_bytes", "gauge", DEVICE, "GPU memory held by processes of others";
     GPU_UTILISATION = "gpu_utilisation_ratio", "gauge", DEVICE, "Compute utilisation, 0 to 1";
-    GPU_HEALTH = "gpu_health", "gauge", &["device", "health"],
+    GPU_DRIVER = "gpu_memory_driver_bytes", "gauge", DEVICE, "GPU memory kept by driver and firmware";
+    GPU_MEMORY_UTILISATION = "gpu_memory_utilisation_ratio", "gauge", DEVICE,
+        "Share of time in which GPU memory was read or written, 0 to 1";
+    GPU_TEMPERATURE = "gpu_temperature_celsius", "gauge", DEVICE, "Temperature of a GPU";
+    GPU_POWER = "gpu_power_watts", "gauge", DEVICE, "Power that a GPU draws";
+    GPU_POWER_LIMIT = "gpu_power_limit_watts", "gauge", DEVICE, "Power that a GPU may draw";
+    GPU_ENERGY = "gpu_energy_joules_total", "counter", DEVICE, "Energy that a GPU drew since its driver was loaded";
+    GPU_SM_CLOCK = "gpu_sm_clock_hertz", "gauge", DEVICE, "Clock of the multiprocessors";
+    GPU_MEMORY_CLOCK = "gpu_memory_clock_hertz", "gauge", DEVICE, "Clock of the memory";
+    GPU_CLOCK_LIMITED = "gpu_clock_limited", "gauge", &["gpu_uuid", "mig", "pool_id", "reason"],
+        "1 for what limits the clocks of a GPU now";
+    GPU_ECC = "gpu_ecc_errors_total", "counter", &["gpu_uuid", "mig", "pool_id", "kind"],
+        "Errors of a GPU's memory since its driver was loaded: corrected or uncorrected";
+    GPU_REMAP_PENDING = "gpu_remap_pending", "gauge", DEVICE, "1 while rows of a GPU's memory wait for a reset to be remapped";
+    GPU_REMAP_FAILED = "gpu_remap_failed", "gauge", DEVICE, "1 when rows of a GPU's memory could not be remapped";
+    GPU_PCIE_REPLAYS = "gpu_pcie_replays_total", "counter", DEVICE, "Retries on a GPU's bus since its driver was loaded";
+    GPU_NVLINKS = "gpu_nvlinks", "gauge", DEVICE, "NVLinks of a GPU to others of the node that are up";
+    GPU_XIDS = "gpu_xids_total", "counter", &["gpu_uuid", "xid"], "XIDs that the driver reported since the daemon started";
+    GPU_HEALTH = "gpu_health", "gauge", &["gpu_uuid", "mig", "pool_id", "health"],
         "1 for the health a GPU is in, 0 for the others; only on one that is ok does anything new start";
+    GPU_VERDICT = "gpu_verdict", "gauge", &["gpu_uuid", "mig", "pool_id", "verdict"],
+        "1 for what somebody has to do about a GPU, 0 for the others";
     SIMULATED = "simulated", "gauge", &[], "1 when the devices exist only in a file";
     EVENTS_LOST = "events_lost_total", "counter", &[],
         "Events that came too fast to be told; counters and logs lack them";

@@ -11,9 +11,13 @@ use axum::response::Response;
 use pool_domain::PoolId;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::{MAX_BODY, MAX_WAIT};
 use crate::dto::{Code, Problem};
+
+/// Time for a body, which is small.
+const IN_TIME: Duration = Duration::from_secs(30);
 
 pub(super) fn invalid_params(detail: impl Into<String>) -> Problem {
     Problem::new(Code::InvalidParams, detail)
@@ -32,7 +36,10 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for Body<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let typed = request.headers().contains_key(header::CONTENT_TYPE);
         let json = is_json(request.headers());
-        let bytes = Bytes::from_request(request, state).await.map_err(|e| match e {
+        let bytes = timeout(IN_TIME, Bytes::from_request(request, state))
+            .await
+            .map_err(|_| invalid_params("the body did not come in time").with_status(StatusCode::REQUEST_TIMEOUT))?;
+        let bytes = bytes.map_err(|e| match e {
             BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
                 invalid_params(format!("the body is larger than {MAX_BODY} bytes"))
                     .with_status(StatusCode::PAYLOAD_TOO_LARGE)

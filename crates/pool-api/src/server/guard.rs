@@ -4,13 +4,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use axum::extract::connect_info::ConnectInfo;
 use axum::extract::{Request, State};
-use axum::http::header;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use super::{AppState, LocalAddr};
+use super::listen::HEAD_BYTES;
+use super::{AppState, Via};
 use crate::dto::{Code, Problem};
 
 fn forbidden(detail: &str, hint: &str) -> Response {
@@ -55,9 +55,26 @@ fn host_allowed(host: &str, hosts: &[String], local: Option<SocketAddr>) -> bool
     ip.is_loopback() || local.is_some_and(|l| !ip.is_unspecified() && l.ip().to_canonical() == ip.to_canonical())
 }
 
+/// Whether an Origin is that of the daemon's own page, by a Host that was found to be its own before.
+fn is_own(origin: &HeaderValue, host: &HeaderValue) -> bool {
+    let origin = origin.as_bytes();
+    let of = [&b"http://"[..], b"https://"].into_iter().find_map(|scheme| origin.strip_prefix(scheme));
+    of.is_some_and(|of| of.eq_ignore_ascii_case(host.as_bytes()))
+}
+
 pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
-    let local = request.extensions().get::<ConnectInfo<LocalAddr>>().and_then(|c| c.0.0);
+    let local = match request.extensions().get::<Via>() {
+        Some(Via::Tcp(local)) => *local,
+        _ => None,
+    };
     let info = &state.info;
+    // The connection bounds how much of a head it keeps; what comes at once may be more.
+    let size = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum::<usize>();
+    if size + request.uri().path().len() > HEAD_BYTES {
+        return Problem::new(Code::InvalidParams, format!("the head is larger than {HEAD_BYTES} bytes"))
+            .with_status(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE)
+            .into_response();
+    }
     let mut hosts = request.headers().get_all(header::HOST).iter();
     let named = match (hosts.next().map(|h| h.to_str()), hosts.next()) {
         (Some(Ok(h)), None) => host_allowed(h, &info.hosts, local),
@@ -71,7 +88,10 @@ pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, 
             "use localhost or the address it listens on, or name the host in [node] hosts",
         );
     }
-    let known = |o: &axum::http::HeaderValue| info.origins.iter().any(|k| k.as_bytes() == o.as_bytes());
+    let host = request.headers().get(header::HOST);
+    let known = |o: &HeaderValue| {
+        info.origins.iter().any(|k| k.as_bytes() == o.as_bytes()) || host.is_some_and(|host| is_own(o, host))
+    };
     if !request.headers().get_all(header::ORIGIN).iter().all(known) {
         return forbidden("the request's Origin is not allowed", "name the origin in [node] origins");
     }

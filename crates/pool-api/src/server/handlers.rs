@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use pool_services::{ControlError, DrainOptions, Operation, OperationState, PoolControl};
 
@@ -32,7 +32,8 @@ pub(super) async fn node(State(s): App) -> Result<Json<NodeView>, Problem> {
 /// Every pool.
 #[utoipa::path(get, path = "/v1/pools", tag = "pools", responses((status = 200, body = Vec<PoolView>)))]
 pub(super) async fn pools(State(s): App) -> Result<Json<Vec<PoolView>>, Problem> {
-    Ok(Json(s.control.pools().await?.iter().map(Into::into).collect()))
+    let (pools, node) = (s.control.pools().await?, s.control.node().await?);
+    Ok(Json(pools.iter().map(|p| PoolView::from(p).on(&node)).collect()))
 }
 
 /// One pool; with `wait_for_snapshot`, once its picture is newer than that or the time is over.
@@ -47,7 +48,8 @@ pub(super) async fn pool(State(s): App, Pool(id): Pool, Params(q): Params<PoolPa
         Some((after, wait)) => s.control.wait_pool(&id, after, wait).await?,
         None => s.control.pool(&id).await?,
     };
-    Ok((etag(pool.revision), Json(PoolView::from(&pool))).into_response())
+    let node = s.control.node().await?;
+    Ok((etag(pool.revision), Json(PoolView::from(&pool).on(&node))).into_response())
 }
 
 /// The health of one pool.
@@ -203,13 +205,21 @@ pub(super) async fn operation(
     Ok(Json((&op).into()))
 }
 
-const METRICS_TYPE: [(HeaderName, &str); 1] =
-    [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+const OPENMETRICS: &str = "application/openmetrics-text";
+const OPENMETRICS_TYPE: [(HeaderName, &str); 2] =
+    [(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8"), (header::VARY, "accept")];
+const PLAIN_TYPE: [(HeaderName, &str); 2] =
+    [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8"), (header::VARY, "accept")];
 
-/// Metrics in the OpenMetrics text format.
+/// Metrics: in the OpenMetrics text format for those who accept it, as Prometheus does, else in Prometheus' own.
 #[utoipa::path(get, path = "/metrics", tag = "metrics", responses(
-    (status = 200, body = String, content_type = "application/openmetrics-text")))]
-pub(super) async fn metrics(State(s): App) -> Result<Response, Problem> {
+    (status = 200, content((String = "application/openmetrics-text"), (String = "text/plain")))))]
+pub(super) async fn metrics(State(s): App, headers: HeaderMap) -> Result<Response, Problem> {
     let (pools, node) = (s.control.pools().await?, s.control.node().await?);
-    Ok((METRICS_TYPE, s.metrics.render(&pools, &node)).into_response())
+    let accepted = |value: &HeaderValue| value.to_str().is_ok_and(|kinds| kinds.contains(OPENMETRICS));
+    Ok(if headers.get_all(header::ACCEPT).iter().any(accepted) {
+        (OPENMETRICS_TYPE, s.metrics.render(&pools, &node)).into_response()
+    } else {
+        (PLAIN_TYPE, s.metrics.render_plain(&pools, &node)).into_response()
+    })
 }

@@ -7,9 +7,12 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 
+use pool_services::Lease;
+
+use super::Caller;
 use super::extract::{Answer, Body, Id, Pool, invalid_params};
 use super::handlers::App;
-use crate::dto::{LeaseBody, LeaseView, Problem, RenewBody};
+use crate::dto::{Code, LeaseBody, LeaseView, Problem, RenewBody};
 
 /// Take a slot, or wait for one; who asked first is served first. A pool at rest that starts on demand is started. The
 /// place is lost when the connection is.
@@ -23,7 +26,17 @@ use crate::dto::{LeaseBody, LeaseView, Problem, RenewBody};
     (status = 429, description = "POOL_SATURATED", body = Problem, content_type = "application/problem+json"),
     (status = 503, description = "POOL_UNREADY, POOL_DRAINING or POOL_UNAVAILABLE", body = Problem,
         content_type = "application/problem+json")))]
-pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody>) -> Answer {
+pub(super) async fn lease(State(s): App, caller: Caller, Pool(id): Pool, Body(mut b): Body<LeaseBody>) -> Answer {
+    if let Some(own) = &caller.tenant {
+        match &b.tenant_id {
+            Some(other) if **other != **own && caller.kept_to().is_some() => {
+                return Err(Problem::new(Code::Forbidden, "the token is of another tenant")
+                    .with_hint("leave tenant_id out: the token's is taken"));
+            }
+            Some(_) => {}
+            None => b.tenant_id = Some(own.to_string()),
+        }
+    }
     let request = b.request(&id).map_err(|e| invalid_params(e.to_string()))?;
     let lease = s.control.lease(&id, request).await?;
     let location = format!("/v1/leases/{}", lease.id);
@@ -38,15 +51,23 @@ pub(super) async fn lease(State(s): App, Pool(id): Pool, Body(b): Body<LeaseBody
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 404, description = "LEASE_NOT_FOUND: it is over, or never was", body = Problem,
         content_type = "application/problem+json")))]
-pub(super) async fn renew(State(s): App, Id(id): Id, Body(b): Body<RenewBody>) -> Result<Json<LeaseView>, Problem> {
+pub(super) async fn renew(
+    State(s): App,
+    caller: Caller,
+    Id(id): Id,
+    Body(b): Body<RenewBody>,
+) -> Result<Json<LeaseView>, Problem> {
+    s.own_lease(&caller, &id).await?;
     let lease = s.control.renew(&id, b.ttl_ms.map(Duration::from_millis)).await?;
     Ok(Json((&lease).into()))
 }
 
-/// Every lease that is held.
+/// Every lease that is held; with a token of a tenant, those of the tenant.
 #[utoipa::path(get, path = "/v1/leases", tag = "leases", responses((status = 200, body = Vec<LeaseView>)))]
-pub(super) async fn leases(State(s): App) -> Result<Json<Vec<LeaseView>>, Problem> {
-    Ok(Json(s.control.leases().await?.iter().map(Into::into).collect()))
+pub(super) async fn leases(State(s): App, caller: Caller) -> Result<Json<Vec<LeaseView>>, Problem> {
+    let all = s.control.leases().await?;
+    let shown = |l: &&Lease| caller.kept_to().is_none_or(|own| l.holder.tenant_id.as_ref() == Some(own));
+    Ok(Json(all.iter().filter(shown).map(Into::into).collect()))
 }
 
 /// Give a slot back; releasing what is over is fine.
@@ -54,7 +75,8 @@ pub(super) async fn leases(State(s): App) -> Result<Json<Vec<LeaseView>>, Proble
     (status = 204, description = "Given back, or not held any more"),
     (status = 404, description = "LEASE_NOT_FOUND: it never was", body = Problem,
         content_type = "application/problem+json")))]
-pub(super) async fn release(State(s): App, Id(id): Id) -> Result<StatusCode, Problem> {
+pub(super) async fn release(State(s): App, caller: Caller, Id(id): Id) -> Result<StatusCode, Problem> {
+    s.own_lease(&caller, &id).await?;
     s.control.release(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -1,12 +1,19 @@
 //! The router: handlers over a `PoolControl`, behind a guard that looks at Host and Origin of every request.
 
+mod auth;
+mod dashboard;
 mod extract;
+mod feed;
 mod guard;
 mod handlers;
 mod health;
 mod leases;
+mod listen;
 mod openapi;
+mod overview;
 mod specs;
+mod streams;
+pub mod tls;
 
 use std::any::Any;
 use std::net::SocketAddr;
@@ -15,20 +22,24 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::extract::connect_info::Connected;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use axum::serve::IncomingStream;
 use pool_services::PoolControl;
+use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::dto::{Code, Problem};
+use crate::dto::{Code, EngineView, Problem};
+use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
 use crate::spec::Defaults;
 
+pub use auth::{Access, Caller, MIN_TOKEN, Scope, Tokens, TokensError};
+pub use feed::{Feed, History};
+pub use listen::{Door, serve};
 pub use openapi::openapi_json;
 pub use specs::Reconfigure;
+pub use streams::{LogPart, Logs};
 
 /// Largest body that is read.
 pub const MAX_BODY: usize = 64 * 1024;
@@ -48,6 +59,8 @@ pub struct NodeInfo {
     pub origins: Vec<String>,
     /// What pools get when they do not say.
     pub defaults: Defaults,
+    /// Engines that pools may name.
+    pub engines: Vec<EngineView>,
 }
 
 /// How far the daemon itself is. Both flags start false.
@@ -91,17 +104,44 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     /// How far the daemon is.
     pub flags: Arc<Flags>,
+    /// The way to engines.
+    pub gateway: Gateway,
+    /// Who may do what.
+    pub access: Access,
+    /// What happens.
+    pub feed: Feed,
+    /// What engines write.
+    pub logs: Arc<dyn Logs>,
+    /// Ends what would go on for ever.
+    pub closing: CancellationToken,
 }
 
-/// The local address of a connection, whose literal form is an allowed Host. Serve with
-/// `router.into_make_service_with_connect_info::<LocalAddr>()`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LocalAddr(pub Option<SocketAddr>);
-
-impl Connected<IncomingStream<'_, tokio::net::TcpListener>> for LocalAddr {
-    fn connect_info(stream: IncomingStream<'_, tokio::net::TcpListener>) -> Self {
-        Self(stream.io().local_addr().ok())
+impl AppState {
+    /// A tenant as metrics show it: only those that tokens are of, so that nobody makes up labels.
+    pub(crate) fn tenant_label<'a>(&self, tenant: Option<&'a str>) -> &'a str {
+        let Some(tenant) = tenant else { return "" };
+        match &self.access {
+            Access::Tokens(tokens) if tokens.borrow().tenants().any(|t| t == tenant) => tenant,
+            _ => "other",
+        }
     }
+
+    /// Whether the caller may use this lease. One of another tenant is as if it was not there.
+    pub(crate) async fn own_lease(&self, caller: &Caller, lease: &str) -> Result<(), Problem> {
+        let Some(tenant) = caller.kept_to() else { return Ok(()) };
+        let all = self.control.leases().await?;
+        let foreign = all.iter().any(|l| l.id == lease && l.holder.tenant_id.as_ref() != Some(tenant));
+        if foreign { Err(pool_services::ControlError::LeaseNotFound(lease.to_owned()).into()) } else { Ok(()) }
+    }
+}
+
+/// How a request came; an extension of each. Without it, nothing is known of the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// Over TCP to this address, whose literal form is an allowed Host.
+    Tcp(Option<SocketAddr>),
+    /// Over the socket of the daemon's own user.
+    Unix,
 }
 
 impl IntoResponse for Problem {
@@ -110,11 +150,18 @@ impl IntoResponse for Problem {
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let kind = (header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         let mut response = (status, [kind], body).into_response();
+        self.retry_after(&mut response);
+        response
+    }
+}
+
+impl Problem {
+    /// Says when it is worth asking again, where it is.
+    pub(crate) fn retry_after(&self, response: &mut Response) {
         if let Some(ms) = self.retry_after_ms.filter(|_| self.retriable) {
             // Whole seconds on the wire, never early, never zero.
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(ms.div_ceil(1000).max(1)));
         }
-        response
     }
 }
 
@@ -131,6 +178,23 @@ async fn no_route(uri: Uri) -> Problem {
 async fn no_method() -> Problem {
     Problem::new(Code::MethodNotAllowed, "this path does not take this method")
         .with_hint("the Allow header lists those it takes")
+}
+
+fn gateway_routes() -> Router<Arc<AppState>> {
+    gateway::PATHS.iter().fold(Router::new(), |router, (path, _)| router.route(path, post(gateway::handle)))
+}
+
+/// Only what probes ask, for a way in of their own that stays free while the API is flooded.
+pub fn probes(state: Arc<AppState>) -> Router {
+    Router::new()
+        .route("/livez", get(health::livez))
+        .route("/readyz", get(health::readyz))
+        .route("/startupz", get(health::startupz))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), guard::check))
+        .layer(CatchPanicLayer::custom(panicked))
+        .with_state(state)
 }
 
 /// The whole API. Every route, also the unknown ones, is behind the guard.
@@ -166,9 +230,18 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/operations/{id}", get(handlers::operation))
         .route("/metrics", get(handlers::metrics))
         .route("/openapi.json", get(openapi::document))
+        .route("/v1/models", get(gateway::models))
+        .route("/v1/capabilities", get(overview::capabilities))
+        .route("/v1/autoscale", get(overview::autoscale))
+        .route("/v1/sd/prometheus", get(overview::prometheus))
+        .route("/v1/events", get(streams::events))
+        .route("/v1/pools/{id}/logs", get(streams::logs))
+        .merge(gateway_routes())
+        .merge(dashboard::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), auth::check))
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), guard::check))
         .layer(CatchPanicLayer::custom(panicked))
         .with_state(state)

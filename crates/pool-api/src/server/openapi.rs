@@ -4,7 +4,8 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::OpenApi;
 
-use super::{handlers, health, leases, specs};
+use super::{handlers, health, leases, overview, specs, streams};
+use crate::gateway::{self, docs};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -44,6 +45,18 @@ use super::{handlers, health, leases, specs};
         handlers::operations,
         handlers::operation,
         handlers::metrics,
+        overview::capabilities,
+        overview::autoscale,
+        overview::prometheus,
+        streams::events,
+        streams::logs,
+        gateway::models,
+        docs::chat,
+        docs::completions,
+        docs::embeddings,
+        docs::responses,
+        docs::messages,
+        docs::rerank,
         document
     )
 )]

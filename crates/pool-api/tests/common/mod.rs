@@ -6,23 +6,26 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use pool_api::dto::{ConfigReloadView, Problem};
+use pool_api::dto::{ConfigReloadView, EventView, Problem};
+use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{AppState, Flags, NodeInfo, Reconfigure};
+use pool_api::server::{Access, AppState, Feed, Flags, History, LogPart, Logs, NodeInfo, Reconfigure};
+use pool_domain::device::{DeviceProcess, Ecc, Peer, Remap};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::Row;
 use pool_domain::{
-    DeviceHealth, DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId, ReplicaKey, device::MigSlice,
-    failure::Exit,
+    DeviceDetails, DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey,
+    Verdict, device::MigSlice, failure::Exit,
 };
 use pool_services::control::{Lease, LeaseRequest, PlacementRequest, PlanRequest};
 use pool_services::ports::{Staging, StagingStep};
-use pool_services::snapshot::LastError;
+use pool_services::snapshot::{LastError, XidCount};
 use pool_services::{
-    ControlError, Declared, DrainLeft, DrainOptions, NodeSnapshot, Operation, OperationState, Placed, PlanReport,
-    PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot,
+    ControlError, Declared, DrainLeft, DrainOptions, EventKind, NodeSnapshot, Operation, OperationState, Placed,
+    PlanReport, PoolControl, PoolSnapshot, ReloadRequest, ReplicaSnapshot, Route, Routing,
 };
+use tokio_util::sync::CancellationToken;
 
 /// Answers for the pool `chat`; every verb fails with `error` where it is set.
 #[derive(Debug, Default)]
@@ -80,10 +83,33 @@ pub(crate) fn chat() -> PoolSnapshot {
         model: "stub:tiny".into(),
         model_id: "tiny".into(),
         aliases: vec!["gpt".into()],
+        workload: "generate",
         hold: false,
         leases_waiting: 2,
         guards: Default::default(),
         replicas: vec![replica(0), replica(1)],
+    }
+}
+
+/// Everything that a driver can tell.
+fn details() -> DeviceDetails {
+    DeviceDetails {
+        ecc: Some(Ecc { corrected: 3, uncorrected: 1 }),
+        remap: Some(Remap { pending: true, failed: false }),
+        recovery_action: Some(1),
+        persistence: Some(true),
+        temperature: Some(61),
+        power: Some(250_500),
+        power_limit: Some(400_000),
+        energy: Some(7_000),
+        sm_clock: Some(1_980),
+        memory_clock: Some(2_619),
+        memory_utilisation: Some(25),
+        clock_limits: Some(vec!["power_cap".into()]),
+        pcie_replays: Some(4),
+        peers: vec![Peer { uuid: "GPU-y".into(), path: Some("system".into()), p2p: Some(true), nvlinks: 18 }],
+        instance: Some((9, 0)),
+        processes: vec![DeviceProcess { pid: 7, name: Some("Xorg".into()), bytes: 40, ours: false }],
     }
 }
 
@@ -104,10 +130,14 @@ pub(crate) fn node() -> NodeSnapshot {
         health: DeviceHealth::Fenced("leftovers".into()),
         mig: Some(MigSlice { parent: "GPU-x".into(), profile: "1g.12gb".into(), index: 1 }),
         mig_parent: false,
+        verdict: Verdict::ResetDevice,
+        details: details(),
     };
     NodeSnapshot {
         simulated: true,
         driver: Some("580.1".into()),
+        cuda: Some("13.0".into()),
+        xids: vec![XidCount { device: "GPU-51000000-0000-4000-8000-000000000001".into(), xid: 94, count: 2 }],
         devices: vec![(device, 35)],
         problem: None,
         events_lost: 0,
@@ -297,6 +327,52 @@ impl Reconfigure for FakeConfig {
     }
 }
 
+/// Where no model is served.
+#[derive(Debug)]
+pub(crate) struct NoEngines;
+
+#[async_trait]
+impl Routing for NoEngines {
+    fn named(&self, _: &str) -> Result<Vec<PoolId>, ControlError> {
+        Ok(Vec::new())
+    }
+    async fn route(&self, pool: &PoolId, _: Duration, _: &Holder) -> Result<Route, ControlError> {
+        Err(ControlError::PoolNotFound(pool.to_string()))
+    }
+    async fn follow(&self, lease: &str) -> Result<(Lease, Route), ControlError> {
+        Err(ControlError::LeaseNotFound(lease.to_owned()))
+    }
+    fn tell(&self, _: &ReplicaKey, _: Generation, _: EventKind) {}
+}
+
+/// Three lines of each engine, and one more with each look.
+#[derive(Debug)]
+pub(crate) struct FakeLogs;
+
+#[async_trait]
+impl Logs for FakeLogs {
+    async fn last(&self, key: &ReplicaKey, generation: Generation, lines: usize) -> LogPart {
+        let all = (1..=3u64).map(|n| (n, format!("{key} {generation} line {n}")));
+        LogPart { lines: all.skip(3usize.saturating_sub(lines)).collect(), next: 3 }
+    }
+    async fn after(&self, key: &ReplicaKey, generation: Generation, place: u64) -> LogPart {
+        LogPart { lines: vec![(place + 1, format!("{key} {generation} line {}", place + 1))], next: place + 1 }
+    }
+}
+
+/// Where one event happened. Without a runtime nobody can listen.
+fn attended() -> Feed {
+    let (mut history, feed) = History::begin("e".into());
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        let event = EventView { event: "started".into(), pool_id: "chat".into(), ..EventView::default() };
+        runtime.spawn(async move {
+            history.push(&event, false);
+            history.attend().await;
+        });
+    }
+    feed
+}
+
 pub(crate) fn state(fake: Fake) -> Arc<AppState> {
     let flags = Flags::default();
     flags.set_started();
@@ -309,9 +385,15 @@ pub(crate) fn state(fake: Fake) -> Arc<AppState> {
             hosts: vec!["gpu.lan".into()],
             origins: vec!["https://ui.lan".into()],
             defaults: Default::default(),
+            engines: Vec::new(),
         },
         config: Some(Arc::new(FakeConfig)),
         metrics: Arc::new(Metrics::default()),
         flags: Arc::new(flags),
+        gateway: Gateway::new(Arc::new(NoEngines), Duration::from_secs(1)),
+        access: Access::Open,
+        feed: attended(),
+        logs: Arc::new(FakeLogs),
+        closing: CancellationToken::new(),
     })
 }

@@ -19,7 +19,7 @@ fn busy(slots: Vec<SlotWork>) -> Signals {
 }
 
 fn serving(work: Work) -> Round {
-    Round { health: Health::Serving, work, leases: 1 }
+    Round { health: Health::Serving, work, leases: 1, flow: 0 }
 }
 
 fn class(next: &Next) -> Option<FailureClass> {
@@ -81,7 +81,7 @@ fn whoever_gets_somewhere_is_well_for_ever() {
             signals.waiting = 40;
             // It answers 429 or 503, or late, and works on.
             let health = if n % 2 == 0 { Health::Overloaded("/health answers 503".into()) } else { Health::Silent };
-            Round { health, work: Work::Told(signals), leases: 4 }
+            Round { health, work: Work::Told(signals), leases: 4, flow: 0 }
         });
         assert_eq!(ended, None, "{kind}");
     }
@@ -113,7 +113,7 @@ fn where_nothing_tells_of_a_long_prompt_busy_stall_has_the_say() {
 #[test]
 fn it_is_asked_for_work_only_when_it_has_none_and_nothing_shows_that_it_works() {
     let idle = || Signals { counters: vec![3], ..Signals::default() };
-    let round = |work, leases| Round { health: Health::Serving, work: Work::Told(work), leases };
+    let round = |work, leases| Round { health: Health::Serving, work: Work::Told(work), leases, flow: 0 };
     let mut liveness = Liveness::new(at(0));
     assert_eq!(liveness.observe(round(idle(), 0), at(10), &policy()), Next::AskForWork);
     assert_eq!(liveness.canary(Canary::Done), Verdict::Well);
@@ -127,7 +127,7 @@ fn it_is_asked_for_work_only_when_it_has_none_and_nothing_shows_that_it_works() 
     assert_eq!(liveness.observe(round(idle(), 0), at(30), &HealthPolicy { canary: false, ..policy() }), WELL);
     // Somebody without a lease had it work meanwhile.
     assert_eq!(liveness.observe(round(Signals { counters: vec![9], ..idle() }, 0), at(40), &policy()), WELL);
-    let untold = Round { health: Health::Serving, work: Work::Untold, leases: 0 };
+    let untold = Round { health: Health::Serving, work: Work::Untold, leases: 0, flow: 0 };
     assert_eq!(liveness.observe(untold, at(50), &policy()), WELL, "who does not say is taken for busy");
 }
 
@@ -139,7 +139,7 @@ fn an_idle_engine_that_decodes_no_more_is_seen_by_its_canaries_also_where_those_
             let slots = (0..lost).map(|n| SlotWork { slot: u32::try_from(n).unwrap(), ..slot(n, 0, 0) }).collect();
             let signals = Signals { prefill_told, ..busy(if stuck { slots } else { Vec::new() }) };
             let verdict = match liveness.observe(
-                Round { health: Health::Serving, work: Work::Told(signals), leases: 0 },
+                Round { health: Health::Serving, work: Work::Told(signals), leases: 0, flow: 0 },
                 at(10 * n),
                 &policy(),
             ) {
@@ -173,7 +173,7 @@ fn a_canary_that_gave_way_tells_nothing_and_one_refused_twice_by_an_idle_engine_
 #[test]
 fn illness_is_no_hang_and_overload_without_load_is_illness() {
     let see = |health: Health, work: Work, leases| {
-        Liveness::new(at(0)).observe(Round { health, work, leases }, at(10), &policy())
+        Liveness::new(at(0)).observe(Round { health, work, leases, flow: 0 }, at(10), &policy())
     };
     let told = |signals| Work::Told(signals);
     let over = || Health::Overloaded("/health answers 503".into());
@@ -200,4 +200,22 @@ fn a_hang_says_what_stood_still() {
         failure.detail,
         "1 running and 2 waiting requests got no token and no prompt progress for 10 s (slot 0 at 17 tokens)"
     );
+}
+
+#[test]
+fn what_clients_get_from_it_is_a_sign_of_life_also_where_its_kind_tells_nothing() {
+    for work in [Work::Untold, Work::Told(busy(vec![slot(1, 9, 3)])), Work::Silent] {
+        let flows_until =
+            |end: u64| ended_at(&policy(), 60, |now| Round { flow: now.min(end) / 10_000, ..serving(work.clone()) });
+        assert_eq!(flows_until(u64::MAX), None, "{work:?}");
+        // What stands still once it flows no more is seen as before; where nothing is told, nothing is.
+        let stood = flows_until(100_000);
+        let told = matches!(work, Work::Told(_));
+        assert_eq!(stood.is_some_and(|at| (100_001..=145_000).contains(&at)), told, "{work:?} {stood:?}");
+    }
+    // It does not outweigh an engine that says that it is ill.
+    let mut liveness = Liveness::new(at(0));
+    let ill = |flow| Round { health: Health::Ill("503".into()), flow, ..serving(Work::Untold) };
+    liveness.observe(ill(1), at(10), &policy());
+    assert_eq!(class(&liveness.observe(ill(2), at(20), &policy())), Some(FailureClass::Health));
 }

@@ -1,6 +1,7 @@
 //! Prints what the code says about itself: `codegen NAME`. `cargo xtask codegen` writes it to `docs/`.
 #![forbid(unsafe_code)]
 
+mod monitoring;
 mod reference;
 mod transitions;
 
@@ -18,11 +19,13 @@ fn main() -> ExitCode {
         "config-schema" => pretty(&schema()),
         "config-reference" => reference::markdown(&schema()),
         "metrics" => reference::metrics(),
+        "grafana" => pretty(&monitoring::dashboard()),
+        "alerts" => pretty(&monitoring::rules()),
         "transitions" => transitions::markdown(),
         other => {
             let _ = writeln!(
                 std::io::stderr(),
-                "codegen: `{other}` is none of openapi, config-schema, config-reference, metrics, transitions"
+                "codegen: `{other}` is none of openapi, config-schema, config-reference, metrics, transitions, grafana, alerts"
             );
             return ExitCode::from(64);
         }

@@ -9,9 +9,11 @@ use std::time::Duration;
 use pool_api::spec::Defaults;
 use pool_domain::ModelRef;
 use pool_domain::model_policy::Allowed;
+use pool_domain::xid::{XidAction, XidTable};
 use pool_services::{Activation, Clash, Declared, PoolSpec};
 use sha2::{Digest, Sha256};
 
+use super::exposure;
 use super::parse::similar;
 use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawNode};
 use super::source::Source;
@@ -22,15 +24,11 @@ use super::{
 const LATER: &str = "is not supported yet";
 
 pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Result<Config, ConfigError> {
-    for (present, key) in [(raw.auth.is_some(), "auth"), (raw.tls.is_some(), "tls")] {
-        if present {
-            return Err(source.error(At::Key(&[Step::Key(key)]), LATER).hinting(
-                "remove the section and keep the API on loopback, for example behind a proxy that does this",
-            ));
-        }
-    }
-    let node = node(&raw.node, &source, overrides)?;
+    let auth = exposure::auth(raw.auth.as_ref(), &source)?;
+    let tls = exposure::tls(raw.tls.as_ref(), &source)?;
+    let node = node(&raw, &source, overrides)?;
     let gpu = gpu(&raw.gpu, &raw.node, &node, &source)?;
+    let xids = xids(&raw.gpu, &source)?;
     let mut models = models::check(&raw.models, &source)?;
     let engines = engines(raw.engines, &source)?;
     let mut pools: Vec<Declared> = Vec::new();
@@ -52,7 +50,7 @@ pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Re
         }
         pools.push(pool);
     }
-    Ok(Config { node, gpu, models, engines, pools, source, overrides: overrides.clone() })
+    Ok(Config { node, auth, tls, gpu, xids, models, engines, pools, source, overrides: overrides.clone() })
 }
 
 /// The table in its wire form, however it was written.
@@ -103,30 +101,24 @@ fn pool_key(index: usize, key: &str) -> [Step<'_>; 3] {
     [Step::Key("pool"), Step::Index(index), Step::Key(key)]
 }
 
-fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, ConfigError> {
+fn address(text: &str, source: &Source, at: At<'_>) -> Result<SocketAddr, ConfigError> {
+    text.parse().map_err(|_| {
+        source
+            .error(at, format!("`{text}` is no address with a port"))
+            .hinting("write an IP address and a port, for example \"127.0.0.1:9200\" or \"[::1]:9200\"")
+    })
+}
+
+fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Node, ConfigError> {
+    let raw = &whole.node;
     let at = |key: &'static str| [Step::Key("node"), Step::Key(key)];
     let listen_key = at("listen");
     let (listen_at, text) = match &overrides.listen {
         Some(text) => (At::Flag("--listen"), text),
         None => (At::Key(&listen_key), &raw.listen),
     };
-    let listen: SocketAddr = text.parse().map_err(|_| {
-        source
-            .error(listen_at, format!("`{text}` is no address with a port"))
-            .hinting("write an IP address and a port, for example \"127.0.0.1:9200\" or \"[::1]:9200\"")
-    })?;
-    if !listen.ip().is_loopback() {
-        if raw.profile == Profile::Cloud {
-            return Err(source
-                .error(listen_at, format!("the cloud profile requires tokens, and [auth] {LATER}: it may listen on loopback only, not on {listen}"))
-                .hinting("listen on 127.0.0.1 behind a proxy that authenticates"));
-        }
-        if !raw.insecure {
-            return Err(source
-                .error(listen_at, format!("{listen} is not loopback: everyone who reaches it could do everything"))
-                .hinting("listen on 127.0.0.1, or set insecure = true in [node] if the network is trusted"));
-        }
-    }
+    let listen = address(text, source, listen_at)?;
+    exposure::reachable(whole, listen, listen_at, source)?;
     let engine_listen: IpAddr = raw.engine_listen.parse().map_err(|_| {
         source.error(At::Key(&at("engine_listen")), format!("`{}` is no IP address", raw.engine_listen))
     })?;
@@ -147,6 +139,13 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
     Ok(Node {
         profile: raw.profile,
         listen,
+        probe_listen: raw
+            .probe_listen
+            .as_deref()
+            .map(|text| address(text, source, At::Key(&at("probe_listen"))))
+            .transpose()?,
+        socket: raw.socket.as_deref().map(|s| path(s, source, At::Key(&at("socket")))).transpose()?,
+        insecure: raw.insecure,
         hosts: raw.hosts.clone(),
         origins: raw.origins.clone(),
         state_dir: match (&overrides.state_dir, &raw.state_dir) {
@@ -159,6 +158,7 @@ fn node(raw: &RawNode, source: &Source, overrides: &Overrides) -> Result<Node, C
         on_exit: raw.on_exit,
         shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
         max_lease_ttl: max_lease_ttl(&raw.max_lease_ttl, source)?,
+        gateway_wait: duration(&raw.gateway_wait, source, At::Key(&at("gateway_wait")))?,
         min_ready_time: duration(&raw.min_ready_time, source, At::Key(&at("min_ready_time")))?,
         log: raw.log.unwrap_or(match raw.profile {
             Profile::Home => LogFormat::Pretty,
@@ -202,6 +202,29 @@ fn gpu(raw: &RawGpu, raw_node: &RawNode, node: &Node, source: &Source) -> Result
             Ok(Gpu::Simulated { topology: path(text, source, At::Key(&at("topology")))? })
         }
     }
+}
+
+fn xids(raw: &RawGpu, source: &Source) -> Result<Option<XidTable>, ConfigError> {
+    let mut table = XidTable::default();
+    for (number, word) in &raw.xid {
+        let at = [Step::Key("gpu"), Step::Key("xid"), Step::Key(number)];
+        let xid = number.parse().map_err(|_| {
+            source
+                .error(At::Key(&at), format!("`{number}` is no XID"))
+                .hinting("write its number, for example 94 = \"restart_engine\"")
+        })?;
+        let action = XidAction::from_code(word).ok_or_else(|| {
+            let words = || XidAction::ALL.iter().map(|action| action.code());
+            source.error(At::Key(&at), format!("`{word}` is nothing that can follow from an XID")).hinting(
+                match similar(word, words()) {
+                    Some(word) => format!("did you mean `{word}`?"),
+                    None => format!("one of {}", words().collect::<Vec<_>>().join(", ")),
+                },
+            )
+        })?;
+        table.overrides.insert(xid, action);
+    }
+    Ok(raw.health_checks.then_some(table))
 }
 
 fn engines(raw: BTreeMap<String, RawEngine>, source: &Source) -> Result<BTreeMap<String, Engine>, ConfigError> {

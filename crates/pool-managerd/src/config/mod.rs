@@ -2,6 +2,7 @@
 
 mod check;
 mod error;
+mod exposure;
 mod models;
 mod parse;
 mod raw;
@@ -15,7 +16,9 @@ use std::time::Duration;
 
 pub use error::ConfigError;
 pub use models::Models;
+use pool_api::dto::EngineView;
 use pool_api::spec::Defaults;
+use pool_domain::xid::XidTable;
 use pool_services::{Declared, PoolSpec};
 pub use raw::{LogFormat, OnExit, Profile, RawConfig};
 pub(crate) use source::{At, Step};
@@ -39,8 +42,14 @@ pub struct Overrides {
 pub struct Config {
     /// The node and its API.
     pub node: Node,
+    /// Where tokens are, if they are asked for.
+    pub auth: Option<Auth>,
+    /// Certificate and key, if TLS is spoken.
+    pub tls: Option<Tls>,
     /// The devices.
     pub gpu: Gpu,
+    /// What follows from errors that the driver reports of devices; `None`: nothing.
+    pub xids: Option<XidTable>,
     /// Where models come from.
     pub models: Models,
     /// Declared engines, the built-in ones included.
@@ -58,6 +67,12 @@ pub struct Node {
     pub profile: Profile,
     /// Where the API listens.
     pub listen: SocketAddr,
+    /// A further address for probes.
+    pub probe_listen: Option<SocketAddr>,
+    /// A socket for the daemon's own user.
+    pub socket: Option<PathBuf>,
+    /// Somebody wants it reachable without tokens or TLS.
+    pub insecure: bool,
     /// Further Host names.
     pub hosts: Vec<String>,
     /// Allowed origins.
@@ -74,10 +89,30 @@ pub struct Node {
     pub shutdown_deadline: Duration,
     /// Longest lease.
     pub max_lease_ttl: Duration,
+    /// How long a request to the gateway waits for a slot.
+    pub gateway_wait: Duration,
     /// How long a replica that became Ready neither stops unused nor gives way to others.
     pub min_ready_time: Duration,
     /// How the log looks.
     pub log: LogFormat,
+}
+
+/// Where tokens are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Auth {
+    /// A file.
+    pub file: Option<PathBuf>,
+    /// A variable of the environment.
+    pub env: Option<String>,
+}
+
+/// Where certificate and key are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The chain.
+    pub cert: PathBuf,
+    /// The key.
+    pub key: PathBuf,
 }
 
 /// The devices.
@@ -102,6 +137,23 @@ pub struct Engine {
     pub kind: EngineKind,
     /// How it comes to run.
     pub mode: EngineMode,
+}
+
+impl Engine {
+    /// As the API shows it, under the name that pools give.
+    #[must_use]
+    pub fn view(&self, name: &str) -> EngineView {
+        let kind = match self.kind {
+            EngineKind::LlamaCpp => "llama.cpp",
+            EngineKind::Vllm => "vllm",
+            EngineKind::Stub => "stub",
+        };
+        let mode = match self.mode {
+            EngineMode::Binary(_) => "binary",
+            EngineMode::External(_) => "external",
+        };
+        EngineView { name: name.to_owned(), kind: kind.to_owned(), mode: mode.to_owned(), versions: Vec::new() }
+    }
 }
 
 /// The kinds there are.
@@ -175,10 +227,12 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen hosts origins state_dir engine_listen engine_ports shutdown_deadline log);
+        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
-        compare("gpu".into(), self.gpu == other.gpu);
+        compare("auth".into(), self.auth == other.auth);
+        compare("tls".into(), self.tls == other.tls);
+        compare("gpu".into(), self.gpu == other.gpu && self.xids == other.xids);
         self.models.differs(&other.models).into_iter().for_each(|key| compare(key.into(), false));
         let names: std::collections::BTreeSet<_> = self.engines.keys().chain(other.engines.keys()).collect();
         for name in names {

@@ -6,7 +6,6 @@ use pool_api::spec::{Defaults, SizeText};
 use pool_services::Activation;
 use schemars::JsonSchema;
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 /// The whole file.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
@@ -21,12 +20,10 @@ pub struct RawConfig {
     pub models: RawModels,
     /// Engines by name. They are declared here only, never over HTTP. `llama.cpp` (from PATH) and `stub` are built in.
     pub engines: BTreeMap<String, RawEngine>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub auth: Option<IgnoredAny>,
-    /// Not supported yet.
-    #[schemars(skip)]
-    pub tls: Option<IgnoredAny>,
+    /// Who may use the API. Without this section whoever reaches it may do everything.
+    pub auth: Option<RawAuth>,
+    /// Serves the API with TLS.
+    pub tls: Option<RawTls>,
     /// The pools.
     pub pool: Vec<pool_api::spec::PoolSpec>,
 }
@@ -90,11 +87,16 @@ pub enum OnExit {
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RawNode {
-    /// Sets defaults only: `home` starts pools on demand and logs for people, `cloud` preloads and logs JSON.
+    /// Sets defaults: `home` starts pools on demand and logs for people, `cloud` preloads, logs JSON and requires `[auth]`.
     pub profile: Profile,
-    /// Where the API listens. Anything but loopback needs `insecure = true` until `[auth]` and `[tls]` exist.
+    /// Where the API listens. Anything but loopback needs `[auth]` and `[tls]`, or `insecure = true`.
     pub listen: String,
-    /// Serve the API without authentication beyond loopback. Everyone who reaches it can do everything.
+    /// A further address that answers probes alone (`/livez`, `/readyz`, `/startupz`), also while the API is flooded. None by
+    /// default.
+    pub probe_listen: Option<String>,
+    /// A socket that serves the same API to this user and root alone, who need no token there. None by default.
+    pub socket: Option<String>,
+    /// Serve without tokens where the cloud profile or a listener beyond loopback requires them, or without TLS there.
     pub insecure: bool,
     /// Further Host names that requests may carry.
     pub hosts: Vec<String>,
@@ -114,6 +116,8 @@ pub struct RawNode {
     /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
     /// the daemon count as taken.
     pub max_lease_ttl: String,
+    /// How long a request to the gateway waits for a slot, also while an engine starts; a request may say otherwise.
+    pub gateway_wait: String,
     /// An engine that became ready less than this ago neither stops because nobody uses it nor gives way to another pool: two
     /// pools that take turns must not load all the time.
     pub min_ready_time: String,
@@ -126,6 +130,8 @@ impl Default for RawNode {
         Self {
             profile: Profile::Home,
             listen: "127.0.0.1:9200".into(),
+            probe_listen: None,
+            socket: None,
             insecure: false,
             hosts: Vec::new(),
             origins: Vec::new(),
@@ -135,10 +141,33 @@ impl Default for RawNode {
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
             max_lease_ttl: "1h".into(),
+            gateway_wait: "5m".into(),
             min_ready_time: "60s".into(),
             log: None,
         }
     }
+}
+
+/// `[auth]`
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RawAuth {
+    /// A file that only the daemon may read, with one token a line: `TOKEN SCOPES [TENANT]`. Scopes, with commas between
+    /// them: `read` looks, `lease` uses engines, `admin` does everything. What leases and requests of a tenant's token are
+    /// named after is the tenant. It is read again when it changes.
+    pub tokens_file: Option<String>,
+    /// A variable of the environment that holds such lines; by default `POOL_MANAGERD_TOKENS`, unless there is a file.
+    pub tokens_env: Option<String>,
+}
+
+/// `[tls]`
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RawTls {
+    /// The chain of certificates, PEM, the server's own first. It is read again when it changes.
+    pub cert: String,
+    /// The private key, PEM, in a file that only the daemon may read.
+    pub key: String,
 }
 
 /// Where devices come from.
@@ -162,11 +191,18 @@ pub struct RawGpu {
     pub topology: Option<String>,
     /// How long to wait for devices at boot; `forever` for services.
     pub wait: String,
+    /// Whether anything follows from what the driver says of a device: errors (XIDs), memory that cannot be corrected, its
+    /// verdict that it has to be reset. Without it these are counted, and that is all.
+    pub health_checks: bool,
+    /// What follows from an XID, by its number, where NVIDIA's catalogue is not to decide: `ignore`, `restart_engine` (the
+    /// engines on the device start again), `suspect` (nothing new starts there for a while), `drain` (its engines end in
+    /// order, and it waits for a reset), `lost` (its engines end at once).
+    pub xid: BTreeMap<String, String>,
 }
 
 impl Default for RawGpu {
     fn default() -> Self {
-        Self { backend: Backend::Nvml, topology: None, wait: "30s".into() }
+        Self { backend: Backend::Nvml, topology: None, wait: "30s".into(), health_checks: true, xid: BTreeMap::new() }
     }
 }
 

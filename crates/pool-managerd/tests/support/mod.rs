@@ -7,6 +7,8 @@
     reason = "a test outside the daemon has no tokio clock; bounds are wall time"
 )]
 
+pub mod browser;
+pub mod nvml;
 pub mod stream;
 
 use std::fs;
@@ -115,13 +117,28 @@ pub fn request_with(addr: &str, method: &str, path: &str, headers: &str, body: O
     )
     .unwrap();
     let mut text = Vec::new();
-    s.read_to_end(&mut text).unwrap();
+    let mut part = [0; 16 * 1024];
+    // Not every server closes a connection when it is asked to.
+    while !is_whole(&text) {
+        match s.read(&mut part).unwrap() {
+            0 => break,
+            n => text.extend_from_slice(&part[..n]),
+        }
+    }
     let text = String::from_utf8_lossy(&text).into_owned();
     let (head, body) = text.split_once("\r\n\r\n").unwrap_or((&text, ""));
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
     let body =
         if head.to_ascii_lowercase().contains("transfer-encoding: chunked") { unchunk(body) } else { body.to_owned() };
     Answer { status, head: head.to_owned(), body }
+}
+
+/// Whether an answer that says how long it is is there.
+fn is_whole(text: &[u8]) -> bool {
+    let Some(end) = text.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
+    let head = String::from_utf8_lossy(&text[..end]).to_ascii_lowercase();
+    let length = head.lines().find_map(|l| l.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
+    length.is_some_and(|length| text.len() >= end + 4 + length)
 }
 
 fn unchunk(mut text: &str) -> String {
@@ -186,7 +203,9 @@ impl Daemon {
         });
         let mut daemon = Self { child, addr: String::new(), dir, log, seen: Vec::new() };
         let line = daemon.wait_log("the API listens");
-        daemon.addr = line.split("addr=").nth(1).unwrap().split_whitespace().next().unwrap().to_owned();
+        // In the log for people and in that for programs.
+        let port = line.split("127.0.0.1:").nth(1).unwrap().split(|c: char| !c.is_ascii_digit()).next().unwrap();
+        daemon.addr = format!("127.0.0.1:{port}");
         daemon
     }
 
@@ -280,6 +299,18 @@ impl Daemon {
         String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
     }
 
+    /// The same of another server, or with another token.
+    pub fn cli_with(&self, args: &[&str], env: &[(&str, &str)]) -> (Option<i32>, String) {
+        let out = binary().args(args).envs(env.iter().copied()).output().unwrap();
+        (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr))
+    }
+
+    /// Every line of its log so far.
+    pub fn log_so_far(&mut self) -> String {
+        self.seen.extend(self.log.try_iter());
+        self.seen.join("\n")
+    }
+
     /// SIGTERM, and the exit code.
     pub fn stop(mut self) -> Option<i32> {
         self.signal("TERM");
@@ -328,14 +359,18 @@ pub fn eventually<T>(mut look: impl FnMut() -> Option<T>) -> T {
 /// Writes the config with simulated GPUs and a state directory beside it.
 pub fn write_config(dir: &Path, config: &str) -> PathBuf {
     fs::write(dir.join("two-gpus.toml"), gpu_sim::TWO_GPUS).unwrap();
+    write_config_on(dir, "backend = \"simulated\"\ntopology = \"two-gpus.toml\"\n", config)
+}
+
+/// The same with GPUs of one's own.
+pub fn write_config_on(dir: &Path, gpu: &str, config: &str) -> PathBuf {
     let file = dir.join("pool-managerd.toml");
     let node = if config.contains("[node]") {
         String::new()
     } else {
         format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{}\"\n", engine_ports())
     };
-    let text = format!("{node}[gpu]\nbackend = \"simulated\"\ntopology = \"two-gpus.toml\"\n{config}");
-    fs::write(&file, text).unwrap();
+    fs::write(&file, format!("{node}[gpu]\n{gpu}{config}")).unwrap();
     file
 }
 

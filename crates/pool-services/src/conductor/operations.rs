@@ -94,6 +94,7 @@ impl Conductor {
             f.snapshot.model = spec.model.to_string();
             f.snapshot.model_id = spec.model.model_id();
             f.snapshot.aliases.clone_from(&spec.aliases);
+            f.snapshot.workload = spec.workload.code();
             f.snapshot.replicas = replicas.iter().map(|r| r.snapshot.clone()).collect();
             f.next_starts = replicas.iter().map(|r| r.next_start).collect();
             if settled {

@@ -11,7 +11,7 @@ impl Conductor {
         let lasts = running.reload.to.spec.reload.probation;
         let new = self.members.iter().filter(|m| running.new.contains(&m.key.replica));
         let restarts = new.map(|m| (m.key.replica, m.published.borrow().snapshot.restart_count)).collect();
-        (!lasts.is_zero()).then(|| Probation { until: self.node.clock.now() + lasts, restarts })
+        (!lasts.is_zero() && !running.reload.back).then(|| Probation { until: self.node.clock.now() + lasts, restarts })
     }
 
     /// A new engine that fails within its probation gives way to the old one.

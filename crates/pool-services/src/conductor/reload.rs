@@ -40,12 +40,14 @@ pub(crate) struct Reload {
     pub(crate) strategy: Option<Strategy>,
     pub(crate) deadline: Option<Duration>,
     pub(crate) on_deadline: Option<OnDeadline>,
+    /// To what was before: on probation that would end where it came from, and so on for ever.
+    pub(crate) back: bool,
 }
 
 impl Reload {
     /// To what was before.
     pub(super) fn back(to: Made) -> Self {
-        Self { to, source: None, strategy: None, deadline: None, on_deadline: None }
+        Self { to, source: None, strategy: None, deadline: None, on_deadline: None, back: true }
     }
 
     fn has_words(&self) -> bool {

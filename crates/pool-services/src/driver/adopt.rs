@@ -156,7 +156,7 @@ impl Driver {
             }
         };
         self.watch_exit(Arc::clone(&engine));
-        let (ports, devices) = (self.ports.clone(), record.devices.uuids.clone());
+        let (ports, record) = (self.ports.clone(), record.clone());
         let again = self.policy.health.timeout;
         let patience = again * self.policy.health.failures;
         // The end of a drain does not wait for a proof, nor for whatever is asked in its place.
@@ -167,7 +167,7 @@ impl Driver {
         self.run_work(async move {
             let check = || async {
                 loop {
-                    match prove(&ports, &engine, &endpoint, &devices, false).await {
+                    match prove(&ports, &engine, &endpoint, Some(&record)).await {
                         // The driver may have to come up first, as this daemon had.
                         Err(failure) if failure.class == FailureClass::DriverError => {
                             tokio::time::sleep(ASK_AGAIN).await;

@@ -82,6 +82,7 @@ impl Watch {
             health: health.map_or(Health::Silent, said),
             work: work.unwrap_or(Work::Silent),
             leases: self.admission.in_use(),
+            flow: self.admission.flow(),
         };
         match self.decide(round, began) {
             Next::Decided(verdict) => verdict,

@@ -16,8 +16,9 @@ pub(crate) use work::correction_key;
 use scribe::Scribe;
 use staging::Progress;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
@@ -36,7 +37,10 @@ use crate::ports::{
 };
 use crate::returned::Held;
 use crate::snapshot::{LastError, ReplicaSnapshot};
-use crate::spec::PoolSpec;
+use crate::spec::{Activation, PoolSpec};
+
+/// What a device serves that has to be left may end within this.
+const EVACUATED_WITHIN: Duration = Duration::from_secs(10);
 
 /// The ports, shared by every task.
 #[derive(Debug, Clone)]
@@ -101,6 +105,10 @@ pub(crate) enum DriverCommand {
     GiveWay,
     /// What it waited for may be there.
     Unblock,
+    /// Its devices failed it: whatever this generation runs is ended at once.
+    Condemn(Generation, Failure),
+    /// Its devices are to be left: what this generation serves may end, for a short time, and then it looks for others.
+    Evacuate(Generation),
     /// A person says that nothing of the engine is left.
     Unfence,
     /// Nothing is to be tried again by itself.
@@ -130,6 +138,8 @@ pub(crate) struct Published {
     pub(crate) blocked: Option<Want>,
     /// What it holds on its one device, as far as that is known.
     pub(crate) taken: Option<u64>,
+    /// Its processes, as far as they are known.
+    pub(crate) pids: BTreeSet<u32>,
     /// When the next start is due, where one is planned.
     pub(crate) next_start: Option<pool_domain::Tick>,
     pub(crate) accused: Option<Accused>,
@@ -244,6 +254,10 @@ pub(crate) struct Driver {
     /// The newest failure, also one of before this daemon.
     last_error: Option<LastError>,
     accused: Option<Accused>,
+    /// The generation that was ended because of its devices, which nobody need accuse any more.
+    condemned: Option<Generation>,
+    /// It is being drained because of its devices.
+    evacuating: bool,
     attempt_began: pool_domain::Tick,
     verbs: u64,
     last_call: CancellationToken,
@@ -253,37 +267,19 @@ pub(crate) struct Driver {
 pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
-            id: key.replica,
             generation: replica.generation,
             state: replica.state.code(),
-            reason_code: "",
-            reason: String::new(),
-            live: false,
-            ready: false,
-            draining: false,
-            endpoint: None,
-            pid: None,
-            device_mask: String::new(),
-            engine_version: String::new(),
-            slots_total: 0,
-            active_leases: 0,
             restart_count: replica.restarts,
             breaker: replica.breaker.code(),
             backoff_failures: replica.backoff.failures(),
-            next_start_in_ms: None,
-            proof: "",
-            first_unit_ms: None,
             last_error,
-            consecutive_failures: 0,
-            last_check_at: None,
-            vram_reserved: 0,
-            context: None,
-            staging: None,
+            ..ReplicaSnapshot::idle(key.replica)
         },
         state: replica.state.clone(),
         wants: None,
         blocked: None,
         taken: None,
+        pids: BTreeSet::new(),
         next_start: None,
         accused: None,
         verbs: 0,
@@ -319,6 +315,8 @@ impl Driver {
             last_check: None,
             last_error: parts.last_error,
             accused: None,
+            condemned: None,
+            evacuating: false,
             attempt_began: now,
             verbs: 0,
             last_call: parts.last_call,
@@ -357,6 +355,13 @@ impl Driver {
                 }
                 () = self.clock.sleep_until(deadline) => self.step(Event::Timer),
             }
+            if self.evacuating && self.replica.state == State::Idle {
+                self.evacuating = false;
+                // One that is wanted only while somebody uses it comes back when somebody does.
+                if commanded && self.spec.activation == Activation::Preload {
+                    self.step(Event::Command(Command::Wake));
+                }
+            }
             self.publish();
             if !commanded && self.replica.state.at_rest() {
                 break;
@@ -369,6 +374,7 @@ impl Driver {
         match command {
             DriverCommand::Verb(command) => {
                 self.verbs += 1;
+                self.evacuating = false;
                 if matches!(command, Command::Start | Command::Resume) {
                     self.call_off_drain();
                 }
@@ -411,10 +417,22 @@ impl Driver {
                 self.spec = spec;
             }
             DriverCommand::GoHome(devices) => self.home = Some(devices),
+            DriverCommand::Condemn(generation, failure) => {
+                self.condemned = Some(generation);
+                self.report(generation, Report::Fact(Fact::Exited(failure)));
+            }
+            DriverCommand::Evacuate(generation) if generation == self.replica.generation => {
+                // Whoever drains it already wants it to stay down.
+                self.evacuating = !matches!(self.replica.state, State::Draining { .. });
+                self.step(Event::Command(Command::Drain {
+                    deadline: EVACUATED_WITHIN,
+                    on_deadline: OnDeadline::Force,
+                }));
+            }
             DriverCommand::Unblock => self.step(Event::Command(Command::Unblocked)),
             DriverCommand::Unfence => self.step(Event::Command(Command::Unfence)),
             // An answer to a question that was withdrawn.
-            DriverCommand::Grant(_) | DriverCommand::Deny(..) | DriverCommand::Leave => {}
+            DriverCommand::Grant(_) | DriverCommand::Deny(..) | DriverCommand::Evacuate(_) | DriverCommand::Leave => {}
         }
     }
 
@@ -512,6 +530,7 @@ impl Driver {
     fn accuse(&mut self, generation: Generation) {
         if let Some((at, failure)) = &self.replica.last_failure
             && failure.class.policy().accuses_device
+            && self.condemned != Some(generation)
         {
             self.accused = Some(Accused { generation, class: failure.class.code(), at: *at });
         }

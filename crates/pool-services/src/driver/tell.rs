@@ -113,6 +113,7 @@ impl Driver {
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
             taken: self.attempt.taken,
+            pids: self.process().into_iter().chain(self.attempt.held.pids.iter().copied()).collect(),
             next_start: next_start(&self.replica.state),
             accused: self.accused,
             verbs: self.verbs,

@@ -8,6 +8,7 @@ use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
 use pool_domain::plan::{Demand, EngineMemory, Split};
+use pool_domain::residency::{self, Listing, Place};
 use pool_domain::{Failure, FailureClass, Generation};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -254,15 +255,14 @@ impl Driver {
     pub(super) fn prove(&mut self) {
         let Some((engine, endpoint)) = self.running() else { return };
         let ports = self.ports.clone();
-        let devices = self.attempt.grant.as_ref().map(|g| g.devices.uuids.clone()).unwrap_or_default();
-        let (slots, external) = (self.spec.slots, engine.pid().is_none());
+        let (slots, record) = (self.spec.slots, self.attempt.record.clone().filter(|_| engine.pid().is_some()));
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
         self.run_work(async move {
             reached(Point::BeforeProof);
             let loading = AtomicU32::new(0);
             let proved = tokio::select! {
                 biased;
-                proved = prove(&ports, &engine, &endpoint, &devices, external) => proved,
+                proved = prove(&ports, &engine, &endpoint, record.as_ref()) => proved,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
             match proved {
@@ -321,14 +321,15 @@ pub(super) async fn look<T: Send + 'static>(
     tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
 }
 
-/// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices.
+/// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices. What somebody else
+/// runs has no record.
 pub(super) async fn prove(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
     endpoint: &Endpoint,
-    devices: &[String],
-    external: bool,
+    record: Option<&EngineRecord>,
 ) -> Result<(Proof, Holds), Failure> {
+    let external = record.is_none();
     let addr = endpoint.addr;
     let listener = async {
         match look(engine, move |e| e.listener(addr)).await.unwrap_or(Listener::None) {
@@ -372,34 +373,59 @@ pub(super) async fn prove(
         Some(done) => done,
         None => work.await,
     }?;
-    let (residency, holds) =
-        if external { ("served", Holds::default()) } else { residency(ports, engine, devices).await? };
+    let (residency, holds) = match record {
+        None => ("served", Holds::default()),
+        Some(record) => residency(ports, engine, record).await?,
+    };
     Ok((Proof { residency, model: identity.model, slots: identity.slots, first_unit_ms }, holds))
 }
+
+/// Looks for this long, in a list that does not tell of everybody, for memory that may be told of late.
+const TOLD_LATE: Duration = Duration::from_secs(5);
 
 async fn residency(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
-    devices: &[String],
+    record: &EngineRecord,
 ) -> Result<(&'static str, Holds), Failure> {
-    let (holders, code) = match ports.gpu.residency().await {
-        Residency::Provable(h) => (h, "vram"),
-        Residency::Simulated(h) => (h, "simulated"),
-        Residency::Unknown(why) => return Err(Failure::new(FailureClass::DriverError, why)),
-    };
-    // Who holds nothing need not be looked for.
-    let pids = if holders.is_empty() { Vec::new() } else { look(engine, |e| e.pids()).await.unwrap_or_default() };
-    let ours: Vec<_> = holders.iter().filter(|h| pids.contains(&h.pid)).collect();
-    if let Some(h) = ours.iter().find(|h| !devices.contains(&h.uuid)) {
-        return Err(Failure::new(
-            FailureClass::MaskBreach,
-            format!("it holds memory on {}, which it was not given", h.uuid),
-        ));
+    let devices = &record.devices.uuids;
+    let began = Instant::now();
+    loop {
+        let (holders, listing) = match ports.gpu.residency().await {
+            Residency::Provable(h) => (h, Listing::Whole),
+            Residency::Partial(h) => (h, Listing::Partial),
+            Residency::Simulated(h) => (h, Listing::Simulated),
+            Residency::Unknown(why) => {
+                return match &record.phase {
+                    // It was proved of this very process, and that nobody can say so again is not its fault.
+                    Phase::Ready { proof, .. } | Phase::Draining { proof, .. } => {
+                        Ok((proof.residency, Holds::default()))
+                    }
+                    Phase::Starting | Phase::Stopping => Err(Failure::new(FailureClass::DriverError, why)),
+                };
+            }
+        };
+        // Who holds nothing need not be looked for.
+        let pids = if holders.is_empty() { Vec::new() } else { look(engine, |e| e.pids()).await.unwrap_or_default() };
+        let ours: Vec<_> = holders.iter().filter(|h| pids.contains(&h.pid)).collect();
+        let grew = returned::growth(&*ports.gpu, &holders, record);
+        let place = |at: usize| Place {
+            uuid: &devices[at],
+            promised: record.bytes.get(at).copied().unwrap_or(0),
+            grew: grew.get(at).copied().flatten(),
+        };
+        let places: Vec<_> = (0..devices.len()).map(place).collect();
+        let holds: Vec<&str> = ours.iter().map(|h| h.uuid.as_str()).collect();
+        let code = match residency::judge(listing, &places, &holds) {
+            Ok(code) => code,
+            Err(_) if listing == Listing::Partial && began.elapsed() < TOLD_LATE => {
+                tokio::time::sleep(TOLD_LATE / 10).await;
+                continue;
+            }
+            Err(failure) => return Err(failure),
+        };
+        let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
+        let taken = (devices.len() == 1 && taken > 0).then_some(taken);
+        return Ok((code, Holds { taken, pids: ours.iter().map(|h| h.pid).collect() }));
     }
-    if code == "vram" && devices.iter().any(|d| !ours.iter().any(|h| h.uuid == *d)) {
-        return Err(Failure::new(FailureClass::CpuFallback, "it holds no memory on a GPU it was given"));
-    }
-    let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
-    let taken = (devices.len() == 1 && taken > 0).then_some(taken);
-    Ok((code, Holds { taken, pids: ours.iter().map(|h| h.pid).collect() }))
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pool_domain::lease_book::{At, LeaseId};
 use pool_domain::liveness::Signals;
-use pool_domain::{Generation, ReplicaKey};
+use pool_domain::{Generation, Holder, ReplicaKey};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::admission::SlotGuard;
@@ -21,7 +21,7 @@ pub(super) type Guarded = (ReplicaKey, SlotGuard);
 #[derive(Debug)]
 pub(super) enum DeskCommand {
     Lease { request: LeaseRequest, answer: oneshot::Sender<Granted<Lease>> },
-    Guard { wait: Duration, answer: oneshot::Sender<Granted<Guarded>> },
+    Guard { wait: Duration, holder: Holder, answer: oneshot::Sender<Granted<Guarded>> },
     Renew { id: LeaseId, ttl: Option<Duration>, answer: oneshot::Sender<Granted<Lease>> },
     Release { id: LeaseId, answer: oneshot::Sender<Granted<()>> },
     List { answer: oneshot::Sender<Vec<Lease>> },
@@ -93,9 +93,10 @@ impl Desk {
         runtime.spawn(async move { desk.release(id).await });
     }
 
-    pub(crate) async fn guard(&self, wait: Duration) -> Granted<Guarded> {
+    pub(crate) async fn guard(&self, wait: Duration, holder: &Holder) -> Granted<Guarded> {
+        let holder = holder.clone();
         // A guard gives itself back.
-        self.ask(|_, _| {}, |answer| DeskCommand::Guard { wait, answer }).await
+        self.ask(|_, _| {}, |answer| DeskCommand::Guard { wait, holder, answer }).await
     }
 
     pub(crate) async fn renew(&self, id: LeaseId, ttl: Option<Duration>) -> Granted<Lease> {

@@ -166,8 +166,8 @@ impl Clerk {
                 let until = self.now() + wait.min(MAX_WAIT);
                 self.ask(Asker::Lease(answer), |ticket| Ask { ticket, ttl: Some(ttl), until, holder, prefer, key });
             }
-            DeskCommand::Guard { wait, answer } => {
-                let (until, holder) = (self.now() + wait.min(MAX_WAIT), Holder::default());
+            DeskCommand::Guard { wait, holder, answer } => {
+                let until = self.now() + wait.min(MAX_WAIT);
                 self.ask(Asker::Guard(answer), |ticket| Ask {
                     ticket,
                     ttl: None,

@@ -1,0 +1,156 @@
+//! Tokens and certificates: read at the start, and again when their files change. One task owns them; what cannot be read
+//! then leaves in force what was.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use pool_api::server::tls::{ServerConfig, server_config};
+use pool_api::server::{Access, Tokens};
+use tokio::sync::{Notify, watch};
+use tokio::time::{MissedTickBehavior, interval};
+
+use crate::config::{Auth, Config, Tls};
+use crate::exit::{CONFIG, Exit};
+
+/// No file of tokens, certificates or keys is larger.
+const MAX_BYTES: u64 = 256 * 1024;
+/// Between two looks at the files.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What the way in needs.
+#[derive(Debug)]
+pub(crate) struct Keys {
+    pub(crate) access: Access,
+    pub(crate) tls: Option<watch::Receiver<Arc<ServerConfig>>>,
+    pub(crate) keeper: Keeper,
+}
+
+/// Reads what the config names.
+///
+/// # Errors
+/// Exit 78 when tokens or certificates cannot be read, or are none.
+pub(crate) fn open(config: &Config) -> Result<Keys, Exit> {
+    let tokens = config.auth.as_ref().map(|auth| tokens(auth).map(Arc::new)).transpose()?;
+    let tls = config.tls.as_ref().map(certificates).transpose()?;
+    let tokens = tokens.map(watch::Sender::new);
+    let tls = tls.map(watch::Sender::new);
+    Ok(Keys {
+        access: tokens.as_ref().map_or(Access::Open, |t| Access::Tokens(t.subscribe())),
+        tls: tls.as_ref().map(watch::Sender::subscribe),
+        keeper: Keeper { tokens: config.auth.clone().zip(tokens), tls: config.tls.clone().zip(tls) },
+    })
+}
+
+fn read(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
+    let failed = |e: std::io::Error| Exit::new(CONFIG, format!("{what} {}: {e}", path.display()));
+    let file = File::open(path).map_err(failed)?;
+    let told = file.metadata().map_err(failed)?;
+    if !told.is_file() || told.len() > MAX_BYTES {
+        return Err(Exit::new(CONFIG, format!("{what} {}: is no file of at most 256 KiB", path.display())));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(failed)?;
+    Ok(bytes)
+}
+
+/// What only the daemon may read.
+fn secret(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
+    let mode = fs::metadata(path).map(|m| m.mode()).unwrap_or_default();
+    if mode & 0o077 != 0 {
+        let (mode, path) = (mode & 0o777, path.display());
+        return Err(Exit::new(CONFIG, format!("{what} {path}: others may read it (mode {mode:o})"))
+            .hinting(format!("chmod 600 {path}")));
+    }
+    read(path, what)
+}
+
+fn tokens(auth: &Auth) -> Result<Tokens, Exit> {
+    const WHAT: &str = "[auth] tokens_file";
+    let mut text = String::new();
+    if let Some(file) = &auth.file {
+        let bytes = secret(file, WHAT)?;
+        text = String::from_utf8(bytes)
+            .map_err(|_| Exit::new(CONFIG, format!("{WHAT} {}: is no text", file.display())))?;
+    }
+    if let Some(value) = auth.env.as_ref().and_then(std::env::var_os) {
+        let value = value.into_string().map_err(|_| Exit::new(CONFIG, "the tokens of the environment are no text"))?;
+        // After the lines of the file, so that their numbers stay true.
+        text = text + "\n" + &value;
+    }
+    Tokens::parse(&text).map_err(|e| {
+        let place = auth.file.as_ref().map(|f| f.display().to_string());
+        let place = place.or_else(|| auth.env.as_ref().map(|name| format!("${name}"))).unwrap_or_default();
+        Exit::new(CONFIG, format!("[auth] {place}: {e}")).hinting("one token a line: TOKEN read,lease,admin [TENANT]")
+    })
+}
+
+fn certificates(tls: &Tls) -> Result<Arc<ServerConfig>, Exit> {
+    let chain = read(&tls.cert, "[tls] cert")?;
+    let key = secret(&tls.key, "[tls] key")?;
+    let (cert, key_file) = (tls.cert.display(), tls.key.display());
+    server_config(&chain, &key).map_err(|e| Exit::new(CONFIG, format!("[tls] {cert}, {key_file}: {e}")))
+}
+
+/// How a file is at present, as far as it tells whether another one is there.
+type Stamp = Option<(u64, u64, SystemTime)>;
+
+fn stamp(path: &Path) -> Stamp {
+    let told = fs::metadata(path).ok()?;
+    Some((told.ino(), told.len(), told.modified().ok()?))
+}
+
+/// The only writer of tokens and certificates.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    tokens: Option<(Auth, watch::Sender<Arc<Tokens>>)>,
+    tls: Option<(Tls, watch::Sender<Arc<ServerConfig>>)>,
+}
+
+impl Keeper {
+    fn stamps(&self) -> Vec<Stamp> {
+        let tokens = self.tokens.iter().filter_map(|(auth, _)| auth.file.as_deref());
+        let tls = self.tls.iter().flat_map(|(tls, _)| [tls.cert.as_path(), tls.key.as_path()]);
+        tokens.chain(tls).map(stamp).collect()
+    }
+
+    /// Reads the files again when they changed, or when `again` is rung.
+    pub(crate) async fn run(self, again: Arc<Notify>) {
+        let mut looks = interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut seen = self.stamps();
+        loop {
+            let asked = tokio::select! {
+                biased;
+                () = again.notified() => true,
+                _ = looks.tick() => false,
+            };
+            let now = self.stamps();
+            if asked || now != seen {
+                seen = now;
+                self.renew();
+            }
+        }
+    }
+
+    fn renew(&self) {
+        let told = |what, renewed: Result<(), Exit>| match renewed {
+            Ok(()) => tracing::info!(what, "read again"),
+            Err(exit) => tracing::error!(
+                what,
+                error = exit.message,
+                hint = exit.hints.join("; "),
+                "cannot be read: those from before stay in force"
+            ),
+        };
+        if let Some((auth, tx)) = &self.tokens {
+            told("tokens", tokens(auth).map(|t| drop(tx.send_replace(Arc::new(t)))));
+        }
+        if let Some((tls, tx)) = &self.tls {
+            told("certificates", certificates(tls).map(|c| drop(tx.send_replace(c))));
+        }
+    }
+}
