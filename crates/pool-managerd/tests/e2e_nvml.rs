@@ -313,6 +313,9 @@ fn an_engine_of_an_earlier_daemon_is_looked_after_though_there_is_no_driver() {
     let daemon = node.start(&node.pool("chat", "0", Some("2 GiB"), "vram = \"3 GiB\""));
     let engines = Engines::of(&daemon);
     let before = ready(&daemon, "chat");
+    // What it proved is written down before this is.
+    let handoff = daemon.dir().join("state/handoff/chat-r0.json");
+    eventually(|| handoff.exists().then_some(()));
     let dir = daemon.kill(&engines);
     // No wait would help.
     node.change(|s| {

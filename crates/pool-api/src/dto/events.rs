@@ -73,10 +73,10 @@ event! {
     first_byte_ms: u64,
     /// What came from the engine.
     bytes_out: u64,
-    /// What there is of a model.
-    done_bytes: u64,
-    /// Bytes of the whole model.
-    total_bytes: u64,
+    /// Bytes of a model that are here.
+    bytes_here: u64,
+    /// Of so many in all, where that is known.
+    bytes_total: u64,
     /// Leases that are held.
     leases: u64,
     /// Time that they have.
@@ -128,11 +128,11 @@ impl EventView {
             EventKind::StateChanged { from, to } => {
                 (self.from, self.to) = (Some((*from).to_owned()), Some((*to).to_owned()));
             }
-            EventKind::ModelFetching { done, total } => (self.done_bytes, self.total_bytes) = (Some(*done), *total),
-            EventKind::ModelFetched { bytes, took } => {
-                (self.total_bytes, self.took_ms) = (Some(*bytes), millis(*took));
-            }
             EventKind::BecameReady { took } => self.took_ms = millis(*took),
+            EventKind::ModelFetching { done, total } => (self.bytes_here, self.bytes_total) = (Some(*done), *total),
+            EventKind::ModelFetched { bytes, took } => {
+                (self.bytes_here, self.bytes_total, self.took_ms) = (Some(*bytes), Some(*bytes), millis(*took));
+            }
             EventKind::EngineFailed { failure, nth } => {
                 self.failed(failure);
                 self.failures = Some(u64::from(*nth));

@@ -7,10 +7,10 @@ fn every_kind_is_below(kind: &EventKind) {
     match kind {
         EventKind::StateChanged { .. }
         | EventKind::Started
-        | EventKind::ModelFetching { .. }
-        | EventKind::ModelFetched { .. }
         | EventKind::BecameReady { .. }
         | EventKind::EngineFailed { .. }
+        | EventKind::ModelFetching { .. }
+        | EventKind::ModelFetched { .. }
         | EventKind::Suspected { .. }
         | EventKind::Restarting
         | EventKind::RestartPlanned { .. }
@@ -45,7 +45,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::StreamEnded { .. } => {}
     }
 }
-const KINDS: usize = 36;
+const KINDS: usize = 38;
 
 /// What no sentence may tell: ids, and whatever a failure's detail may hold.
 const CANARY: &str = "canary";
@@ -83,9 +83,9 @@ fn all() -> Vec<EventKind> {
     all.extend([
         EventKind::StateChanged { from: "preparing", to: "suspect" },
         EventKind::Started,
-        EventKind::ModelFetching { done: 3 << 40, total: Some(9 << 40) },
-        EventKind::ModelFetched { bytes: 9 << 40, took: long },
         EventKind::BecameReady { took: long },
+        EventKind::ModelFetching { done: u64::MAX, total: Some(u64::MAX) },
+        EventKind::ModelFetched { bytes: u64::MAX, took: long },
         EventKind::Restarting,
         EventKind::StartDelayed { delay: long },
         EventKind::BreakerOpened { pause: long },
