@@ -16,6 +16,8 @@ use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
 pub use device::{DetailsView, DeviceView, EccView, MigView, PeerView, ProcessView, RemapView, XidView};
+#[cfg(feature = "server")]
+pub use events::EventFrame;
 pub use events::EventView;
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
