@@ -8,6 +8,7 @@ pub mod commands;
 pub mod compose;
 pub mod config;
 pub mod demo;
+pub mod doctor_command;
 pub mod exit;
 pub mod fault;
 pub mod follow_commands;
