@@ -18,6 +18,7 @@ pub mod logging;
 mod logs;
 mod notify;
 pub mod plan_command;
+mod progress;
 mod reread;
 mod restore;
 pub mod serve;
