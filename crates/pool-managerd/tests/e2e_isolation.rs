@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use support::{Daemon, Engines, binary, eventually, signal, write_config};
+use support::{Daemon, Engines, binary, eventually, request, signal, write_config};
 
 const NOBODY: u32 = 65534;
 
@@ -153,6 +153,29 @@ fn what_cannot_be_kept_or_reached_is_said_by_check_and_nothing_is_started() {
     let detail = pool["last_error"]["detail"].as_str().unwrap();
     assert!(detail.contains("directory models") && !detail.contains('/'), "{detail}");
     assert!(!daemon.dir().join("state/run/kept-r0").exists(), "something was launched");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn over_http_nobody_chooses_the_user_of_an_engine_or_takes_one_away() {
+    let own = rustix::process::geteuid().as_raw();
+    let own = format!("run_as = \"{own}:{}\"\n", rustix::process::getegid().as_raw());
+    // The daemon's own user takes no privilege, unless that is root.
+    let table = if own.contains("\"0:") { "nofile = 512\n".to_owned() } else { own };
+    let daemon = Daemon::start(&pool(&table, ""));
+    daemon.until("kept", |p| p["ready"] == true);
+    let put = r#"{"model":"stub:new","engine":"stub","isolation":{"run_as":"nobody"}}"#;
+    let reload = r#"{"isolation":{"run_as":"nobody"}}"#;
+    for answer in
+        [request(daemon.addr(), "PUT", "/v1/pools/new", Some(put)), daemon.post("/v1/pools/kept/reload", reload)]
+    {
+        assert_eq!((answer.status, answer.json()["code"].as_str()), (422, Some("ARG_DENIED")), "{answer:?}");
+        assert!(answer.body.contains("config file"), "{answer:?}");
+    }
+    assert_eq!(daemon.get("/v1/pools/new").status, 404);
+    // What is not changed stands in nobody's way.
+    let same = daemon.post("/v1/pools/kept/reload?wait_ms=60000", r#"{"isolation":{"nofile":1024}}"#);
+    assert_eq!((same.status, same.json()["state"].as_str()), (200, Some("succeeded")), "{same:?}");
     assert_eq!(daemon.stop(), Some(0));
 }
 

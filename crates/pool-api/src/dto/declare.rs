@@ -92,6 +92,21 @@ pub fn keys(document: &str) -> Result<Keys, serde_json::Error> {
     serde_json::from_str(document)
 }
 
+/// Whose user engines run as is for the config file to say: whoever reaches the API neither chooses one nor takes one away.
+///
+/// # Errors
+/// When the two keys differ in it.
+#[expect(clippy::result_large_err, reason = "an error that becomes an answer at once")]
+pub fn same_user(old: Option<&Keys>, new: &Keys) -> Result<(), Problem> {
+    let user =
+        |keys: &'_ Keys| keys.get("isolation").and_then(|table| table.get("run_as")).cloned().filter(|v| !v.is_null());
+    if old.and_then(user) == user(new) {
+        return Ok(());
+    }
+    Err(Problem::new(Code::ArgDenied, "`isolation.run_as` is not for the API to set")
+        .with_hint("write it in the pool's table of the config file"))
+}
+
 /// A pool that is declared by its keys, checked as one of the config file is, and the document that says the same.
 ///
 /// # Errors
@@ -169,6 +184,18 @@ mod tests {
 
     fn object(text: &str) -> Keys {
         keys(text).unwrap()
+    }
+
+    #[test]
+    fn a_user_is_neither_chosen_nor_changed_nor_taken_away() {
+        let with = object(r#"{"isolation":{"run_as":"a","nofile":9}}"#);
+        for other in
+            ["{}", r#"{"isolation":null}"#, r#"{"isolation":{"run_as":null}}"#, r#"{"isolation":{"run_as":"b"}}"#]
+        {
+            assert!(same_user(Some(&with), &object(other)).is_err(), "{other}");
+            assert_eq!(same_user(None, &object(other)).is_ok(), !other.contains("\"b\""), "{other}");
+        }
+        assert!(same_user(Some(&with), &object(r#"{"isolation":{"run_as":"a"}}"#)).is_ok());
     }
 
     #[test]

@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::spec::OnDeadlineText;
 
-pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
+pub use declare::{
+    ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch, same_user,
+};
 pub use device::{DetailsView, DeviceView, EccView, MigView, PeerView, ProcessView, RemapView, XidView};
 #[cfg(feature = "server")]
 pub use events::EventFrame;

@@ -18,6 +18,7 @@ use super::extract::{Answer, Body, Params, Pool, PutParams, WaitParams, invalid_
 use super::handlers::{App, answer};
 use crate::dto::{
     ConfigReloadView, EmptyBody, Keys, OperationView, PlanView, Problem, ReloadBody, SpecView, declared, keys, merge,
+    same_user,
 };
 
 /// No reload may take longer.
@@ -75,6 +76,7 @@ pub(super) async fn put_pool(
     IfMatch(if_match): IfMatch,
     Body(table): Body<Keys>,
 ) -> Answer {
+    same_user(None, &table)?;
     let (spec, document) = declared(&id, table, &s.info.defaults)?;
     if q.dry_run.unwrap_or(false) {
         let plan = s.control.plan(PlanRequest::Spec(Box::new(spec))).await?;
@@ -141,8 +143,10 @@ pub(super) async fn reload(
     if !changes.is_empty() {
         let (revision, document) = s.control.document(&id).await?;
         let no_words = |_| ControlError::Conflict("this pool has no written form that could be changed".into());
-        let mut table = keys(&document).map_err(no_words)?;
+        let old = keys(&document).map_err(no_words)?;
+        let mut table = old.clone();
         merge(&mut table, changes);
+        same_user(Some(&old), &table)?;
         request.declared = Some(declared(&id, table, &s.info.defaults)?);
         request.if_match = if_match.or(Some(revision));
     }
