@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 use pool_services::Workload;
-use pool_services::ports::{Endpoint, EngineProbe, Identity, PROBE_TIMEOUT, Up, Worked};
+use pool_services::ports::{Endpoint, EngineProbe, Identity, Observed, PROBE_TIMEOUT, Up, Worked};
 use serde_json::{Value, json};
 
 use crate::decl::Kind;
@@ -98,7 +98,11 @@ impl EngineProbe for HttpProbe {
     }
 
     async fn signals(&self, endpoint: &Endpoint) -> Work {
-        if is_vllm(endpoint) { vllm::signals(endpoint).await } else { signals::ask(endpoint).await }
+        self.observe(endpoint).await.work
+    }
+
+    async fn observe(&self, endpoint: &Endpoint) -> Observed {
+        if is_vllm(endpoint) { vllm::observe(endpoint).await } else { signals::ask(endpoint).await }
     }
 }
 

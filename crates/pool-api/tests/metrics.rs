@@ -69,6 +69,17 @@ fn exposed_families_are_documented_and_the_other_way_round() {
     assert!(text.contains("pool_managerd_simulated 1"));
     assert!(text.contains("pool_managerd_guards_granted_total{pool_id=\"chat\"} 7"));
     assert!(text.contains("pool_managerd_replica_state{pool_id=\"chat\",replica_id=\"r1\",state=\"ready\"} 1"));
+    for line in [
+        "engine_requests_running{pool_id=\"chat\",replica_id=\"r0\"} 2.0",
+        "engine_kv_cache_usage_ratio{pool_id=\"chat\",replica_id=\"r0\"} 0.25",
+        "engine_generated_tokens_total{pool_id=\"chat\",replica_id=\"r0\"} 400",
+        "engine_decode_seconds_total{pool_id=\"chat\",replica_id=\"r0\"} 8.5",
+        "engine_decoded_tokens_total{pool_id=\"chat\",replica_id=\"r0\"} 396",
+        "perf_tokens_per_second{pool_id=\"chat\",replica_id=\"r0\"} 52.5",
+        "perf_first_token_seconds{pool_id=\"chat\",replica_id=\"r0\"} 0.031",
+    ] {
+        assert!(text.contains(&format!("pool_managerd_{line}\n")), "{line}: {text}");
+    }
     assert!(text.contains("readiness_transitions_total{pool_id=\"chat\",replica_id=\"r0\",ready=\"false\"} 1"));
 }
 

@@ -9,11 +9,12 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
 use pool_domain::liveness::{Signals, SlotWork, Work};
+use pool_domain::meters::Reading;
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
-    PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
+    Observed, PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -56,6 +57,8 @@ pub struct Script {
     pub coarse: bool,
     /// Whether it answers about its work at all.
     pub tells: bool,
+    /// What it publishes in numbers; asked of the script, not of the launch.
+    pub reading: Reading,
     /// It has no room for a unit of work.
     pub declines: bool,
     /// How long a unit of work takes.
@@ -90,6 +93,7 @@ impl Default for Script {
             progresses: true,
             coarse: false,
             tells: true,
+            reading: Reading::default(),
             declines: false,
             work_takes: Duration::ZERO,
             health: None,
@@ -489,5 +493,9 @@ impl EngineProbe for FakeEngines {
         // As a kind that counts what it did for others and for the canary alike.
         let counters = vec![self.worked.load(Ordering::Relaxed)];
         Work::Told(Signals { running, waiting: 0, counters, slots, prefill_told: !coarse })
+    }
+    async fn observe(&self, endpoint: &Endpoint) -> Observed {
+        let work = EngineProbe::signals(self, endpoint).await;
+        Observed { work, reading: lock(&self.script).reading }
     }
 }

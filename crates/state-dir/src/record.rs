@@ -9,6 +9,7 @@ use std::path::Path;
 
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, Tick};
 use pool_services::ports::Handoff;
 use pool_services::snapshot::LastError;
@@ -18,6 +19,7 @@ use tracing::warn;
 
 use crate::files;
 use crate::past::{ErrorRecord, PastRecord};
+use crate::speed::SpeedRecord;
 
 const VERSION: u32 = 1;
 /// Figures remembered for a pool; each belongs to another model or other settings.
@@ -31,6 +33,9 @@ pub(crate) struct PoolRecord {
     /// What engines took, newest last.
     #[serde(default)]
     learnt: Vec<LearntRecord>,
+    /// How fast engines were, newest last.
+    #[serde(default)]
+    speeds: Vec<SpeedRecord>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +68,7 @@ struct Versioned {
 
 impl Default for PoolRecord {
     fn default() -> Self {
-        Self { version: VERSION, hold: false, replicas: BTreeMap::new(), learnt: Vec::new() }
+        Self { version: VERSION, hold: false, replicas: BTreeMap::new(), learnt: Vec::new(), speeds: Vec::new() }
     }
 }
 
@@ -114,11 +119,22 @@ impl PoolRecord {
         self.learnt.drain(..superfluous);
     }
 
+    pub(crate) fn speeds(&self) -> Speeds {
+        Speeds::new(self.speeds.iter().map(SpeedRecord::read).collect())
+    }
+
+    pub(crate) fn note_speed(&mut self, key: PerfKey, perf: Perf) {
+        let mut speeds = self.speeds();
+        speeds.keep(key, perf);
+        self.speeds = speeds.known().iter().map(SpeedRecord::from).collect();
+    }
+
     /// Forgets all but the generations. Says whether there was anything.
     pub(crate) fn forget(&mut self) -> bool {
         let before = self.clone();
         self.hold = false;
         self.learnt.clear();
+        self.speeds.clear();
         self.replicas.values_mut().for_each(|r| r.past = None);
         *self != before
     }

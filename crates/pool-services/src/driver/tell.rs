@@ -166,7 +166,8 @@ impl Driver {
             // Filled in when somebody asks: it changes with every millisecond.
             next_start_in_ms: None,
             proof: r.state.proof().map_or("", |p| p.residency),
-            first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
+            perf: self.pace.hints(),
+            meters: self.pace.shown(),
             last_error: self.last_error.clone(),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
 use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
@@ -22,6 +23,7 @@ pub(super) struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     pub(super) records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    speeds: BTreeMap<PoolId, Speeds>,
     last_errors: BTreeMap<ReplicaKey, LastError>,
     /// With the boot in which they were noted.
     suspicions: (u32, Suspicions),
@@ -216,6 +218,13 @@ impl StateLedger for World {
         })
         .await
     }
+    async fn speeds(&self, pool: &PoolId) -> Speeds {
+        self.call().await;
+        self.lock().facts.speeds.get(pool).cloned().unwrap_or_default()
+    }
+    async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError> {
+        self.write(|f| f.speeds.entry(pool.clone()).or_default().keep(key.clone(), perf)).await
+    }
     async fn stored_pools(&self) -> Vec<StoredPool> {
         self.call().await;
         self.lock().facts.stored.values().cloned().collect()
@@ -237,6 +246,7 @@ impl StateLedger for World {
             f.held.remove(pool);
             f.pasts.retain(|key, _| key.pool != *pool);
             f.learnt.retain(|(of, _), _| of != pool);
+            f.speeds.remove(pool);
         })
         .await
     }
