@@ -13,6 +13,7 @@ mod external;
 mod host;
 mod http;
 mod isolation;
+mod keys;
 mod kinds;
 mod listening;
 mod locks;

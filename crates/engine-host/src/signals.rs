@@ -23,7 +23,7 @@ const WAITING: &str = "llamacpp:requests_deferred";
 
 /// Asks for both at once.
 pub(crate) async fn ask(endpoint: &Endpoint) -> Observed {
-    let get = |path| Ask { addr: endpoint.addr, path, body: None, timeout: PATIENCE, limit: LIMIT }.send();
+    let get = |path| Ask { of: endpoint, path, body: None, timeout: PATIENCE, limit: LIMIT }.send();
     let (slots, metrics) = tokio::join!(get("/slots"), get("/metrics"));
     let slots = match slots {
         Ok(answer) => answer.json.filter(|_| answer.status == 200),

@@ -41,7 +41,7 @@ pub(crate) fn did_work(json: &Value) -> bool {
 }
 
 pub(crate) async fn observe(endpoint: &Endpoint) -> Observed {
-    let ask = Ask { addr: endpoint.addr, path: "/metrics", body: None, timeout: PATIENCE, limit: PAGE_BYTES };
+    let ask = Ask { of: endpoint, path: "/metrics", body: None, timeout: PATIENCE, limit: PAGE_BYTES };
     match ask.send().await {
         Ok(answer) if answer.status == 200 => {
             let reading = metrics::of_kind(&endpoint.kind).map(|table| table.read(&answer.text)).unwrap_or_default();

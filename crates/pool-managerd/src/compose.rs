@@ -223,7 +223,7 @@ pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
         decls.push(declaration(name, engine)?);
     }
     let stub = StubCommand { program: own_program()?, args: vec![stub_engine::SUBCOMMAND.to_owned()] };
-    Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?))
+    Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?).with_keys(config.node.engine_keys))
 }
 
 fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {

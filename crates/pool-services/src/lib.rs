@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admission;
+mod api_key;
 mod boot;
 mod builder;
 mod catalog;
@@ -37,6 +38,7 @@ mod steward;
 mod tally;
 mod view;
 
+pub use api_key::ApiKey;
 pub use builder::{BuildError, Builder};
 pub use clock::Clock;
 pub use control::{ControlError, DrainLeft, DrainOptions, Operation, OperationState, PoolControl, ReloadRequest};

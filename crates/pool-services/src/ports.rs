@@ -23,6 +23,7 @@ use pool_domain::{
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::api_key::ApiKey;
 use crate::snapshot::LastError;
 use crate::spec::{PoolSpec, Workload};
 
@@ -232,6 +233,8 @@ pub struct Endpoint {
     pub model_path: Option<PathBuf>,
     /// What it is for.
     pub workload: Workload,
+    /// What it wants to hear from whoever asks it, where others than this machine's own can.
+    pub api_key: Option<ApiKey>,
 }
 
 impl Endpoint {
@@ -298,6 +301,8 @@ pub struct Confinement {
     pub nofile: Option<u64>,
     /// What it is told.
     pub secrets: Vec<EngineSecret>,
+    /// The same as variables of its environment, for kinds that read no file.
+    pub secret_env: Vec<(String, ApiKey)>,
 }
 
 /// Why a spec cannot be for any engine here.
@@ -528,6 +533,8 @@ pub struct Handoff {
     pub generation: Generation,
     /// Where it is reached.
     pub endpoint: String,
+    /// What it wants to hear.
+    pub api_key: Option<ApiKey>,
     /// Engine name.
     pub engine: String,
     /// Engine version.

@@ -292,6 +292,7 @@ mod tests {
             key: ReplicaKey { pool: "p".parse().unwrap(), replica: ReplicaId(0) },
             generation: Generation(1),
             endpoint: "http://127.0.0.1:1".into(),
+            api_key: None,
             engine: "stub".into(),
             engine_version: "1".into(),
             model: "m".into(),

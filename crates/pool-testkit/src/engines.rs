@@ -12,6 +12,7 @@ use pool_domain::liveness::{Signals, SlotWork, Work};
 use pool_domain::meters::Reading;
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_services::ApiKey;
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
     Observed, PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
@@ -71,6 +72,8 @@ pub struct Script {
     pub taken_ports: Vec<u16>,
     /// Whoever asks it to end meets a bug.
     pub panics: bool,
+    /// Whether it gets an API key: `key-0`, `key-1`, ….
+    pub keyed: bool,
 }
 
 impl Default for Script {
@@ -100,6 +103,7 @@ impl Default for Script {
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
             panics: false,
+            keyed: false,
         }
     }
 }
@@ -146,6 +150,7 @@ pub struct FakeEngines {
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
     nonces: AtomicU64,
+    keys: AtomicU64,
     asked: AtomicU64,
     worked: AtomicU64,
     steps: AtomicU64,
@@ -371,6 +376,7 @@ impl EngineProvisioner for FakeEngines {
         self.script_for(&spec.model.model_id()).memory
     }
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
+        let keyed = self.script_for(&request.model.id).keyed;
         Ok(PreparedEngine {
             entry: Some("/fake/engine".into()),
             args: request.spec.args.clone(),
@@ -381,6 +387,7 @@ impl EngineProvisioner for FakeEngines {
                 model: request.model.id.clone(),
                 model_path: None,
                 workload: request.spec.workload,
+                api_key: keyed.then(|| ApiKey::new(format!("key-{}", self.keys.fetch_add(1, Ordering::Relaxed)))),
             },
             confinement: Default::default(),
             engine_version: "1".into(),

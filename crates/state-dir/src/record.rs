@@ -11,6 +11,7 @@ use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, Tick};
+use pool_services::ApiKey;
 use pool_services::ports::Handoff;
 use pool_services::snapshot::LastError;
 use serde::de::DeserializeOwned;
@@ -234,12 +235,15 @@ pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Re
 }
 
 /// A handoff as consumers read it.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandoffRecord {
     pool: String,
     replica: String,
     generation: u64,
     endpoint: String,
+    /// What the engine wants to hear. The file is this user's alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    api_key: Option<String>,
     engine: String,
     engine_version: String,
     model: String,
@@ -270,6 +274,7 @@ impl From<&Handoff> for HandoffRecord {
             replica: h.key.replica.to_string(),
             generation: h.generation.0,
             endpoint: h.endpoint.clone(),
+            api_key: h.api_key.as_ref().map(|k| k.reveal().to_owned()),
             engine: h.engine.clone(),
             engine_version: h.engine_version.clone(),
             model: h.model.clone(),
@@ -288,6 +293,7 @@ impl HandoffRecord {
             key: ReplicaKey { pool: self.pool.parse().ok()?, replica },
             generation: Generation(self.generation),
             endpoint: self.endpoint,
+            api_key: self.api_key.map(ApiKey::new),
             engine: self.engine,
             engine_version: self.engine_version,
             model: self.model,

@@ -281,6 +281,7 @@ impl PoolControl for Fake {
             pool_id: id.clone(),
             replica_id: ReplicaId(0),
             generation: Generation(7),
+            api_key: Some(pool_services::ApiKey::new("key-of-the-engine")),
             endpoint: "http://127.0.0.1:42000".into(),
             expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + request.ttl,
         })

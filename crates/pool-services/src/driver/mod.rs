@@ -32,6 +32,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Admission;
+use crate::api_key::ApiKey;
 use crate::clock::Clock;
 use crate::events::EventSink;
 use crate::lease_desk::Desk;
@@ -136,6 +137,8 @@ pub(crate) enum Denied {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Published {
     pub(crate) snapshot: ReplicaSnapshot,
+    /// What its engine wants to hear: for those who get a slot, and not part of the picture that everybody sees.
+    pub(crate) api_key: Option<ApiKey>,
     pub(crate) state: State,
     pub(crate) wants: Option<Want>,
     /// What it wanted when it was told to wait.
@@ -290,6 +293,7 @@ pub(crate) fn at_rest(
             last_error,
             ..ReplicaSnapshot::idle(key.replica)
         },
+        api_key: None,
         state: replica.state.clone(),
         wants: None,
         blocked: None,
@@ -656,6 +660,7 @@ impl Driver {
             key: self.key.clone(),
             generation: self.replica.generation,
             endpoint: prepared.endpoint.url(),
+            api_key: prepared.endpoint.api_key.clone(),
             engine: self.spec.engine.to_string(),
             engine_version: prepared.engine_version.clone(),
             model: proof.model.clone(),

@@ -109,6 +109,7 @@ impl Driver {
     pub(super) fn publish(&self) {
         let next = Published {
             snapshot: self.snapshot(),
+            api_key: self.attempt.prepared.as_ref().and_then(|p| p.endpoint.api_key.clone()),
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
