@@ -20,6 +20,7 @@ mod locks;
 mod log_patterns;
 mod memory_cgroup;
 mod metrics;
+pub mod preflight;
 mod probe;
 mod provision;
 mod running;

@@ -288,6 +288,31 @@ fn how_far_a_start_is_comes_as_comments_for_who_asks() {
 }
 
 #[test]
+fn who_asks_how_far_a_start_is_and_goes_away_is_noticed_while_the_engine_is_silent() {
+    let mut daemon = started(
+        r#"
+[[pool]]
+id = "mute"
+model = "stub:mute"
+engine = "stub"
+slots = 2
+args = ["--hang-after-requests", "1"]
+activation = "preload"
+"#,
+    );
+    daemon.until("mute", |p| p["ready"] == true);
+    let body =
+        json!({ "model": "mute", "stream": true, "max_tokens": 4, "messages": [{ "role": "user", "content": "hi" }] });
+    let stream = Stream::open(daemon.addr(), "/v1/chat/completions", "X-Pool-Progress: true\r\n", &body);
+    daemon.until("mute", |p| p["active_leases"] == 1);
+    drop(stream);
+    let after = daemon.until("mute", |p| p["active_leases"] == 0);
+    // Not because the engine was found to hang, which comes later.
+    assert_eq!((&after["ready"], &after["replicas"][0]["generation"]), (&true.into(), &1.into()), "{after:#}");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
 fn bad_requests_are_told_in_the_words_of_the_clients_library_and_start_nothing() {
     let daemon = started(POOLS);
     let addr = daemon.addr();
