@@ -33,6 +33,7 @@ mod remember;
 mod returned;
 mod roster;
 pub mod routing;
+mod seen;
 pub mod snapshot;
 pub mod spec;
 mod steward;

@@ -31,6 +31,16 @@ impl Flow {
     pub fn moved(&self) {
         self.0.flowed();
     }
+
+    /// An answer of it began this long after it had the request.
+    pub fn began(&self, after: Duration) {
+        self.0.seen().began(after);
+    }
+
+    /// After the first token of an answer so many came within this.
+    pub fn decoded(&self, took: Duration, tokens: u64) {
+        self.0.seen().decoded(took, tokens);
+    }
 }
 
 /// A slot, and where it leads. The slot is given back on drop.

@@ -67,6 +67,14 @@ metrics! {
     GATEWAY_WAIT = "gateway_wait_seconds", "histogram", POOL, "Time a request waited for a slot";
     GATEWAY_FIRST_BYTE = "gateway_first_byte_seconds", "histogram", POOL,
         "Time from the request until the engine began to answer";
+    GATEWAY_FIRST_TOKEN = "gateway_first_token_seconds", "histogram", POOL,
+        "Time from the request until the first part of an answer that streams";
+    GATEWAY_DECODE = "gateway_decode_seconds", "histogram", POOL,
+        "Time from the first token of an answer to its last, as the engine tells or as a stream shows";
+    GATEWAY_TOKEN = "gateway_token_latency_seconds", "histogram", POOL,
+        "Mean time from one token of an answer to the next, where the engine tells how many there are";
+    GATEWAY_TOKENS = "gateway_tokens_total", "counter", &["pool_id", "tenant_id", "direction"],
+        "Tokens of requests (in) and answers (out), where the engine tells them in its answer";
     GATEWAY_DURATION = "gateway_duration_seconds", "histogram", POOL, "Time from the request to the end of its answer";
     GATEWAY_BYTES = "gateway_answer_bytes_total", "counter", POOL, "Bytes of answers that came from engines";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";

@@ -54,7 +54,10 @@ impl Driver {
                 loop {
                     due.tick().await;
                     let (verdict, reading) = watch.round().await;
-                    if reading != Reading::default() && tx.send((generation, Report::Read(reading))).await.is_err() {
+                    let (told, seen) = (reading, watch.admission.seen().reading());
+                    if (told, seen) != Default::default()
+                        && tx.send((generation, Report::Read { told, seen })).await.is_err()
+                    {
                         return;
                     }
                     let fact = match verdict {

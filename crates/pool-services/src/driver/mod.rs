@@ -182,8 +182,11 @@ pub(crate) enum Report {
     Preflighted,
     Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
-    /// What it publishes in numbers.
-    Read(Reading),
+    /// What it publishes in numbers, and what of the same was seen of its answers.
+    Read {
+        told: Reading,
+        seen: Reading,
+    },
     Checked(Fact),
 }
 
@@ -492,8 +495,8 @@ impl Driver {
                 self.attempt.demand = Some(demand);
                 Fact::Staged
             }
-            Report::Read(reading) => {
-                self.pace.read(reading);
+            Report::Read { told, seen } => {
+                self.pace.read(told, seen);
                 return;
             }
             Report::Proved(proof, Holds { taken, pids }) => {

@@ -45,6 +45,8 @@ impl SpeedBook {
 #[derive(Debug)]
 pub(crate) struct Pace {
     meters: Meters,
+    /// The same of answers that passed through here, which are counted over all engines.
+    answers: Meters,
     speeds: Speeds,
     perf: Perf,
     /// What the speed belongs to; unset before the first engine.
@@ -57,7 +59,15 @@ impl Pace {
     /// What is known before there is an engine.
     pub(crate) fn new(speeds: Speeds, model: &str, book: SpeedBook) -> Self {
         let perf = speeds.of_model(model).unwrap_or_default();
-        Self { meters: Meters::default(), speeds, perf, key: None, written: Perf::default(), book }
+        Self {
+            meters: Meters::default(),
+            answers: Meters::default(),
+            speeds,
+            perf,
+            key: None,
+            written: Perf::default(),
+            book,
+        }
     }
 
     /// Another model is to be served.
@@ -93,14 +103,14 @@ impl Pace {
         self.write_if(Perf::worth_writing);
     }
 
-    /// It was looked at.
-    pub(super) fn read(&mut self, reading: Reading) {
-        let grown = self.meters.read(reading);
-        self.measured(&grown);
-    }
-
-    fn measured(&mut self, grown: &Growth) {
-        self.perf = self.perf.and(grown);
+    /// It was looked at. What was seen of its answers counts where it does not tell the same itself.
+    pub(super) fn read(&mut self, told: Reading, seen: Reading) {
+        let (by_engine, by_answers) = (self.meters.read(told), self.answers.read(seen));
+        let grown = Growth {
+            first_token: if told.first_token.is_some() { by_engine.first_token } else { by_answers.first_token },
+            decode: if told.decode.is_some() { by_engine.decode } else { by_answers.decode },
+        };
+        self.perf = self.perf.and(&grown);
         self.write_if(Perf::worth_writing);
     }
 
