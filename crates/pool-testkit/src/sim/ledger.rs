@@ -218,12 +218,13 @@ impl StateLedger for World {
         })
         .await
     }
+    // No promise is about speeds: they are no calls at which a daemon is killed, so that those that matter are met more often.
     async fn speeds(&self, pool: &PoolId) -> Speeds {
-        self.call().await;
         self.lock().facts.speeds.get(pool).cloned().unwrap_or_default()
     }
     async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError> {
-        self.write(|f| f.speeds.entry(pool.clone()).or_default().keep(key.clone(), perf)).await
+        self.lock().facts.speeds.entry(pool.clone()).or_default().keep(key.clone(), perf);
+        Ok(())
     }
     async fn stored_pools(&self) -> Vec<StoredPool> {
         self.call().await;
