@@ -193,11 +193,13 @@ impl ProcessHost {
             nonce: record.nonce.clone(),
             program: program.to_path_buf(),
             args: engine.args.clone(),
-            env: engine.env.clone(),
+            env: engine.env.iter().cloned().chain(secret_env(confinement)).collect(),
             workdir,
             log: log.clone(),
             log_max_bytes: self.options.log_max_bytes,
-            scrub: confinement.secrets.iter().map(|secret| secret.value.clone()).collect(),
+            scrub: (confinement.secrets.iter().map(|secret| secret.value.clone()))
+                .chain(secret_env(confinement).map(|(_, value)| value))
+                .collect(),
             exit_record: exit,
             start_record: start,
             start_record_copy: Some(self.locks.start_record(&record.key.to_string())),
@@ -366,6 +368,10 @@ fn files(dir: &Path) -> Files {
 fn run_as(confinement: &Confinement) -> Option<User> {
     let user = confinement.user.as_ref()?;
     Some(User { uid: user.uid, gid: user.gid, groups: user.groups.clone() })
+}
+
+fn secret_env(confinement: &Confinement) -> impl Iterator<Item = (String, String)> {
+    confinement.secret_env.iter().map(|(name, key)| (name.clone(), key.reveal().to_owned()))
 }
 
 fn secret_file(secret: &EngineSecret) -> SecretFile {

@@ -4,15 +4,15 @@
 use std::error::Error as _;
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST};
+use hyper::header::{AUTHORIZATION, CONNECTION, CONTENT_TYPE, HOST};
 use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
+use pool_services::ports::Endpoint;
 use serde_json::Value;
 use tokio::net::TcpStream;
 
@@ -53,7 +53,7 @@ impl fmt::Display for NoAnswer {
 /// What to ask.
 #[derive(Debug)]
 pub(crate) struct Ask<'a> {
-    pub(crate) addr: SocketAddr,
+    pub(crate) of: &'a Endpoint,
     pub(crate) path: &'a str,
     /// `Some` makes it a POST.
     pub(crate) body: Option<Value>,
@@ -70,18 +70,21 @@ impl Ask<'_> {
     }
 
     async fn exchange(self) -> Result<Answer, NoAnswer> {
-        let stream = TcpStream::connect(self.addr).await.map_err(|error| from_io(&error))?;
+        let addr = self.of.addr;
+        let stream = TcpStream::connect(addr).await.map_err(|error| from_io(&error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
         let method = if self.body.is_some() { Method::POST } else { Method::GET };
         let body = self.body.map(|json| Bytes::from(json.to_string())).unwrap_or_default();
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(self.path)
-            .header(HOST, self.addr.to_string())
+            .header(HOST, addr.to_string())
             .header(CONTENT_TYPE, "application/json")
-            .header(CONNECTION, "close")
-            .body(Full::new(body))
-            .map_err(|error| NoAnswer::Broken(error.to_string()))?;
+            .header(CONNECTION, "close");
+        if let Some(key) = &self.of.api_key {
+            request = request.header(AUTHORIZATION, key.bearer());
+        }
+        let request = request.body(Full::new(body)).map_err(|error| NoAnswer::Broken(error.to_string()))?;
         let limit = self.limit;
         let answer = async move {
             let response = sender.send_request(request).await.map_err(|error| broken(&error))?;

@@ -227,7 +227,7 @@ async fn ask(shim: &ShimCommand, question: &AccessQuestion) -> std::io::Result<A
 pub(crate) fn confinement(isolation: &Isolation, account: Option<&Account>) -> Confinement {
     let user =
         account.map(|Account { user, .. }| EngineUser { uid: user.uid, gid: user.gid, groups: user.groups.clone() });
-    Confinement { user, memory_max: isolation.memory_max, nofile: isolation.nofile, secrets: Vec::new() }
+    Confinement { user, memory_max: isolation.memory_max, nofile: isolation.nofile, ..Confinement::default() }
 }
 
 /// Why an engine is not started without its limit.

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use pool_domain::liveness::Work;
 use pool_domain::{Failure, FailureClass};
 use pool_services::Workload;
-use pool_services::ports::{Endpoint, EngineProbe, Identity, PROBE_TIMEOUT, Up, Worked};
+use pool_services::ports::{Endpoint, EngineProbe, Identity, Observed, PROBE_TIMEOUT, Up, Worked};
 use serde_json::{Value, json};
 
 use crate::decl::Kind;
@@ -37,7 +37,7 @@ impl HttpProbe {
 #[async_trait]
 impl EngineProbe for HttpProbe {
     async fn up(&self, endpoint: &Endpoint) -> Up {
-        let ask = Ask { addr: endpoint.addr, path: "/health", body: None, timeout: PATIENCE, limit: UP_BYTES };
+        let ask = Ask { of: endpoint, path: "/health", body: None, timeout: PATIENCE, limit: UP_BYTES };
         match ask.send().await {
             Ok(answer) if is_vllm(endpoint) => vllm::up(&answer),
             Ok(answer) => up(&answer),
@@ -76,7 +76,7 @@ impl EngineProbe for HttpProbe {
             Workload::Embed => ("/v1/embeddings", json!({ "model": model, "input": "Hi" })),
             Workload::Rerank => ("/v1/rerank", json!({ "model": model, "query": "Hi", "documents": ["Hi"] })),
         };
-        let ask = Ask { addr: endpoint.addr, path, body: Some(body), timeout: PATIENCE, limit: ANSWER_BYTES };
+        let ask = Ask { of: endpoint, path, body: Some(body), timeout: PATIENCE, limit: ANSWER_BYTES };
         let answer = ask.send().await.map_err(|error| match error {
             NoAnswer::TimedOut(_) => Failure::new(FailureClass::Hang, format!("{path}: {error}")),
             _ => Failure::new(FailureClass::Health, format!("{path}: {error}")),
@@ -98,7 +98,11 @@ impl EngineProbe for HttpProbe {
     }
 
     async fn signals(&self, endpoint: &Endpoint) -> Work {
-        if is_vllm(endpoint) { vllm::signals(endpoint).await } else { signals::ask(endpoint).await }
+        self.observe(endpoint).await.work
+    }
+
+    async fn observe(&self, endpoint: &Endpoint) -> Observed {
+        if is_vllm(endpoint) { vllm::observe(endpoint).await } else { signals::ask(endpoint).await }
     }
 }
 
@@ -120,7 +124,7 @@ pub(crate) async fn served_model(endpoint: &Endpoint) -> Result<String, Failure>
 }
 
 pub(crate) async fn get(endpoint: &Endpoint, path: &str) -> Result<Answer, Failure> {
-    let ask = Ask { addr: endpoint.addr, path, body: None, timeout: PROBE_TIMEOUT, limit: ANSWER_BYTES };
+    let ask = Ask { of: endpoint, path, body: None, timeout: PROBE_TIMEOUT, limit: ANSWER_BYTES };
     ask.send().await.map_err(|error| Failure::new(FailureClass::Health, format!("{path}: {error}")))
 }
 

@@ -17,6 +17,7 @@ use crate::decl::{EngineDecl, Kind, Mode, StubCommand};
 use crate::discover::{Discovery, Program};
 use crate::host::ShimCommand;
 use crate::isolation::{self, Unkept, Wanted, can_keep};
+use crate::keys;
 use crate::kinds;
 use crate::text::{config, file_name};
 use crate::users::Account;
@@ -32,6 +33,8 @@ pub struct Provisioner {
     sim_dir: Option<PathBuf>,
     /// Finds out what other users may reach; without it no engine runs as one.
     shim: Option<ShimCommand>,
+    /// Whether engines have to be told a key.
+    keyed: bool,
     discovery: Discovery,
 }
 
@@ -41,13 +44,20 @@ impl Provisioner {
     #[must_use]
     pub fn new(decls: Vec<EngineDecl>, stub: StubCommand, sim_dir: Option<PathBuf>) -> Self {
         let engines = decls.into_iter().map(|decl| (decl.name, (decl.kind, decl.mode))).collect();
-        Self { engines, stub, sim_dir, shim: None, discovery: Discovery::default() }
+        Self { engines, stub, sim_dir, shim: None, keyed: false, discovery: Discovery::default() }
     }
 
     /// The same, and it finds out by this shim what other users may reach, so that engines can run as them.
     #[must_use]
     pub fn proving_by(self, shim: ShimCommand) -> Self {
         Self { shim: Some(shim), ..self }
+    }
+
+    /// The same, and if `keyed`, each engine that it starts gets an API key of its own and serves nobody without it. What
+    /// cannot be told one is not started.
+    #[must_use]
+    pub fn with_keys(self, keyed: bool) -> Self {
+        Self { keyed, ..self }
     }
 
     /// Whether the engines of a spec can be kept from what it says, and can reach what they need all the same: proved by a
@@ -119,6 +129,9 @@ impl Provisioner {
         if let Some(unknown) = kinds::flags(&spec.args).find(|flag| !program.knows_or_says_nothing(flag)) {
             let name = file_name(&program.path);
             return Err(config(format!("engine `{name}` does not know the argument `{unknown}`")));
+        }
+        if self.keyed {
+            keys::told_by(kind, &program)?;
         }
         if !spec.version.is_empty() && !is_version(&spec.version, &program.version) {
             return Err(config(format!(
@@ -207,6 +220,7 @@ impl EngineProvisioner for Provisioner {
             model: request.model.id.clone(),
             model_path,
             workload: spec.workload,
+            api_key: None,
         };
         if let Some(Mode::External { addr }) = mode {
             return Ok(PreparedEngine {
@@ -230,14 +244,18 @@ impl EngineProvisioner for Provisioner {
             Kind::Vllm => kinds::vllm::args(request)?,
             Kind::Stub => kinds::stub::args(request, &self.stub.args)?,
         };
-        Ok(PreparedEngine {
+        let mut engine = PreparedEngine {
             entry: Some(program.path.clone()),
             args,
             env: kinds::engine_env(&request.devices, self.sim_dir.as_deref(), account.as_ref())?,
             confinement: isolation::confinement(&spec.isolation, account.as_ref()),
             endpoint: endpoint(request.listen, request.model.local_path.clone()),
             engine_version: program.version.clone(),
-        })
+        };
+        if self.keyed {
+            keys::give(&mut engine, keys::random()?, keys::told_by(kind, &program)?);
+        }
+        Ok(engine)
     }
 }
 

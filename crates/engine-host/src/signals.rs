@@ -5,10 +5,11 @@
 use std::time::Duration;
 
 use pool_domain::liveness::{Signals, SlotWork, Work};
-use pool_services::ports::Endpoint;
+use pool_services::ports::{Endpoint, Observed};
 use serde_json::Value;
 
 use crate::http::{Ask, NoAnswer};
+use crate::metrics::{self, total};
 
 /// Who asks decides how long to wait (`[pool.health] timeout`); this only bounds what was forgotten.
 const PATIENCE: Duration = Duration::from_secs(3600);
@@ -21,19 +22,22 @@ const COUNTERS: &[&str] =
 const WAITING: &str = "llamacpp:requests_deferred";
 
 /// Asks for both at once.
-pub(crate) async fn ask(endpoint: &Endpoint) -> Work {
-    let get = |path| Ask { addr: endpoint.addr, path, body: None, timeout: PATIENCE, limit: LIMIT }.send();
+pub(crate) async fn ask(endpoint: &Endpoint) -> Observed {
+    let get = |path| Ask { of: endpoint, path, body: None, timeout: PATIENCE, limit: LIMIT }.send();
     let (slots, metrics) = tokio::join!(get("/slots"), get("/metrics"));
     let slots = match slots {
         Ok(answer) => answer.json.filter(|_| answer.status == 200),
-        Err(NoAnswer::TimedOut(_)) => return Work::Silent,
+        Err(NoAnswer::TimedOut(_)) => return Work::Silent.into(),
         // That nobody answers there, its health tells.
         Err(_) => None,
     };
     let metrics = metrics.ok().filter(|answer| answer.status == 200).map(|answer| answer.text);
     // The stub reads no prompt for long. llama-server tells of a prompt only after each batch of it, which is 2048 tokens:
     // more than half a minute where some layers are on the CPU.
-    read(slots.as_ref(), metrics.as_deref(), endpoint.kind == "stub")
+    let work = read(slots.as_ref(), metrics.as_deref(), endpoint.kind == "stub");
+    let table = metrics::of_kind(&endpoint.kind);
+    let reading = table.zip(metrics.as_deref()).map(|(table, page)| table.read(page)).unwrap_or_default();
+    Observed { work, reading }
 }
 
 fn read(slots: Option<&Value>, metrics: Option<&str>, prefill_told: bool) -> Work {
@@ -64,26 +68,6 @@ fn slot_work(at: usize, slot: &Value) -> SlotWork {
         prompt: number(&slot["n_prompt_tokens_processed"]),
         decoded: number(&next["n_decoded"]),
     }
-}
-
-/// A metric over all its labels, in Prometheus' text form.
-pub(crate) fn total(text: &str, name: &str) -> Option<u64> {
-    let of_line = |line: &str| {
-        let rest = line.strip_prefix(name)?;
-        let value = match rest.strip_prefix('{') {
-            Some(labels) => labels.rsplit_once("} ")?.1,
-            None => rest.strip_prefix(' ')?,
-        };
-        count(value)
-    };
-    text.lines().filter_map(of_line).reduce(u64::saturating_add)
-}
-
-/// Whole numbers are enough to see that it moved.
-fn count(value: &str) -> Option<u64> {
-    let number: f64 = value.split_whitespace().next()?.parse().ok()?;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
-    (number >= 0.0).then_some(number as u64)
 }
 
 #[cfg(test)]

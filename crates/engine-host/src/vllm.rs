@@ -2,21 +2,14 @@
 
 use pool_domain::Failure;
 use pool_domain::liveness::{Signals, Work};
-use pool_services::ports::{Endpoint, Identity, Up};
+use pool_domain::meters::Reading;
+use pool_services::ports::{Endpoint, Identity, Observed, Up};
 use serde_json::{Value, json};
 
 use crate::http::{Answer, Ask, NoAnswer};
+use crate::metrics::{self, PAGE_BYTES};
 use crate::probe::{self, PATIENCE};
-use crate::signals::total;
 use crate::text::tidy;
-
-/// A hundred metrics with a label for each bucket of each histogram.
-const METRICS_BYTES: usize = 16 * 1024 * 1024;
-
-const RUNNING: &str = "vllm:num_requests_running";
-const WAITING: &str = "vllm:num_requests_waiting";
-/// Totals of work done, whatever the requests were.
-const COUNTERS: [&str; 2] = ["vllm:prompt_tokens_total", "vllm:generation_tokens_total"];
 
 /// It listens only once its model is loaded; then the body is empty.
 pub(crate) fn up(answer: &Answer) -> Up {
@@ -47,23 +40,26 @@ pub(crate) fn did_work(json: &Value) -> bool {
         || json["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty())
 }
 
-pub(crate) async fn signals(endpoint: &Endpoint) -> Work {
-    let ask = Ask { addr: endpoint.addr, path: "/metrics", body: None, timeout: PATIENCE, limit: METRICS_BYTES };
+pub(crate) async fn observe(endpoint: &Endpoint) -> Observed {
+    let ask = Ask { of: endpoint, path: "/metrics", body: None, timeout: PATIENCE, limit: PAGE_BYTES };
     match ask.send().await {
-        Ok(answer) if answer.status == 200 => read(&answer.text),
-        Err(NoAnswer::TimedOut(_)) => Work::Silent,
+        Ok(answer) if answer.status == 200 => {
+            let reading = metrics::of_kind(&endpoint.kind).map(|table| table.read(&answer.text)).unwrap_or_default();
+            Observed { work: work(&reading), reading }
+        }
+        Err(NoAnswer::TimedOut(_)) => Work::Silent.into(),
         // That nobody answers there, its health tells.
-        Ok(_) | Err(_) => Work::Untold,
+        Ok(_) | Err(_) => Work::Untold.into(),
     }
 }
 
-fn read(metrics: &str) -> Work {
-    let count = |name: &str| total(metrics, name).and_then(|n| u32::try_from(n).ok());
-    let Some(running) = count(RUNNING) else { return Work::Untold };
+/// How far it came, as its metrics tell.
+fn work(reading: &Reading) -> Work {
+    let Some(running) = reading.running else { return Work::Untold };
     Work::Told(Signals {
         running,
-        waiting: count(WAITING).unwrap_or(0),
-        counters: COUNTERS.iter().filter_map(|name| total(metrics, name)).collect(),
+        waiting: reading.waiting.unwrap_or(0),
+        counters: [reading.prompt_tokens, reading.generated_tokens].into_iter().flatten().collect(),
         slots: Vec::new(),
         // Prompt tokens are counted when the first token comes.
         prefill_told: false,
@@ -89,17 +85,17 @@ mod tests {
     }
 
     #[test]
-    fn the_metrics_of_vllm_are_read() {
-        let metrics = "# TYPE vllm:num_requests_running gauge\n\
-            vllm:num_requests_running{engine=\"0\",model_name=\"m\"} 2.0\n\
-            vllm:num_requests_running{engine=\"1\",model_name=\"m\"} 1.0\n\
-            vllm:num_requests_waiting{engine=\"0\",model_name=\"m\"} 4.0\n\
-            vllm:prompt_tokens_total{engine=\"0\",model_name=\"m\"} 17.0\n\
-            vllm:prompt_tokens_created{engine=\"0\",model_name=\"m\"} 1.7e+09\n\
-            vllm:generation_tokens_total{engine=\"0\",model_name=\"m\"} 1.2e+03\n";
-        let Work::Told(told) = read(metrics) else { panic!("untold") };
+    fn the_metrics_of_vllm_tell_of_its_work() {
+        let reading = Reading {
+            running: Some(3),
+            waiting: Some(4),
+            prompt_tokens: Some(17),
+            generated_tokens: Some(1200),
+            ..Reading::default()
+        };
+        let Work::Told(told) = work(&reading) else { panic!("untold") };
         assert_eq!((told.running, told.waiting, told.counters), (3, 4, vec![17, 1200]));
-        assert_eq!(read("python_info 1\n"), Work::Untold);
+        assert_eq!(work(&Reading::default()), Work::Untold);
     }
 
     #[test]

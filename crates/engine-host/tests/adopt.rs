@@ -65,6 +65,7 @@ impl Machine {
                 model: "tiny".into(),
                 model_path: None,
                 workload: Workload::Generate,
+                api_key: None,
             },
             engine_version: "1".into(),
             devices: ResolvedMask { uuids: vec!["GPU-a".into()] },

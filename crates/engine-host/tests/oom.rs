@@ -82,6 +82,7 @@ async fn end_seen_by(then: &str, seen: Seen) -> Option<Failure> {
             model: "m".into(),
             model_path: None,
             workload: Workload::Generate,
+            api_key: None,
         },
         confinement: Default::default(),
         engine_version: String::new(),

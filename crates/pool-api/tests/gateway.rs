@@ -46,6 +46,7 @@ impl Routing for Script {
             key: ReplicaKey { pool: pool.clone(), replica: ReplicaId(0) },
             generation: Generation(7),
             endpoint: self.endpoints[n.min(self.endpoints.len() - 1)].clone(),
+            api_key: None,
             flow: Flow::of(Arc::clone(&self.admission)),
             slot: Some(self.admission.acquire().map_err(|_| ControlError::Draining)?),
         })

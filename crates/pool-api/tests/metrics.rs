@@ -11,6 +11,18 @@ use pool_api::metrics::{ALL, GatewayTrip, Metrics};
 use pool_domain::{Failure, FailureClass, Generation, Holder, ReplicaId, ReplicaKey};
 use pool_services::{Event, EventKind, GuardCounts, PoolSnapshot};
 
+/// Eleven tokens in two seconds after the first.
+const TRIP: GatewayTrip = GatewayTrip {
+    waited: Duration::from_secs(1),
+    first_byte: Some(Duration::from_secs(1)),
+    first_token: Some(Duration::from_millis(1_500)),
+    bytes: 7,
+    tokens_in: Some(5),
+    tokens_out: Some(11),
+    decode: Some(Duration::from_secs(2)),
+    took: Duration::from_secs(4),
+};
+
 #[test]
 fn exposed_families_are_documented_and_the_other_way_round() {
     let m = Metrics::default();
@@ -42,7 +54,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
         m.observe(&Event { key, generation: Generation(1), kind });
     }
-    m.gateway_trip(&id("chat"), "acme", "done", &GatewayTrip { waited: took, first_byte: Some(took), took, bytes: 7 });
+    m.gateway_trip(&id("chat"), "acme", "done", &TRIP);
     m.gateway_refused("POOL_SATURATED", "other");
     let guards = GuardCounts { granted: 7, saturated: 2, closed: 1 };
     let text = m.render(&[PoolSnapshot { guards, ..chat() }], &node());
@@ -69,6 +81,22 @@ fn exposed_families_are_documented_and_the_other_way_round() {
     assert!(text.contains("pool_managerd_simulated 1"));
     assert!(text.contains("pool_managerd_guards_granted_total{pool_id=\"chat\"} 7"));
     assert!(text.contains("pool_managerd_replica_state{pool_id=\"chat\",replica_id=\"r1\",state=\"ready\"} 1"));
+    for line in [
+        "gateway_tokens_total{pool_id=\"chat\",tenant_id=\"acme\",direction=\"in\"} 5",
+        "gateway_tokens_total{pool_id=\"chat\",tenant_id=\"acme\",direction=\"out\"} 11",
+        "gateway_first_token_seconds_sum{pool_id=\"chat\"} 1.5",
+        "gateway_decode_seconds_sum{pool_id=\"chat\"} 2.0",
+        "gateway_token_latency_seconds_sum{pool_id=\"chat\"} 0.2",
+        "engine_requests_running{pool_id=\"chat\",replica_id=\"r0\"} 2.0",
+        "engine_kv_cache_usage_ratio{pool_id=\"chat\",replica_id=\"r0\"} 0.25",
+        "engine_generated_tokens_total{pool_id=\"chat\",replica_id=\"r0\"} 400",
+        "engine_decode_seconds_total{pool_id=\"chat\",replica_id=\"r0\"} 8.5",
+        "engine_decoded_tokens_total{pool_id=\"chat\",replica_id=\"r0\"} 396",
+        "perf_tokens_per_second{pool_id=\"chat\",replica_id=\"r0\"} 52.5",
+        "perf_first_token_seconds{pool_id=\"chat\",replica_id=\"r0\"} 0.031",
+    ] {
+        assert!(text.contains(&format!("pool_managerd_{line}\n")), "{line}: {text}");
+    }
     assert!(text.contains("readiness_transitions_total{pool_id=\"chat\",replica_id=\"r0\",ready=\"false\"} 1"));
 }
 

@@ -381,7 +381,7 @@ async fn a_pool_on_the_wire() {
     assert_eq!(p["devices"].as_array().unwrap().len(), 2);
     assert_eq!(p["last_error"]["at"], "2023-11-14T22:13:20.123Z");
     assert_eq!(p["last_heartbeat_ms"], 1_700_000_001_000u64);
-    assert_eq!(p["perf"]["first_token_ms"], 31);
+    assert_eq!((&p["perf"]["first_token_ms"], &p["perf"]["tokens_per_s"]), (&31.into(), &52.5.into()));
     let waited = request("GET", "/v1/pools/chat?wait_for_snapshot=41");
     assert_eq!(json(send(Fake::default(), waited).await).await["snapshot"], 42);
 }
@@ -589,6 +589,12 @@ async fn the_node_at_a_glance() {
     assert_eq!((&can["workloads"][0], &can["version"]), (&"generate".into(), &"1.2.3".into()));
     let load = get("/v1/autoscale").await;
     assert_eq!((&load["pools"]["chat"]["demand"], &load["total"]["utilisation_percent"]), (&4.into(), &25.into()));
+    // As two engines say.
+    let told = |key: &str| load["pools"]["chat"][key].clone();
+    assert_eq!(
+        (told("engine_running"), told("engine_waiting"), told("kv_used_percent")),
+        (4.into(), 2.into(), 25.into())
+    );
     let targets = get("/v1/sd/prometheus").await;
     assert_eq!(
         (&targets[1]["targets"][0], &targets[1]["labels"]["replica_id"]),

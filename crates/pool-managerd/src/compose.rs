@@ -220,7 +220,7 @@ pub(crate) fn unkept_error(config: &Config, index: usize, unkept: &Unkept) -> Co
 pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
     let decls = declarations(config)?;
     let stub = StubCommand { program: own_program()?, args: vec![stub_engine::SUBCOMMAND.to_owned()] };
-    Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?))
+    Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?).with_keys(config.node.engine_keys))
 }
 
 /// The engines that pools may name.

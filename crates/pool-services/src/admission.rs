@@ -9,6 +9,8 @@ use pool_domain::Generation;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::seen::Seen;
+
 /// The bit that no generation has.
 const REVOKED: u32 = 1 << 31;
 /// The largest limit.
@@ -103,6 +105,8 @@ pub struct Admission<W: AtomicWord = AtomicU64, B: Bell = Notify> {
     used: AtomicU64,
     /// How often something came from the engine for those who hold its slots, where that is seen.
     flow: AtomicU64,
+    /// How fast that was.
+    seen: Seen,
 }
 
 impl<W: AtomicWord, B: Bell> Default for Admission<W, B> {
@@ -128,7 +132,16 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     #[must_use]
     pub fn belled(desk: Arc<B>) -> Self {
         let (born, used, flow) = (Instant::now(), AtomicU64::default(), AtomicU64::default());
-        Self { word: W::default(), idle: B::default(), granted: Notify::new(), desk, born, used, flow }
+        Self {
+            word: W::default(),
+            idle: B::default(),
+            granted: Notify::new(),
+            desk,
+            born,
+            used,
+            flow,
+            seen: Seen::default(),
+        }
     }
 
     fn update(&self, f: impl Fn(Word) -> Option<Word>) -> Result<Word, Word> {
@@ -181,6 +194,11 @@ impl<W: AtomicWord, B: Bell> Admission<W, B> {
     /// Something came from the engine for who holds a slot.
     pub fn flowed(&self) {
         self.flow.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How fast what came was.
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.seen
     }
 
     /// How often it did.

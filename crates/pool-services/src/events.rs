@@ -226,6 +226,12 @@ pub enum EventKind {
         first_byte: Duration,
         /// Bytes that came from the engine.
         bytes: u64,
+        /// Tokens of the request, where the engine told.
+        tokens_in: Option<u64>,
+        /// Tokens of the answer, where the engine told.
+        tokens_out: Option<u64>,
+        /// From the first token to the last.
+        decode: Option<Duration>,
     },
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::api_key::ApiKey;
 use pool_domain::{Generation, Holder, PoolId, ReplicaId};
 
 /// How long a lease lasts where nothing else is said.
@@ -61,6 +62,8 @@ pub struct Lease {
     pub generation: Generation,
     /// Where to send the request.
     pub endpoint: String,
+    /// What the engine wants to hear; in lists of leases it is left out.
+    pub api_key: Option<ApiKey>,
     /// The engine's name.
     pub engine: String,
     /// Its version.

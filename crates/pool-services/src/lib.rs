@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admission;
+mod api_key;
 mod boot;
 mod builder;
 mod catalog;
@@ -32,12 +33,14 @@ mod remember;
 mod returned;
 mod roster;
 pub mod routing;
+mod seen;
 pub mod snapshot;
 pub mod spec;
 mod steward;
 mod tally;
 mod view;
 
+pub use api_key::ApiKey;
 pub use builder::{BuildError, Builder};
 pub use clock::Clock;
 pub use control::{ControlError, DrainLeft, DrainOptions, Operation, OperationState, PoolControl, ReloadRequest};

@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::conductor::{Conductor, Made, Member, Paper, PoolFacts};
 use crate::control::{Operation, OperationState};
 use crate::declared::{Restored, Standing};
-use crate::driver::{Driver, DriverParts, Found, Memory, Ports, Remembered, at_rest};
+use crate::driver::{Driver, DriverParts, Found, Memory, Pace, Ports, Remembered, SpeedBook, at_rest};
 use crate::events::EventSink;
 use crate::hold::Hold;
 use crate::lease_desk::{Desk, DeskParts, EmptyDesk};
@@ -101,8 +101,10 @@ impl Node {
         let last_error = ports.ledger.last_error(&key).await;
         let remembered = Remembered { past: replica.past(), last_error: last_error.clone() };
         let memory = Memory::start(key.clone(), remembered, Arc::clone(&ports.ledger), clock, &self.memories);
+        let book = SpeedBook::start(spec.id.clone(), Arc::clone(&ports.ledger), &self.memories);
+        let pace = Pace::new(ports.ledger.speeds(&spec.id).await, &spec.model.model_id(), book);
         let (commands, driver_commands) = mpsc::channel(QUEUE);
-        let (publish, published) = watch::channel(at_rest(&key, &replica, last_error.clone()));
+        let (publish, published) = watch::channel(at_rest(&key, &replica, last_error.clone(), pace.hints()));
         let admission = Arc::new(Admission::belled(Arc::clone(&desk.bell)));
         let mut hasher = DefaultHasher::new();
         (self.seed, &key).hash(&mut hasher);
@@ -122,6 +124,7 @@ impl Node {
             replica,
             last_error,
             memory,
+            pace,
             last_call: self.last_call.clone(),
         });
         if let Some(found) = found {

@@ -12,6 +12,8 @@ use pool_domain::charges::Said;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
+use pool_domain::meters::Reading;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::plan::EngineMemory;
 use pool_domain::rollout::Probation;
 use pool_domain::suspicion::Suspicions;
@@ -21,6 +23,7 @@ use pool_domain::{
 use thiserror::Error;
 use tokio::sync::watch;
 
+use crate::api_key::ApiKey;
 use crate::snapshot::LastError;
 use crate::spec::{PoolSpec, Workload};
 
@@ -230,6 +233,8 @@ pub struct Endpoint {
     pub model_path: Option<PathBuf>,
     /// What it is for.
     pub workload: Workload,
+    /// What it wants to hear from whoever asks it, where others than this machine's own can.
+    pub api_key: Option<ApiKey>,
 }
 
 impl Endpoint {
@@ -296,6 +301,8 @@ pub struct Confinement {
     pub nofile: Option<u64>,
     /// What it is told.
     pub secrets: Vec<EngineSecret>,
+    /// The same as variables of its environment, for kinds that read no file.
+    pub secret_env: Vec<(String, ApiKey)>,
 }
 
 /// Why a spec cannot be for any engine here.
@@ -485,6 +492,21 @@ pub enum Worked {
     Declined,
 }
 
+/// What a look at a busy or idle engine shows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Observed {
+    /// What it is working on and how far it came.
+    pub work: Work,
+    /// What it publishes in numbers.
+    pub reading: Reading,
+}
+
+impl From<Work> for Observed {
+    fn from(work: Work) -> Self {
+        Self { work, reading: Reading::default() }
+    }
+}
+
 /// Asks engines over their own protocol.
 #[async_trait]
 pub trait EngineProbe: fmt::Debug + Send + Sync {
@@ -496,6 +518,10 @@ pub trait EngineProbe: fmt::Debug + Send + Sync {
     async fn work(&self, endpoint: &Endpoint) -> Result<Worked, Failure>;
     /// What it is working on and how far it came, where it tells. `Silent` is for the caller to say, who has the time.
     async fn signals(&self, endpoint: &Endpoint) -> Work;
+    /// The same, with what it publishes in numbers, where that costs no further question.
+    async fn observe(&self, endpoint: &Endpoint) -> Observed {
+        self.signals(endpoint).await.into()
+    }
 }
 
 /// What a Ready replica tells consumers.
@@ -507,6 +533,8 @@ pub struct Handoff {
     pub generation: Generation,
     /// Where it is reached.
     pub endpoint: String,
+    /// What it wants to hear.
+    pub api_key: Option<ApiKey>,
     /// Engine name.
     pub engine: String,
     /// Engine version.
@@ -590,13 +618,17 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     async fn learnt(&self, pool: &PoolId, key: &CorrectionKey) -> Option<Correction>;
     /// Remembers what it took.
     async fn learn(&self, pool: &PoolId, key: &CorrectionKey, correction: Correction) -> Result<(), LedgerError>;
+    /// How fast engines of the pool were.
+    async fn speeds(&self, pool: &PoolId) -> Speeds;
+    /// Remembers how fast one is.
+    async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError>;
     /// Every pool that was stored, by name.
     async fn stored_pools(&self) -> Vec<StoredPool>;
     /// Writes a pool down in place of what was stored of it: all of it or nothing, also when the power fails.
     async fn store_pool(&self, pool: &StoredPool) -> Result<(), LedgerError>;
     /// Takes that back; one that is not stored is taken back already.
     async fn drop_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
-    /// Forgets hold, past and what engines took of a pool that is no more. Its generations stay: none is used twice.
+    /// Forgets hold, past, and what engines took and how fast they were, of a pool that is no more. Its generations stay: none is used twice.
     async fn forget_pool(&self, pool: &PoolId) -> Result<(), LedgerError>;
 }
 

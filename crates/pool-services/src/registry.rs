@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use pool_domain::perf::PerfHints;
 use pool_domain::{DeviceSnapshot, HealthStatus};
 
 use crate::ports::Handoff;
@@ -33,15 +34,6 @@ struct Room {
     free: u64,
     /// The least of them, where known of all.
     compute_capability: Option<(u32, u32)>,
-}
-
-/// How fast a pool is, as far as it was measured.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct PerfHints {
-    /// Tokens a second.
-    pub tokens_per_s: Option<f64>,
-    /// Milliseconds to the first token.
-    pub first_token_ms: Option<u64>,
 }
 
 /// One pool as placement sees it.
@@ -254,7 +246,7 @@ impl Registry {
         e.last_error = error;
         e.engine_version = Some(version);
         e.device_mask = Some(mask);
-        e.perf.first_token_ms = pool.lead().and_then(|r| r.first_unit_ms);
+        e.perf = pool.lead().map(|r| r.perf).unwrap_or_default();
     }
 
     /// Every pool, for placement.
@@ -300,6 +292,7 @@ mod tests {
             key: ReplicaKey { pool: "p".parse().unwrap(), replica: ReplicaId(0) },
             generation: Generation(1),
             endpoint: "http://127.0.0.1:1".into(),
+            api_key: None,
             engine: "stub".into(),
             engine_version: "1".into(),
             model: "m".into(),

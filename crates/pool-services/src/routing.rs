@@ -9,6 +9,7 @@ use pool_domain::{Generation, Holder, PoolId, ReplicaKey};
 use tokio::time::Instant;
 
 use crate::admission::{Admission, SlotGuard};
+use crate::api_key::ApiKey;
 use crate::control::ControlError;
 use crate::events::EventKind;
 use crate::lease::{Lease, MAX_WAIT};
@@ -30,6 +31,16 @@ impl Flow {
     pub fn moved(&self) {
         self.0.flowed();
     }
+
+    /// An answer of it began this long after it had the request.
+    pub fn began(&self, after: Duration) {
+        self.0.seen().began(after);
+    }
+
+    /// After the first token of an answer so many came within this.
+    pub fn decoded(&self, took: Duration, tokens: u64) {
+        self.0.seen().decoded(took, tokens);
+    }
 }
 
 /// A slot, and where it leads. The slot is given back on drop.
@@ -41,6 +52,8 @@ pub struct Route {
     pub generation: Generation,
     /// Base URL of the engine.
     pub endpoint: String,
+    /// What it wants to hear.
+    pub api_key: Option<ApiKey>,
     /// Told of what comes from it.
     pub flow: Flow,
     /// The slot; none where a lease that somebody else holds is used.
@@ -67,8 +80,8 @@ fn way(seat: &Seat, guard: SlotGuard) -> Option<Route> {
     let shown = seat.published.borrow();
     let generation = shown.snapshot.generation;
     let endpoint = shown.snapshot.endpoint.clone().filter(|_| guard.is_of(generation))?;
-    let flow = Flow(Arc::clone(&seat.admission));
-    Some(Route { key: seat.key.clone(), generation, endpoint, flow, slot: Some(guard) })
+    let (flow, api_key) = (Flow(Arc::clone(&seat.admission)), shown.api_key.clone());
+    Some(Route { key: seat.key.clone(), generation, endpoint, api_key, flow, slot: Some(guard) })
 }
 
 fn seat_of<'a>(seats: &'a [Seat], key: &ReplicaKey) -> Option<&'a Seat> {
@@ -129,8 +142,8 @@ impl Routing for PoolManager {
         let roster = self.handle(&lease.pool_id)?.roster();
         let seat = seat_of(&roster.seats, &key).ok_or_else(|| ControlError::LeaseNotFound(lease_id.to_owned()))?;
         let flow = Flow(Arc::clone(&seat.admission));
-        let (generation, endpoint) = (lease.generation, lease.endpoint.clone());
-        Ok((lease, Route { key, generation, endpoint, flow, slot: None }))
+        let (generation, endpoint, api_key) = (lease.generation, lease.endpoint.clone(), lease.api_key.clone());
+        Ok((lease, Route { key, generation, endpoint, api_key, flow, slot: None }))
     }
 
     fn tell(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {

@@ -2,6 +2,8 @@
 
 use std::time::SystemTime;
 
+use pool_domain::meters::Reading;
+use pool_domain::perf::PerfHints;
 use pool_domain::{DeviceSnapshot, FailureClass, Generation, PoolId, ReplicaId};
 
 use crate::ports::Staging;
@@ -58,8 +60,10 @@ pub struct ReplicaSnapshot {
     pub next_start_in_ms: Option<u64>,
     /// `vram`, `vram_delta`, `simulated`, `served`, empty without a proof.
     pub proof: &'static str,
-    /// Milliseconds of the first unit of work.
-    pub first_unit_ms: Option<u64>,
+    /// How fast it is, or was when it last ran.
+    pub perf: PerfHints,
+    /// What its engine publishes: gauges of the one that runs, totals over all that ran since the daemon began.
+    pub meters: Reading,
     /// Last failure.
     pub last_error: Option<LastError>,
     /// Failed checks in a row.
@@ -100,7 +104,8 @@ impl ReplicaSnapshot {
             backoff_failures: 0,
             next_start_in_ms: None,
             proof: "",
-            first_unit_ms: None,
+            perf: PerfHints::default(),
+            meters: Reading::default(),
             last_error: None,
             consecutive_failures: 0,
             last_check_at: None,

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use pool_domain::DeviceSnapshot;
+use pool_domain::perf::PerfHints;
 use pool_services::Registry;
-use pool_services::registry::PerfHints;
 use pool_testkit::gpu;
 
 fn device(index: u32, free: u64, compute_capability: Option<(u32, u32)>) -> DeviceSnapshot {

@@ -9,11 +9,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use pool_domain::failure::Exit;
 use pool_domain::liveness::{Signals, SlotWork, Work};
+use pool_domain::meters::Reading;
 use pool_domain::plan::EngineMemory;
 use pool_domain::{Failure, FailureClass, Generation, ReplicaId, ReplicaKey};
+use pool_services::ApiKey;
 use pool_services::ports::{
     Endpoint, EngineHost, EngineProbe, EngineProvisioner, EngineRecord, Identity, Listener, NotAdmitted, NotAdopted,
-    PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
+    Observed, PrepareRequest, PreparedEngine, RunningEngine, Up, Worked,
 };
 use pool_services::spec::PoolSpec;
 use tokio::sync::watch;
@@ -56,6 +58,8 @@ pub struct Script {
     pub coarse: bool,
     /// Whether it answers about its work at all.
     pub tells: bool,
+    /// What it publishes in numbers; asked of the script, not of the launch.
+    pub reading: Reading,
     /// It has no room for a unit of work.
     pub declines: bool,
     /// How long a unit of work takes.
@@ -68,6 +72,8 @@ pub struct Script {
     pub taken_ports: Vec<u16>,
     /// Whoever asks it to end meets a bug.
     pub panics: bool,
+    /// Whether it gets an API key: `key-0`, `key-1`, ….
+    pub keyed: bool,
 }
 
 impl Default for Script {
@@ -90,12 +96,14 @@ impl Default for Script {
             progresses: true,
             coarse: false,
             tells: true,
+            reading: Reading::default(),
             declines: false,
             work_takes: Duration::ZERO,
             health: None,
             health_takes: Duration::ZERO,
             taken_ports: Vec::new(),
             panics: false,
+            keyed: false,
         }
     }
 }
@@ -142,6 +150,7 @@ pub struct FakeEngines {
     launches: Mutex<Vec<(Instant, Generation)>>,
     count: AtomicU64,
     nonces: AtomicU64,
+    keys: AtomicU64,
     asked: AtomicU64,
     worked: AtomicU64,
     steps: AtomicU64,
@@ -367,6 +376,7 @@ impl EngineProvisioner for FakeEngines {
         self.script_for(&spec.model.model_id()).memory
     }
     async fn prepare(&self, request: &PrepareRequest) -> Result<PreparedEngine, Failure> {
+        let keyed = self.script_for(&request.model.id).keyed;
         Ok(PreparedEngine {
             entry: Some("/fake/engine".into()),
             args: request.spec.args.clone(),
@@ -377,6 +387,7 @@ impl EngineProvisioner for FakeEngines {
                 model: request.model.id.clone(),
                 model_path: None,
                 workload: request.spec.workload,
+                api_key: keyed.then(|| ApiKey::new(format!("key-{}", self.keys.fetch_add(1, Ordering::Relaxed)))),
             },
             confinement: Default::default(),
             engine_version: "1".into(),
@@ -489,5 +500,9 @@ impl EngineProbe for FakeEngines {
         // As a kind that counts what it did for others and for the canary alike.
         let counters = vec![self.worked.load(Ordering::Relaxed)];
         Work::Told(Signals { running, waiting: 0, counters, slots, prefill_told: !coarse })
+    }
+    async fn observe(&self, endpoint: &Endpoint) -> Observed {
+        let work = EngineProbe::signals(self, endpoint).await;
+        Observed { work, reading: lock(&self.script).reading }
     }
 }

@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use pool_domain::charges::Said;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::plan::Split;
 use pool_domain::suspicion::Suspicions;
 use pool_domain::{
@@ -252,6 +253,7 @@ struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    speeds: BTreeMap<PoolId, Speeds>,
     stored: BTreeMap<PoolId, StoredPool>,
     broken: bool,
     lies: bool,
@@ -450,6 +452,13 @@ impl StateLedger for FakeLedger {
         self.facts().learnt.insert((pool.clone(), key.clone()), correction);
         Ok(())
     }
+    async fn speeds(&self, pool: &PoolId) -> Speeds {
+        self.facts().speeds.get(pool).cloned().unwrap_or_default()
+    }
+    async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError> {
+        self.facts().speeds.entry(pool.clone()).or_default().keep(key.clone(), perf);
+        Ok(())
+    }
     async fn stored_pools(&self) -> Vec<StoredPool> {
         self.facts().stored.values().cloned().collect()
     }
@@ -478,6 +487,7 @@ impl StateLedger for FakeLedger {
             f.held.remove(pool);
             f.pasts.retain(|key, _| key.pool != *pool);
             f.learnt.retain(|(of, _), _| of != pool);
+            f.speeds.remove(pool);
         })
     }
 }

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use pool_domain::lifecycle::{OnDeadline, Proof};
 use pool_domain::{Generation, ReplicaId, ReplicaKey, ResolvedMask, Tick};
-use pool_services::Workload;
 use pool_services::ports::{Endpoint, EngineRecord, Phase};
+use pool_services::{ApiKey, Workload};
 use serde::{Deserialize, Serialize};
 use tracing::{error, warn};
 
@@ -19,7 +19,7 @@ use crate::files;
 /// 1 had no checksum.
 const VERSION: u32 = 2;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 struct Written {
     version: u32,
     pool: String,
@@ -32,6 +32,9 @@ struct Written {
     model: String,
     model_path: Option<PathBuf>,
     workload: String,
+    /// What it wants to hear. Not in the first records of this version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    api_key: Option<String>,
     engine_version: String,
     devices: Vec<String>,
     bytes: Vec<u64>,
@@ -91,6 +94,7 @@ impl From<&EngineRecord> for Written {
             model: r.endpoint.model.clone(),
             model_path: r.endpoint.model_path.clone(),
             workload: r.endpoint.workload.code().to_owned(),
+            api_key: r.endpoint.api_key.as_ref().map(|k| k.reveal().to_owned()),
             engine_version: r.engine_version.clone(),
             devices: r.devices.uuids.clone(),
             bytes: r.bytes.clone(),
@@ -138,6 +142,7 @@ impl Written {
                 model: self.model,
                 model_path: self.model_path,
                 workload,
+                api_key: self.api_key.map(ApiKey::new),
             },
             engine_version: self.engine_version,
             devices: ResolvedMask { uuids: self.devices },

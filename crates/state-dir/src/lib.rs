@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! lock                       held for life, never unlinked
-//! ledger/<pool>.json         hold, generations, what is held against replicas and their last failure
+//! ledger/<pool>.json         hold, generations, what is held against replicas, their last failure, how fast engines were
 //! engines/<pool>-<replica>.json   what a later daemon needs to find the engine and go on with it
 //! pools/<pool>.json          a pool that was declared over the API, or that stands in for one of the file; and a .copy
 //! devices.json               what is held against devices
@@ -21,6 +21,7 @@ mod files;
 mod lock_dir;
 mod past;
 mod record;
+mod speed;
 mod stored;
 mod suspicions;
 
@@ -34,6 +35,7 @@ use async_trait::async_trait;
 use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
 use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
@@ -288,6 +290,19 @@ impl StateLedger for StateDir {
         let key = key.clone();
         self.update("what an engine took", pool, move |r| {
             r.learn(key, correction);
+            Ok(())
+        })
+        .await
+    }
+
+    async fn speeds(&self, pool: &PoolId) -> Speeds {
+        self.read(pool).await.speeds()
+    }
+
+    async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError> {
+        let key = key.clone();
+        self.update("how fast an engine is", pool, move |r| {
+            r.note_speed(key, perf);
             Ok(())
         })
         .await

@@ -9,7 +9,9 @@ use std::path::Path;
 
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::{Generation, PoolId, ReplicaId, ReplicaKey, Tick};
+use pool_services::ApiKey;
 use pool_services::ports::Handoff;
 use pool_services::snapshot::LastError;
 use serde::de::DeserializeOwned;
@@ -18,6 +20,7 @@ use tracing::warn;
 
 use crate::files;
 use crate::past::{ErrorRecord, PastRecord};
+use crate::speed::SpeedRecord;
 
 const VERSION: u32 = 1;
 /// Figures remembered for a pool; each belongs to another model or other settings.
@@ -31,6 +34,9 @@ pub(crate) struct PoolRecord {
     /// What engines took, newest last.
     #[serde(default)]
     learnt: Vec<LearntRecord>,
+    /// How fast engines were, newest last.
+    #[serde(default)]
+    speeds: Vec<SpeedRecord>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +69,7 @@ struct Versioned {
 
 impl Default for PoolRecord {
     fn default() -> Self {
-        Self { version: VERSION, hold: false, replicas: BTreeMap::new(), learnt: Vec::new() }
+        Self { version: VERSION, hold: false, replicas: BTreeMap::new(), learnt: Vec::new(), speeds: Vec::new() }
     }
 }
 
@@ -114,11 +120,22 @@ impl PoolRecord {
         self.learnt.drain(..superfluous);
     }
 
+    pub(crate) fn speeds(&self) -> Speeds {
+        Speeds::new(self.speeds.iter().map(SpeedRecord::read).collect())
+    }
+
+    pub(crate) fn note_speed(&mut self, key: PerfKey, perf: Perf) {
+        let mut speeds = self.speeds();
+        speeds.keep(key, perf);
+        self.speeds = speeds.known().iter().map(SpeedRecord::from).collect();
+    }
+
     /// Forgets all but the generations. Says whether there was anything.
     pub(crate) fn forget(&mut self) -> bool {
         let before = self.clone();
         self.hold = false;
         self.learnt.clear();
+        self.speeds.clear();
         self.replicas.values_mut().for_each(|r| r.past = None);
         *self != before
     }
@@ -218,12 +235,15 @@ pub(crate) fn read_versioned<T: DeserializeOwned>(path: &Path, known: u32) -> Re
 }
 
 /// A handoff as consumers read it.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct HandoffRecord {
     pool: String,
     replica: String,
     generation: u64,
     endpoint: String,
+    /// What the engine wants to hear. The file is this user's alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    api_key: Option<String>,
     engine: String,
     engine_version: String,
     model: String,
@@ -254,6 +274,7 @@ impl From<&Handoff> for HandoffRecord {
             replica: h.key.replica.to_string(),
             generation: h.generation.0,
             endpoint: h.endpoint.clone(),
+            api_key: h.api_key.as_ref().map(|k| k.reveal().to_owned()),
             engine: h.engine.clone(),
             engine_version: h.engine_version.clone(),
             model: h.model.clone(),
@@ -272,6 +293,7 @@ impl HandoffRecord {
             key: ReplicaKey { pool: self.pool.parse().ok()?, replica },
             generation: Generation(self.generation),
             endpoint: self.endpoint,
+            api_key: self.api_key.map(ApiKey::new),
             engine: self.engine,
             engine_version: self.engine_version,
             model: self.model,

@@ -13,6 +13,7 @@ fn handoff(pool: &str, replica: u16) -> Handoff {
         key: ReplicaKey { pool: pool.parse().unwrap(), replica: ReplicaId(replica) },
         generation: Generation(7),
         endpoint: "http://127.0.0.1:42000".into(),
+        api_key: None,
         engine: "llama.cpp".into(),
         engine_version: "b6000".into(),
         model: "qwen".into(),

@@ -73,6 +73,12 @@ event! {
     first_byte_ms: u64,
     /// What came from the engine.
     bytes_out: u64,
+    /// Tokens of the request, where the engine told.
+    tokens_in: u64,
+    /// Tokens of the answer, where the engine told.
+    tokens_out: u64,
+    /// From the first token of the answer to the last.
+    decode_time_ms: u64,
     /// Bytes of a model that are here.
     bytes_here: u64,
     /// Of so many in all, where that is known.
@@ -171,7 +177,19 @@ impl EventView {
             | EventKind::LeaseExpired { after, .. }
             | EventKind::LeaseRevoked { after, .. } => self.took_ms = millis(*after),
             EventKind::StreamStarted { request, .. } => self.correlation_id = Some(request.to_string()),
-            EventKind::StreamEnded { request, outcome, took, first_byte, bytes, .. } => {
+            EventKind::StreamEnded {
+                request,
+                outcome,
+                took,
+                first_byte,
+                bytes,
+                tokens_in,
+                tokens_out,
+                decode,
+                holder: _,
+            } => {
+                (self.tokens_in, self.tokens_out) = (*tokens_in, *tokens_out);
+                self.decode_time_ms = decode.and_then(millis);
                 self.correlation_id = Some(request.to_string());
                 (self.outcome, self.took_ms) = (Some((*outcome).to_owned()), millis(*took));
                 (self.first_byte_ms, self.bytes_out) = (millis(*first_byte), Some(*bytes));

@@ -3,6 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use pool_domain::lifecycle::State;
+use pool_domain::meters::Reading;
+use pool_domain::perf::PerfHints;
 use pool_domain::{FailureClass, Generation, PoolId, ReplicaId};
 use pool_services::ports::{Staging, StagingStep};
 use pool_services::snapshot::LastError;
@@ -96,7 +98,9 @@ impl TryFrom<ReplicaView> for ReplicaSnapshot {
             backoff_failures: r.backoff.failures,
             next_start_in_ms: r.backoff.next_start_in_ms,
             proof: word(&r.proof, &[PROOFS]),
-            first_unit_ms: r.perf.first_token_ms,
+            perf: PerfHints { tokens_per_s: r.perf.tokens_per_s, first_token_ms: r.perf.first_token_ms },
+            // Totals are the daemon's to publish.
+            meters: Reading::default(),
             last_error: r.last_error.map(TryInto::try_into).transpose()?,
             consecutive_failures: r.consecutive_failures,
             last_check_at: r.last_check_at.map(|t| time("last_check_at", &t)).transpose()?,

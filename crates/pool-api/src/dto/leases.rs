@@ -1,10 +1,11 @@
 //! Leases on the wire.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_domain::{Generation, Holder, PoolId, ReplicaId};
-use pool_services::{Lease, LeaseRequest};
+use pool_services::{ApiKey, Lease, LeaseRequest};
 use serde::{Deserialize, Serialize};
 
 use super::from_wire::{DtoError, pool_id, replica_id, time};
@@ -100,11 +101,22 @@ pub struct RenewBody {
 }
 
 /// Where a lease is used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "server", derive(utoipa::ToSchema))]
 pub struct EndpointView {
     /// Base URL of the engine.
     pub url: String,
+    /// What the engine wants to hear, as `Authorization: Bearer …`; only where engines have keys. It ends with the engine.
+    /// Lists of leases leave it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_key: Option<String>,
+}
+
+/// Leaves out the key.
+impl fmt::Debug for EndpointView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EndpointView").field("url", &self.url).finish_non_exhaustive()
+    }
 }
 
 /// The right to use one slot.
@@ -149,7 +161,10 @@ impl From<&Lease> for LeaseView {
             pool_id: l.pool_id.to_string(),
             replica_id: l.replica_id.to_string(),
             generation: l.generation.0,
-            endpoint: EndpointView { url: l.endpoint.clone() },
+            endpoint: EndpointView {
+                url: l.endpoint.clone(),
+                api_key: l.api_key.as_ref().map(|k| k.reveal().to_owned()),
+            },
             engine: l.engine.clone(),
             engine_version: l.engine_version.clone(),
             device_mask: l.device_mask.clone(),
@@ -171,6 +186,7 @@ impl TryFrom<LeaseView> for Lease {
             replica_id: replica_id(&l.replica_id)?,
             generation: Generation(l.generation),
             endpoint: l.endpoint.url,
+            api_key: l.endpoint.api_key.map(ApiKey::new),
             engine: l.engine,
             engine_version: l.engine_version,
             device_mask: l.device_mask,

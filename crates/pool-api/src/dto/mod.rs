@@ -74,9 +74,13 @@ dtos! {
         /// Until the next start, where one is planned.
         next_start_in_ms: Option<u64>,
     }
-    /// What was measured.
+    /// How fast an engine is, or was when it last ran here: at first as its proof told, then as it served. What is newer
+    /// counts for more.
     PerfView {
-        /// Time of the first token of the proof.
+        /// Tokens a second of one request.
+        #[serde(default)]
+        tokens_per_s: Option<f64>,
+        /// Time until the first token of an answer.
         first_token_ms: Option<u64>,
     }
     /// One replica.
@@ -117,7 +121,7 @@ dtos! {
         backoff: BackoffView,
         /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
-        /// What was measured.
+        /// How fast it is.
         perf: PerfView,
         /// Last failure.
         last_error: Option<LastErrorView>,
@@ -201,7 +205,7 @@ dtos! {
         backoff: BackoffView,
         /// `vram`, `vram_delta`, `simulated`, `served`; empty without a proof.
         proof: String,
-        /// What was measured.
+        /// How fast it is.
         perf: PerfView,
         /// Its replicas.
         replicas: Vec<ReplicaView>,

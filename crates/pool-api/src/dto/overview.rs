@@ -142,6 +142,15 @@ pub struct LoadView {
     pub utilisation_percent: u32,
     /// Replicas that are ready.
     pub ready_replicas: u32,
+    /// Requests that ready engines say they work on, whoever sent them.
+    #[serde(default)]
+    pub engine_running: u32,
+    /// Requests that wait within ready engines.
+    #[serde(default)]
+    pub engine_waiting: u32,
+    /// How much of its KV cache the fullest engine has taken, of a hundred; unset where none tells.
+    #[serde(default)]
+    pub kv_used_percent: Option<u32>,
 }
 
 impl LoadView {
@@ -152,8 +161,25 @@ impl LoadView {
             (_, 0) => 100,
             _ => (active * 100).div_ceil(slots_total),
         };
-        Self { waiting, active, demand, slots_total, utilisation_percent, ready_replicas }
+        Self { waiting, active, demand, slots_total, utilisation_percent, ready_replicas, ..Self::default() }
     }
+
+    /// With what ready engines say.
+    fn told(self, engines: impl Iterator<Item = (u32, u32, Option<u32>)>) -> Self {
+        engines.fold(self, |l, (running, waiting, kv)| Self {
+            engine_running: l.engine_running.saturating_add(running),
+            engine_waiting: l.engine_waiting.saturating_add(waiting),
+            kv_used_percent: l.kv_used_percent.max(kv),
+            ..l
+        })
+    }
+}
+
+/// Requests that run and that wait, and the share of the KV cache that is taken, of a hundred.
+fn told(r: &ReplicaSnapshot) -> (u32, u32, Option<u32>) {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 100")]
+    let percent = |share: f64| (share * 100.0).ceil() as u32;
+    (r.meters.running.unwrap_or(0), r.meters.waiting.unwrap_or(0), r.meters.kv_used.map(percent))
 }
 
 /// Numbers for autoscalers, such as KEDA's metrics-api with `valueLocation: pools.chat.demand`.
@@ -170,7 +196,8 @@ impl From<&[PoolSnapshot]> for AutoscaleView {
     fn from(pools: &[PoolSnapshot]) -> Self {
         let of = |p: &PoolSnapshot| {
             let active = p.replicas.iter().map(|r| r.active_leases).sum();
-            LoadView::counting(p.leases_waiting, active, slots(p), p.ready_replicas())
+            let ready = p.replicas.iter().filter(|r| r.ready);
+            LoadView::counting(p.leases_waiting, active, slots(p), p.ready_replicas()).told(ready.map(told))
         };
         let pools: BTreeMap<String, LoadView> = pools.iter().map(|p| (p.pool_id.to_string(), of(p))).collect();
         let sum = |each: fn(&LoadView) -> u32| pools.values().map(each).sum();
@@ -180,6 +207,7 @@ impl From<&[PoolSnapshot]> for AutoscaleView {
             sum(|l| l.slots_total),
             sum(|l| l.ready_replicas),
         );
+        let total = total.told(pools.values().map(|l| (l.engine_running, l.engine_waiting, l.kv_used_percent)));
         Self { total, pools }
     }
 }
@@ -239,7 +267,21 @@ mod tests {
         assert_eq!(LoadView::counting(1, 0, 0, 0).utilisation_percent, 100);
         assert_eq!(
             LoadView::counting(5, 1, 3, 1),
-            LoadView { waiting: 5, active: 1, demand: 6, slots_total: 3, utilisation_percent: 34, ready_replicas: 1 }
+            LoadView {
+                waiting: 5,
+                active: 1,
+                demand: 6,
+                slots_total: 3,
+                utilisation_percent: 34,
+                ready_replicas: 1,
+                ..LoadView::default()
+            }
         );
+    }
+
+    #[test]
+    fn what_engines_say_is_summed_up_and_the_fullest_cache_counts() {
+        let told = LoadView::default().told([(1, 2, Some(30)), (3, 0, None), (0, 1, Some(71))].into_iter());
+        assert_eq!((told.engine_running, told.engine_waiting, told.kv_used_percent), (4, 3, Some(71)));
     }
 }

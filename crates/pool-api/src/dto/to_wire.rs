@@ -2,6 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use pool_domain::perf::PerfHints;
 use pool_services::ports::Staging;
 use pool_services::snapshot::LastError;
 use pool_services::{NodeSnapshot, Operation, OperationState, PoolSnapshot, ReplicaSnapshot};
@@ -59,7 +60,7 @@ impl From<&ReplicaSnapshot> for ReplicaView {
             breaker: r.breaker.into(),
             backoff: BackoffView { failures: r.backoff_failures, next_start_in_ms: r.next_start_in_ms },
             proof: r.proof.into(),
-            perf: PerfView { first_token_ms: r.first_unit_ms },
+            perf: r.perf.into(),
             last_error: r.last_error.as_ref().map(Into::into),
             consecutive_failures: r.consecutive_failures,
             last_check_at: r.last_check_at.map(time),
@@ -68,6 +69,12 @@ impl From<&ReplicaSnapshot> for ReplicaView {
             staging: r.staging.as_ref().map(Into::into),
             loaded_percent: r.loaded_percent,
         }
+    }
+}
+
+impl From<PerfHints> for PerfView {
+    fn from(p: PerfHints) -> Self {
+        Self { tokens_per_s: p.tokens_per_s, first_token_ms: p.first_token_ms }
     }
 }
 
@@ -118,7 +125,7 @@ impl From<&PoolSnapshot> for PoolView {
             breaker: lead.as_ref().map(|l| l.breaker.clone()).unwrap_or_default(),
             backoff: lead.as_ref().map_or(BackoffView { failures: 0, next_start_in_ms: None }, |l| l.backoff.clone()),
             proof: lead.as_ref().map(|l| l.proof.clone()).unwrap_or_default(),
-            perf: lead.map_or(PerfView { first_token_ms: None }, |l| l.perf),
+            perf: lead.map_or_else(|| PerfHints::default().into(), |l| l.perf),
             replicas: p.replicas.iter().map(Into::into).collect(),
         }
     }

@@ -1,6 +1,7 @@
 //! Headers: ours, those that end here, and those that go on.
 
 use axum::http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use pool_services::ApiKey;
 
 /// Names a lease to use instead of taking one.
 pub const LEASE: HeaderName = HeaderName::from_static("x-pool-lease");
@@ -47,7 +48,7 @@ fn named_by_connection(headers: &HeaderMap) -> Vec<HeaderName> {
 }
 
 /// What goes on to the engine.
-pub(super) fn onward(from: &HeaderMap, request: &str) -> HeaderMap {
+pub(super) fn onward(from: &HeaderMap, request: &str, key: Option<&ApiKey>) -> HeaderMap {
     let named = named_by_connection(from);
     let mut to = HeaderMap::with_capacity(from.len() + 1);
     for (name, value) in from {
@@ -61,6 +62,10 @@ pub(super) fn onward(from: &HeaderMap, request: &str) -> HeaderMap {
     }
     if let Ok(value) = HeaderValue::from_str(request) {
         to.insert(REQUEST_ID, value);
+    }
+    if let Some(mut value) = key.and_then(|key| HeaderValue::from_str(&key.bearer()).ok()) {
+        value.set_sensitive(true);
+        to.insert(header::AUTHORIZATION, value);
     }
     to
 }
@@ -107,10 +112,14 @@ mod tests {
             ("accept", "text/event-stream"),
             ("openai-beta", "a"),
         ]);
-        let to = onward(&from, "ours");
+        let to = onward(&from, "ours", None);
         let want =
             map(&[("accept", "text/event-stream"), ("openai-beta", "a"), ("te", "trailers"), ("x-request-id", "ours")]);
         assert_eq!(to, want);
+        // The client's token is for us, and the engine's key is for the engine.
+        let to = onward(&from, "ours", Some(&ApiKey::new("of-the-engine")));
+        assert_eq!(to["authorization"], "Bearer of-the-engine");
+        assert!(!format!("{to:?}").contains("of-the-engine"));
         let mut answer =
             map(&[("connection", "x-b"), ("x-b", "1"), ("keep-alive", "5"), ("trailer", "x-t"), ("x-c", "2")]);
         strip(&mut answer);

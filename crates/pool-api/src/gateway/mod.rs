@@ -11,6 +11,7 @@ mod progress;
 mod refusal;
 mod relay;
 mod send;
+mod usage;
 
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use pool_services::{EventKind, Route};
 
+use super::usage::{Ear, Usage};
 use super::{Context, engine_failed, headers};
 
 /// One request on its way: holds the slot, and tells at the end how it went, also when it is dropped.
@@ -19,15 +20,29 @@ pub(super) struct Trip {
     pub(super) route: Route,
     waited: Duration,
     first_byte: Option<Duration>,
+    /// From the request to the first part of the answer, where it streams.
+    first_token: Option<Duration>,
     bytes: u64,
     streams: bool,
+    /// Listens for tokens; not to what it cannot read.
+    ear: Option<Ear>,
     told: bool,
 }
 
 impl Trip {
     pub(super) fn begin(context: &Arc<Context>, route: Route, waited: Duration) -> Self {
         let (context, now) = (Arc::clone(context), None);
-        Self { context, route, waited, first_byte: now, bytes: 0, streams: false, told: false }
+        Self {
+            context,
+            route,
+            waited,
+            first_byte: now,
+            first_token: None,
+            bytes: 0,
+            streams: false,
+            ear: None,
+            told: false,
+        }
     }
 
     fn answered(&mut self, streams: bool) {
@@ -40,9 +55,25 @@ impl Trip {
         }
     }
 
-    fn moved(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
+    fn moved(&mut self, part: &[u8]) {
+        self.bytes += part.len() as u64;
         self.route.flow.moved();
+        if self.ear.as_mut().is_some_and(|ear| ear.hear(part)) && self.streams {
+            let took = self.context.began.elapsed();
+            self.first_token = Some(took);
+            self.route.flow.began(took.saturating_sub(self.waited));
+        }
+    }
+
+    /// What it says of tokens; the engine's speed is learnt from it.
+    fn usage(&self) -> Usage {
+        let usage = self.ear.as_ref().map(|ear| ear.usage(self.streams)).unwrap_or_default();
+        if let (Some(took), Some(after_first)) =
+            (usage.decode.filter(|d| !d.is_zero()), usage.tokens_out.and_then(|n| n.checked_sub(1)))
+        {
+            self.route.flow.decoded(took, after_first);
+        }
+        usage
     }
 
     fn tell(&self, kind: EventKind) {
@@ -56,13 +87,33 @@ impl Trip {
         }
         self.route.slot = None;
         let (context, took) = (&self.context, self.context.began.elapsed());
-        let trip =
-            crate::metrics::GatewayTrip { waited: self.waited, first_byte: self.first_byte, bytes: self.bytes, took };
+        let Usage { tokens_in, tokens_out, decode } = self.usage();
+        let trip = crate::metrics::GatewayTrip {
+            waited: self.waited,
+            first_byte: self.first_byte,
+            first_token: self.first_token,
+            bytes: self.bytes,
+            tokens_in,
+            tokens_out,
+            decode,
+            took,
+        };
         context.metrics().gateway_trip(&self.route.key.pool, context.tenant(), outcome, &trip);
         if self.streams {
             let (request, holder) = (Arc::clone(&context.request), context.holder.clone());
             let first_byte = self.first_byte.unwrap_or(took);
-            self.tell(EventKind::StreamEnded { request, holder, outcome, took, first_byte, bytes: self.bytes });
+            let bytes = self.bytes;
+            self.tell(EventKind::StreamEnded {
+                request,
+                holder,
+                outcome,
+                took,
+                first_byte,
+                bytes,
+                tokens_in,
+                tokens_out,
+                decode,
+            });
         }
     }
 
@@ -100,8 +151,9 @@ impl Relay {
         headers::strip(&mut head.headers);
         let streams = is_event_stream(&head.headers);
         trip.answered(streams);
-        let open =
-            !head.headers.contains_key(header::CONTENT_ENCODING) && !head.headers.contains_key(header::CONTENT_LENGTH);
+        let plain = !head.headers.contains_key(header::CONTENT_ENCODING);
+        trip.ear = (plain && head.status.is_success()).then(Ear::default);
+        let open = plain && !head.headers.contains_key(header::CONTENT_LENGTH);
         if inner.is_end_stream() {
             trip.end("done");
         }
@@ -119,7 +171,7 @@ impl Body for Relay {
         }
         match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                self.trip.moved(frame.data_ref().map_or(0, Bytes::len));
+                self.trip.moved(frame.data_ref().map_or(&[], |data| data));
                 if self.inner.is_end_stream() {
                     self.trip.end("done");
                 }

@@ -89,7 +89,7 @@ pub(super) async fn send(
         *request.method_mut() = Method::POST;
         *request.uri_mut() = uri;
         *request.version_mut() = Version::HTTP_11;
-        *request.headers_mut() = headers::onward(&head.headers, &context.request);
+        *request.headers_mut() = headers::onward(&head.headers, &context.request, trip.route.api_key.as_ref());
         match context.gateway().client.request(request).await {
             Ok(response) => return Ok(Relay::answer(response, trip)),
             // Nothing was sent. Who held the address may be gone: its pool knows of another soon.

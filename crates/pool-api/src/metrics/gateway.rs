@@ -30,8 +30,25 @@ pub struct GatewayTrip {
     pub first_byte: Option<Duration>,
     /// From the request to the end.
     pub took: Duration,
+    /// From the request until the first part of an answer that streams.
+    pub first_token: Option<Duration>,
     /// What came from the engine.
     pub bytes: u64,
+    /// Tokens of the request, where the engine told.
+    pub tokens_in: Option<u64>,
+    /// Tokens of the answer, where the engine told.
+    pub tokens_out: Option<u64>,
+    /// From the first token to the last, where that is known.
+    pub decode: Option<Duration>,
+}
+
+impl GatewayTrip {
+    /// Seconds from one token to the next, in the mean.
+    #[allow(clippy::cast_precision_loss, reason = "a mean")]
+    fn token_seconds(&self) -> Option<f64> {
+        let after_first = self.tokens_out?.checked_sub(1).filter(|n| *n > 0)?;
+        Some(self.decode?.as_secs_f64() / after_first as f64)
+    }
 }
 
 #[derive(Debug)]
@@ -39,8 +56,12 @@ pub(super) struct GatewayMetrics {
     requests: Counters,
     refused: Counters,
     bytes: Counters,
+    tokens: Counters,
     wait: Histograms,
     first_byte: Histograms,
+    first_token: Histograms,
+    token: Histograms,
+    decode: Histograms,
     duration: Histograms,
 }
 
@@ -54,6 +75,7 @@ impl GatewayMetrics {
         let requests = counters(names::GATEWAY_REQUESTS);
         let refused = counters(names::GATEWAY_REFUSED);
         let bytes = counters(names::GATEWAY_BYTES);
+        let tokens = counters(names::GATEWAY_TOKENS);
         let mut histograms = |doc| {
             let family = Histograms::new_with_constructor(Fine);
             register(r, doc, family.clone());
@@ -61,8 +83,11 @@ impl GatewayMetrics {
         };
         let wait = histograms(names::GATEWAY_WAIT);
         let first_byte = histograms(names::GATEWAY_FIRST_BYTE);
+        let first_token = histograms(names::GATEWAY_FIRST_TOKEN);
+        let token = histograms(names::GATEWAY_TOKEN);
+        let decode = histograms(names::GATEWAY_DECODE);
         let duration = histograms(names::GATEWAY_DURATION);
-        Self { requests, refused, bytes, wait, first_byte, duration }
+        Self { requests, refused, bytes, tokens, wait, first_byte, first_token, token, decode, duration }
     }
 }
 
@@ -74,6 +99,20 @@ impl Metrics {
         g.wait.get_or_create(&labels).observe(trip.waited.as_secs_f64());
         if let Some(first) = trip.first_byte {
             g.first_byte.get_or_create(&labels).observe(first.as_secs_f64());
+        }
+        if let Some(first) = trip.first_token {
+            g.first_token.get_or_create(&labels).observe(first.as_secs_f64());
+        }
+        if let Some(decode) = trip.decode {
+            g.decode.get_or_create(&labels).observe(decode.as_secs_f64());
+        }
+        if let Some(token) = trip.token_seconds() {
+            g.token.get_or_create(&labels).observe(token);
+        }
+        for (direction, tokens) in [("in", trip.tokens_in), ("out", trip.tokens_out)] {
+            let Some(tokens) = tokens else { continue };
+            let further = [("tenant_id", tenant.to_owned()), ("direction", direction.to_owned())];
+            g.tokens.get_or_create(&labels.iter().cloned().chain(further).collect()).inc_by(tokens);
         }
         g.duration.get_or_create(&labels).observe(trip.took.as_secs_f64());
         g.bytes.get_or_create(&labels).inc_by(trip.bytes);

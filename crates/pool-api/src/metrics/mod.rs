@@ -1,5 +1,6 @@
 //! Counters that follow events, and gauges that are made from snapshots at each scrape, so that nothing stale is shown.
 
+mod engine;
 mod gateway;
 mod gpu;
 pub mod names;
@@ -230,6 +231,15 @@ impl Scrape {
         }
         register(&mut self.0, doc, family);
     }
+
+    /// A total of time.
+    fn seconds<T>(&mut self, doc: MetricDoc, items: &[T], read: impl Fn(&T) -> Vec<(Labels, f64)>) {
+        let family = Family::<Labels, Counter<f64, AtomicU64>>::default();
+        for (labels, value) in items.iter().flat_map(read) {
+            family.get_or_create(&labels).inc_by(value);
+        }
+        register(&mut self.0, doc, family);
+    }
 }
 
 fn flag(yes: bool) -> f64 {
@@ -272,6 +282,7 @@ fn scrape(pools: &[PoolSnapshot], node: &NodeSnapshot) -> Registry {
     s.gauge(names::LEASES_ACTIVE, &replicas, |(k, r)| vec![(of(k, &[]), f64::from(r.active_leases))]);
     s.gauge(names::SLOTS, &replicas, |(k, r)| vec![(of(k, &[]), f64::from(r.slots_total))]);
 
+    engine::scrape(&mut s, &replicas);
     gpu::scrape(&mut s, pools, node);
     s.gauge(names::SIMULATED, &[node.simulated], |s| vec![(Vec::new(), flag(*s))]);
     s.counter(names::EVENTS_LOST, &[node.events_lost], |n| vec![(Vec::new(), *n)]);

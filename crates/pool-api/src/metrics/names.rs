@@ -67,6 +67,14 @@ metrics! {
     GATEWAY_WAIT = "gateway_wait_seconds", "histogram", POOL, "Time a request waited for a slot";
     GATEWAY_FIRST_BYTE = "gateway_first_byte_seconds", "histogram", POOL,
         "Time from the request until the engine began to answer";
+    GATEWAY_FIRST_TOKEN = "gateway_first_token_seconds", "histogram", POOL,
+        "Time from the request until the first part of an answer that streams";
+    GATEWAY_DECODE = "gateway_decode_seconds", "histogram", POOL,
+        "Time from the first token of an answer to its last, as the engine tells or as a stream shows";
+    GATEWAY_TOKEN = "gateway_token_latency_seconds", "histogram", POOL,
+        "Mean time from one token of an answer to the next, where the engine tells how many there are";
+    GATEWAY_TOKENS = "gateway_tokens_total", "counter", &["pool_id", "tenant_id", "direction"],
+        "Tokens of requests (in) and answers (out), where the engine tells them in its answer";
     GATEWAY_DURATION = "gateway_duration_seconds", "histogram", POOL, "Time from the request to the end of its answer";
     GATEWAY_BYTES = "gateway_answer_bytes_total", "counter", POOL, "Bytes of answers that came from engines";
     POOL_READY = "pool_ready", "gauge", POOL, "1 when at least one replica is ready";
@@ -85,6 +93,23 @@ metrics! {
     LEASES_WAITING = "leases_waiting", "gauge", POOL, "Those who wait for a slot";
     LEASES_ACTIVE = "leases_active", "gauge", REPLICA, "Leases held";
     SLOTS = "slots", "gauge", REPLICA, "Requests an engine takes at once";
+    ENGINE_RUNNING = "engine_requests_running", "gauge", REPLICA, "Requests that an engine says it works on";
+    ENGINE_WAITING = "engine_requests_waiting", "gauge", REPLICA, "Requests that an engine says wait within it";
+    ENGINE_KV = "engine_kv_cache_usage_ratio", "gauge", REPLICA, "Share of an engine's KV cache that is taken, 0 to 1";
+    ENGINE_PROMPT_TOKENS = "engine_prompt_tokens_total", "counter", REPLICA,
+        "Prompt tokens that engines say they read, the daemon's own questions included; over restarts of engines";
+    ENGINE_GENERATED_TOKENS = "engine_generated_tokens_total", "counter", REPLICA,
+        "Tokens that engines say they generated, the daemon's own questions included; over restarts of engines";
+    ENGINE_FIRST_TOKEN_SECONDS = "engine_first_token_seconds_total", "counter", REPLICA,
+        "Time that requests waited for their first token, as engines say; over engine_first_tokens_total it is the mean";
+    ENGINE_FIRST_TOKENS = "engine_first_tokens_total", "counter", REPLICA, "Requests that got a first token, as engines say";
+    ENGINE_DECODE_SECONDS = "engine_decode_seconds_total", "counter", REPLICA,
+        "Time between tokens of requests, as engines say; over engine_decoded_tokens_total it is the mean";
+    ENGINE_DECODED_TOKENS = "engine_decoded_tokens_total", "counter", REPLICA,
+        "Tokens that took engine_decode_seconds_total";
+    PERF_TOKENS = "perf_tokens_per_second", "gauge", REPLICA,
+        "Tokens a second of one request: at first a guess from the proof, then a mean in which what is newer counts for more";
+    PERF_FIRST_TOKEN = "perf_first_token_seconds", "gauge", REPLICA, "Time until the first token of an answer, likewise";
     GPU_TOTAL = "gpu_memory_total_bytes", "gauge", DEVICE, "GPU memory";
     GPU_FREE = "gpu_memory_free_bytes", "gauge", DEVICE, "GPU memory that is free as the driver says";
     GPU_USED = "gpu_memory_used_bytes", "gauge", DEVICE, "GPU memory that is used as the driver says";

@@ -13,6 +13,8 @@ use pool_api::server::{Access, AppState, Feed, Flags, History, LogPart, Logs, No
 use pool_domain::device::{DeviceProcess, Ecc, Peer, Remap};
 use pool_domain::estimate::DeviceEstimate;
 use pool_domain::lifecycle::OnDeadline;
+use pool_domain::meters::{Reading, Spent};
+use pool_domain::perf::PerfHints;
 use pool_domain::plan::Row;
 use pool_domain::{
     DeviceDetails, DeviceHealth, DeviceSnapshot, FailureClass, Generation, Holder, PoolId, ReplicaId, ReplicaKey,
@@ -38,6 +40,17 @@ pub(crate) fn id(text: &str) -> PoolId {
     text.parse().unwrap()
 }
 
+/// As an engine publishes it.
+pub(crate) const METERS: Reading = Reading {
+    running: Some(2),
+    waiting: Some(1),
+    kv_used: Some(0.25),
+    prompt_tokens: Some(120),
+    generated_tokens: Some(400),
+    first_token: Some(Spent { seconds: 0.5, count: 4 }),
+    decode: Some(Spent { seconds: 8.5, count: 396 }),
+};
+
 pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
     ReplicaSnapshot {
         id: ReplicaId(n),
@@ -59,7 +72,8 @@ pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
         backoff_failures: 1,
         next_start_in_ms: None,
         proof: "simulated",
-        first_unit_ms: Some(31),
+        perf: PerfHints { tokens_per_s: Some(52.5), first_token_ms: Some(31) },
+        meters: METERS,
         last_error: Some(LastError {
             class: FailureClass::Crash(Exit::Unknown),
             detail: "the engine ended with signal 9".into(),
@@ -268,6 +282,7 @@ impl PoolControl for Fake {
             pool_id: id.clone(),
             replica_id: ReplicaId(0),
             generation: Generation(7),
+            api_key: Some(pool_services::ApiKey::new("key-of-the-engine")),
             endpoint: "http://127.0.0.1:42000".into(),
             expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + request.ttl,
         })

@@ -126,6 +126,39 @@ fn panels() -> Vec<Panel> {
                 (quantile(0.99, m::GATEWAY_FIRST_BYTE), "p99 {{pool_id}}"),
             ],
         ),
+        panel(
+            "First token through the gateway",
+            "s",
+            vec![
+                (quantile(0.5, m::GATEWAY_FIRST_TOKEN), "p50 {{pool_id}}"),
+                (quantile(0.99, m::GATEWAY_FIRST_TOKEN), "p99 {{pool_id}}"),
+            ],
+        ),
+        panel(
+            "Time from token to token",
+            "s",
+            vec![
+                (quantile(0.5, m::GATEWAY_TOKEN), "p50 {{pool_id}}"),
+                (quantile(0.99, m::GATEWAY_TOKEN), "p99 {{pool_id}}"),
+            ],
+        ),
+        panel(
+            "Tokens, as engines count them",
+            "short",
+            vec![
+                (sum("pool_id", rate(m::ENGINE_PROMPT_TOKENS, "")), "read {{pool_id}}"),
+                (sum("pool_id", rate(m::ENGINE_GENERATED_TOKENS, "")), "generated {{pool_id}}"),
+            ],
+        ),
+        panel(
+            "Requests within engines",
+            "short",
+            vec![
+                (sum("pool_id", of(m::ENGINE_RUNNING, "")), "running {{pool_id}}"),
+                (sum("pool_id", of(m::ENGINE_WAITING, "")), "waiting {{pool_id}}"),
+            ],
+        ),
+        panel("KV cache in use", "percentunit", vec![(of(m::ENGINE_KV, ""), "{{pool_id}}/{{replica_id}}")]),
         panel("Engine failures", "ops", vec![(sum("pool_id, class", rate(m::EXITS, "")), "{{pool_id}} {{class}}")]),
         panel("Restarts", "ops", vec![(sum("pool_id", rate(m::RESTARTS, "")), "{{pool_id}}")]),
         panel(

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 
 use super::exposure;
 use super::parse::similar;
-use super::raw::{Backend, RawConfig, RawEngine, RawGpu, RawNode};
+use super::raw::{Backend, EngineKeys, RawConfig, RawEngine, RawGpu, RawNode};
 use super::source::Source;
 use super::{
     At, Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, LogFormat, Node, Overrides, Profile, Step, models,
@@ -122,10 +122,13 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
     let engine_listen: IpAddr = raw.engine_listen.parse().map_err(|_| {
         source.error(At::Key(&at("engine_listen")), format!("`{}` is no IP address", raw.engine_listen))
     })?;
-    if !engine_listen.is_loopback() {
+    if engine_listen.is_unspecified() || engine_listen.is_multicast() {
         return Err(source
-            .error(At::Key(&at("engine_listen")), "engines beyond loopback need API keys, which are not supported yet")
-            .hinting("write \"127.0.0.1\""));
+            .error(
+                At::Key(&at("engine_listen")),
+                format!("`{engine_listen}` is no address by which an engine can be reached: leases hand it out"),
+            )
+            .hinting("write an address of this machine, such as that of its inner network"));
     }
     let engine_ports = ports(&raw.engine_ports).map_err(|why| {
         source
@@ -154,6 +157,7 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
             (None, None) => default_state_dir(),
         },
         engine_listen,
+        engine_keys: raw.engine_keys == EngineKeys::Always || !engine_listen.is_loopback(),
         engine_ports,
         on_exit: raw.on_exit,
         shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,

@@ -81,6 +81,8 @@ pub struct Node {
     pub state_dir: PathBuf,
     /// Where engines listen.
     pub engine_listen: IpAddr,
+    /// Whether each engine gets an API key.
+    pub engine_keys: bool,
     /// Ports engines are given.
     pub engine_ports: RangeInclusive<u16>,
     /// What becomes of engines at the end.
@@ -227,7 +229,7 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_ports shutdown_deadline gateway_wait log);
+        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_keys engine_ports shutdown_deadline gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("auth".into(), self.auth == other.auth);

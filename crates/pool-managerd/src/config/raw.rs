@@ -83,6 +83,17 @@ pub enum OnExit {
     Bound,
 }
 
+/// When engines get API keys.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKeys {
+    /// Where others than this machine's own can reach them.
+    #[default]
+    Auto,
+    /// Everywhere.
+    Always,
+}
+
 /// `[node]`
 #[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -104,8 +115,12 @@ pub struct RawNode {
     pub origins: Vec<String>,
     /// Where facts are kept that outlive the daemon; by default `~/.local/state/pool-managerd`.
     pub state_dir: Option<String>,
-    /// Where engines listen. Loopback only, until engines get API keys.
+    /// Where engines listen: an address of this machine. Beyond loopback each of them gets an API key, which leases and
+    /// handoffs tell.
     pub engine_listen: String,
+    /// When engines get API keys: `auto`, where others than this machine's own can reach them, or `always`, also on loopback,
+    /// where every user of this machine can. The gateway and the daemon itself have them.
+    pub engine_keys: EngineKeys,
     /// Ports engines are given, first and last.
     pub engine_ports: String,
     /// What happens to engines when the daemon is asked to stop: `stop` ends them, `keep` leaves them serving for the next
@@ -137,6 +152,7 @@ impl Default for RawNode {
             origins: Vec::new(),
             state_dir: None,
             engine_listen: "127.0.0.1".into(),
+            engine_keys: EngineKeys::Auto,
             engine_ports: "42000-42999".into(),
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),

@@ -72,6 +72,7 @@ impl Driver {
         });
         self.attempt.engine = engine;
         self.attempt.held = Held::of(&record);
+        self.pace.take_over(self.perf_key(&record));
         self.attempt.record = Some(record);
         self.attempt.refused = refused;
         self.attempt.drain = drain;

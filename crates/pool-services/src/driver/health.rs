@@ -5,13 +5,14 @@ use std::sync::Arc;
 use pool_domain::Tick;
 use pool_domain::lifecycle::{Fact, HealthPolicy};
 use pool_domain::liveness::{Canary, Health, Liveness, Next, Round, Verdict, Work};
+use pool_domain::meters::Reading;
 use tokio::time::{MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Driver, Report};
 use crate::admission::Admission;
 use crate::clock::Clock;
-use crate::ports::{Endpoint, EngineProbe, Up, Worked};
+use crate::ports::{Endpoint, EngineProbe, Observed, Up, Worked};
 
 /// Characters of an engine's answer that are told.
 const TOLD: usize = 200;
@@ -52,7 +53,14 @@ impl Driver {
                 due.set_missed_tick_behavior(MissedTickBehavior::Delay);
                 loop {
                     due.tick().await;
-                    let fact = match watch.round().await {
+                    let (verdict, reading) = watch.round().await;
+                    let (told, seen) = (reading, watch.admission.seen().reading());
+                    if (told, seen) != Default::default()
+                        && tx.send((generation, Report::Read { told, seen })).await.is_err()
+                    {
+                        return;
+                    }
+                    let fact = match verdict {
                         Verdict::Well => Fact::Healthy,
                         Verdict::Missed(failure) => Fact::Missed(failure),
                         Verdict::Open => continue,
@@ -72,25 +80,27 @@ impl Driver {
 }
 
 impl Watch {
-    async fn round(&mut self) -> Verdict {
+    async fn round(&mut self) -> (Verdict, Reading) {
         let (began, limit) = (self.clock.now(), self.policy.timeout);
         let (health, work) = tokio::join!(
             timeout(limit, self.probe.up(&self.endpoint)),
-            timeout(limit, self.probe.signals(&self.endpoint)),
+            timeout(limit, self.probe.observe(&self.endpoint)),
         );
+        let Observed { work, reading } = work.unwrap_or_else(|_| Work::Silent.into());
         let round = Round {
             health: health.map_or(Health::Silent, said),
-            work: work.unwrap_or(Work::Silent),
+            work,
             leases: self.admission.in_use(),
             flow: self.admission.flow(),
         };
-        match self.decide(round, began) {
+        let verdict = match self.decide(round, began) {
             Next::Decided(verdict) => verdict,
             Next::AskForWork => {
                 let outcome = self.canary().await;
                 self.liveness.canary(outcome)
             }
-        }
+        };
+        (verdict, reading)
     }
 
     fn decide(&mut self, round: Round, began: Tick) -> Next {

@@ -4,6 +4,7 @@
 mod adopt;
 mod health;
 mod memory;
+mod pace;
 mod scribe;
 mod staging;
 mod tell;
@@ -11,6 +12,7 @@ mod work;
 
 pub(crate) use adopt::{Found, busy};
 pub(crate) use memory::{Memory, Remembered};
+pub(crate) use pace::{Pace, SpeedBook};
 pub(crate) use work::correction_key;
 
 use scribe::Scribe;
@@ -22,12 +24,15 @@ use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
+use pool_domain::meters::Reading;
+use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
 use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::admission::Admission;
+use crate::api_key::ApiKey;
 use crate::clock::Clock;
 use crate::events::EventSink;
 use crate::lease_desk::Desk;
@@ -37,7 +42,7 @@ use crate::ports::{
 };
 use crate::returned::Held;
 use crate::snapshot::{LastError, ReplicaSnapshot};
-use crate::spec::{Activation, PoolSpec};
+use crate::spec::{Activation, PoolSpec, Workload};
 
 /// What a device serves that has to be left may end within this.
 const EVACUATED_WITHIN: Duration = Duration::from_secs(10);
@@ -132,6 +137,8 @@ pub(crate) enum Denied {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Published {
     pub(crate) snapshot: ReplicaSnapshot,
+    /// What its engine wants to hear: for those who get a slot, and not part of the picture that everybody sees.
+    pub(crate) api_key: Option<ApiKey>,
     pub(crate) state: State,
     pub(crate) wants: Option<Want>,
     /// What it wanted when it was told to wait.
@@ -175,6 +182,11 @@ pub(crate) enum Report {
     Preflighted,
     Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
+    /// What it publishes in numbers, and what of the same was seen of its answers.
+    Read {
+        told: Reading,
+        seen: Reading,
+    },
     Checked(Fact),
 }
 
@@ -227,6 +239,8 @@ pub(crate) struct DriverParts {
     pub(crate) last_error: Option<LastError>,
     /// Where its past is kept.
     pub(crate) memory: Memory,
+    /// How much it did, and how fast.
+    pub(crate) pace: Pace,
     /// Cancelled when there is no time left: whatever runs is ended at once.
     pub(crate) last_call: CancellationToken,
 }
@@ -250,6 +264,7 @@ pub(crate) struct Driver {
     bells: [Arc<Notify>; 2],
     events: EventSink,
     memory: Memory,
+    pace: Pace,
     attempt: Attempt,
     work: CancellationToken,
     scribe: Scribe,
@@ -268,9 +283,15 @@ pub(crate) struct Driver {
 }
 
 /// What the first picture of a replica shows.
-pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<LastError>) -> Published {
+pub(crate) fn at_rest(
+    key: &ReplicaKey,
+    replica: &Replica,
+    last_error: Option<LastError>,
+    perf: PerfHints,
+) -> Published {
     Published {
         snapshot: ReplicaSnapshot {
+            perf,
             generation: replica.generation,
             state: replica.state.code(),
             restart_count: replica.restarts,
@@ -279,6 +300,7 @@ pub(crate) fn at_rest(key: &ReplicaKey, replica: &Replica, last_error: Option<La
             last_error,
             ..ReplicaSnapshot::idle(key.replica)
         },
+        api_key: None,
         state: replica.state.clone(),
         wants: None,
         blocked: None,
@@ -314,6 +336,7 @@ impl Driver {
             bells: parts.bells,
             events: parts.events,
             memory: parts.memory,
+            pace: parts.pace,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
@@ -418,6 +441,7 @@ impl Driver {
             }
             DriverCommand::Respec(spec) => {
                 (self.policy, self.home) = (spec.policy, None);
+                self.pace.of_model(&spec.model.model_id());
                 self.spec = spec;
             }
             DriverCommand::GoHome(devices) => self.home = Some(devices),
@@ -471,7 +495,12 @@ impl Driver {
                 self.attempt.demand = Some(demand);
                 Fact::Staged
             }
+            Report::Read { told, seen } => {
+                self.pace.read(told, seen);
+                return;
+            }
             Report::Proved(proof, Holds { taken, pids }) => {
+                self.timed(&proof);
                 self.attempt.taken = taken;
                 self.attempt.held.pids = pids;
                 self.learn(taken);
@@ -485,6 +514,11 @@ impl Driver {
             }
             Report::Prepared(both) => {
                 let (prepared, record) = *both;
+                match prepared.entry {
+                    Some(_) => self.pace.begin(self.perf_key(&record)),
+                    // Somebody else's may have been there for long.
+                    None => self.pace.take_over(self.perf_key(&record)),
+                }
                 self.attempt.prepared = Some(prepared);
                 self.attempt.held = Held::of(&record);
                 self.attempt.record = Some(record);
@@ -502,6 +536,9 @@ impl Driver {
             }
         };
         let adopted = matches!(fact, Fact::Adopted(_));
+        if let Fact::Adopted(Some(proof)) = &fact {
+            self.timed(proof);
+        }
         // One that was still starting when its record was written may have been leased since.
         self.attempt.strange |= adopted;
         self.ends_while_adopted(&fact);
@@ -527,6 +564,9 @@ impl Driver {
             self.attempt.held.see(&*self.ports.gpu);
         }
         self.memory.keep(self.replica.past(), self.last_error.as_ref());
+        if !self.replica.state.live() {
+            self.pace.rest();
+        }
         self.tell(&before, now, by_hand);
         self.note_phase();
         for action in actions {
@@ -599,6 +639,21 @@ impl Driver {
         }
     }
 
+    /// The proof tells how long a first token takes, as far as there are tokens.
+    fn timed(&mut self, proof: &Proof) {
+        if self.spec.workload == Workload::Generate {
+            self.pace.proved(proof.first_unit_ms);
+        }
+    }
+
+    fn perf_key(&self, record: &EngineRecord) -> PerfKey {
+        PerfKey {
+            engine: format!("{} {}", self.spec.engine, record.engine_version),
+            model: record.endpoint.model.clone(),
+            mask: record.devices.to_cuda_visible_devices(),
+        }
+    }
+
     /// Its main process, if it is ours.
     fn process(&self) -> Option<u32> {
         self.attempt.engine.as_ref().and_then(|e| e.pid())
@@ -616,6 +671,7 @@ impl Driver {
             key: self.key.clone(),
             generation: self.replica.generation,
             endpoint: prepared.endpoint.url(),
+            api_key: prepared.endpoint.api_key.clone(),
             engine: self.spec.engine.to_string(),
             engine_version: prepared.engine_version.clone(),
             model: proof.model.clone(),

@@ -109,6 +109,7 @@ impl Driver {
     pub(super) fn publish(&self) {
         let next = Published {
             snapshot: self.snapshot(),
+            api_key: self.attempt.prepared.as_ref().and_then(|p| p.endpoint.api_key.clone()),
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
@@ -170,7 +171,8 @@ impl Driver {
             // Filled in when somebody asks: it changes with every millisecond.
             next_start_in_ms: None,
             proof: r.state.proof().map_or("", |p| p.residency),
-            first_unit_ms: r.state.proof().map(|p| p.first_unit_ms),
+            perf: self.pace.hints(),
+            meters: self.pace.shown(),
             last_error: self.last_error.clone(),
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,

@@ -75,7 +75,18 @@ fn all() -> Vec<EventKind> {
     }
     for outcome in ["done", "cancelled", "engine_failed"] {
         let (request, holder) = (canary(), holder());
-        all.push(EventKind::StreamEnded { request, holder, outcome, took: long, first_byte: long, bytes: u64::MAX });
+        let (most, decode) = (Some(u64::MAX), Some(long));
+        all.push(EventKind::StreamEnded {
+            request,
+            holder,
+            outcome,
+            took: long,
+            first_byte: long,
+            bytes: u64::MAX,
+            tokens_in: most,
+            tokens_out: most,
+            decode,
+        });
     }
     for outcome in ["drained", "forced", "aborted", "resumed", "crashed"] {
         all.push(EventKind::DrainEnded { outcome, took: long });

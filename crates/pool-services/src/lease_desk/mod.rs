@@ -15,9 +15,11 @@ use pool_domain::{Generation, Holder, ReplicaId, ReplicaKey, Tick};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use crate::admission::{Admission, Refused, SlotGuard};
+use crate::api_key::ApiKey;
 use crate::clock::Clock;
 use crate::conductor::{ConductorCommand, PoolFacts, Wish};
 use crate::control::ControlError;
+use crate::driver::Published;
 use crate::events::{EventKind, EventSink};
 use crate::lease::{DEFAULT_TTL, Lease, LeaseRequest, MAX_WAIT};
 use crate::roster::Roster;
@@ -112,6 +114,7 @@ impl Asker {
 struct Kept {
     guard: SlotGuard,
     endpoint: String,
+    api_key: Option<ApiKey>,
     engine_version: String,
     device_mask: String,
 }
@@ -488,7 +491,12 @@ impl Clerk {
     fn keep(&mut self, lease: Mark, replica: ReplicaId, guard: SlotGuard) {
         let facts = self.p.facts.borrow();
         let shown = facts.snapshot.replicas.iter().find(|r| r.id == replica);
+        // Of the same engine as the rest.
+        let is_shown = |p: &Published| shown.is_some_and(|r| r.generation == p.snapshot.generation);
+        let roster = self.roster();
+        let seat = roster.seats.iter().find(|seat| seat.key.replica == replica).map(|seat| seat.published.borrow());
         let kept = Kept {
+            api_key: seat.filter(|p| is_shown(p)).and_then(|p| p.api_key.clone()),
             guard,
             endpoint: shown.and_then(|r| r.endpoint.clone()).unwrap_or_default(),
             engine_version: shown.map(|r| r.engine_version.clone()).unwrap_or_default(),
@@ -508,6 +516,7 @@ impl Clerk {
             replica_id: replica,
             generation,
             endpoint: kept.endpoint.clone(),
+            api_key: kept.api_key.clone(),
             engine: self.roster().spec.engine.to_string(),
             engine_version: kept.engine_version.clone(),
             device_mask: kept.device_mask.clone(),

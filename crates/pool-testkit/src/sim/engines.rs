@@ -190,6 +190,7 @@ impl EngineProvisioner for World {
                 model: request.model.id.clone(),
                 model_path: None,
                 workload: request.spec.workload,
+                api_key: None,
             },
             engine_version: "1".into(),
         })

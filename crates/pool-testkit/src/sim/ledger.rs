@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
+use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
 use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
@@ -22,6 +23,7 @@ pub(super) struct Facts {
     handoffs: BTreeMap<ReplicaKey, Handoff>,
     pub(super) records: BTreeMap<ReplicaKey, EngineRecord>,
     learnt: BTreeMap<(PoolId, CorrectionKey), Correction>,
+    speeds: BTreeMap<PoolId, Speeds>,
     last_errors: BTreeMap<ReplicaKey, LastError>,
     /// With the boot in which they were noted.
     suspicions: (u32, Suspicions),
@@ -216,6 +218,14 @@ impl StateLedger for World {
         })
         .await
     }
+    // No promise is about speeds: they are no calls at which a daemon is killed, so that those that matter are met more often.
+    async fn speeds(&self, pool: &PoolId) -> Speeds {
+        self.lock().facts.speeds.get(pool).cloned().unwrap_or_default()
+    }
+    async fn note_speed(&self, pool: &PoolId, key: &PerfKey, perf: Perf) -> Result<(), LedgerError> {
+        self.lock().facts.speeds.entry(pool.clone()).or_default().keep(key.clone(), perf);
+        Ok(())
+    }
     async fn stored_pools(&self) -> Vec<StoredPool> {
         self.call().await;
         self.lock().facts.stored.values().cloned().collect()
@@ -237,6 +247,7 @@ impl StateLedger for World {
             f.held.remove(pool);
             f.pasts.retain(|key, _| key.pool != *pool);
             f.learnt.retain(|(of, _), _| of != pool);
+            f.speeds.remove(pool);
         })
         .await
     }
