@@ -31,6 +31,7 @@ mod remember;
 mod returned;
 mod roster;
 pub mod routing;
+mod shortage;
 pub mod snapshot;
 pub mod spec;
 mod steward;

@@ -315,10 +315,10 @@ async fn what_engines_took_is_remembered_within_bounds() {
     for n in 0..40 {
         state.learn(&pool, &key(n), Correction::new(n)).await.unwrap();
     }
-    state.learn(&pool, &key(39), Correction { taken: 99, samples: 2 }).await.unwrap();
+    state.learn(&pool, &key(39), Correction { taken: 99, samples: 2, short: 7 }).await.unwrap();
     drop(state);
     let state = StateDir::open(dir.path()).unwrap();
-    assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2 }));
+    assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2, short: 7 }));
     assert_eq!((state.learnt(&pool, &key(7)).await, state.learnt(&pool, &key(8)).await.is_some()), (None, true));
 }
 

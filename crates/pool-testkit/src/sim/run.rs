@@ -15,7 +15,7 @@ use pool_services::admission::SlotGuard;
 use pool_services::planted::Bug;
 use pool_services::{
     Activation, ControlError, Declared, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl,
-    PoolManager, PoolSnapshot, PoolSpec, ReloadRequest, Source,
+    PoolManager, PoolSnapshot, PoolSpec, ReloadRequest, ReplicaSnapshot, Source,
 };
 use tokio::sync::Notify;
 
@@ -533,6 +533,10 @@ impl Runner {
         let end = self.world.now() + self.patience();
         let mut nap = Duration::from_millis(200);
         while let Some(why) = self.unrest(m).await {
+            // An engine that says so is believed for as long as nothing changes. That they behave now, a person knows.
+            for pool in pictures(m).await.iter().filter(|p| p.replicas.iter().any(ran_out)) {
+                self.ask(&pool.pool_id, Verb::Reset, m.reset_breaker(&pool.pool_id)).await;
+            }
             if self.world.now() > end {
                 self.watch.wrong(what, why);
                 return;
@@ -625,6 +629,10 @@ impl Runner {
         world.leave();
         next
     }
+}
+
+fn ran_out(replica: &ReplicaSnapshot) -> bool {
+    replica.reason_code == "vram" && replica.reason.contains("ran out of GPU memory")
 }
 
 async fn pictures(m: &PoolManager) -> Vec<PoolSnapshot> {
