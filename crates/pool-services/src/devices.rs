@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use pool_domain::charges::{ChargePolicy, Charges, Fate, Said, Standing};
+use pool_domain::charges::{Charge, ChargePolicy, Charges, Fate, Said, Standing};
 use pool_domain::lifecycle::State;
 use pool_domain::xid::{self, XidAction};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, Verdict};
@@ -28,6 +28,16 @@ pub(crate) struct Casebook {
 }
 
 impl Casebook {
+    /// With what was held against devices when the daemon before this one ended.
+    pub(crate) fn resume(charges: BTreeMap<String, Charge>) -> Self {
+        Self { charges: Charges::resume(charges), ..Self::default() }
+    }
+
+    /// What the driver said once, by UUID.
+    pub(crate) fn held(&self) -> &BTreeMap<String, Charge> {
+        self.charges.held()
+    }
+
     /// How often each XID was reported.
     pub(crate) fn xids(&self) -> Vec<XidCount> {
         let count = |((device, xid), count): (&(String, u64), &u64)| XidCount {
@@ -90,7 +100,9 @@ impl Steward {
         for incident in new {
             self.hear(&incident, inventory, book, &policy).await;
         }
-        if let Some(table) = &self.xids {
+        // While nobody can say which devices there are, none has been away.
+        let can_say = inventory.problem.is_none() || !inventory.devices.is_empty();
+        if let Some(table) = self.xids.as_ref().filter(|_| can_say) {
             for uuid in book.cases.charges.see(&inventory.devices, table, now, &policy) {
                 self.readmit(book, uuid);
             }
@@ -126,9 +138,12 @@ impl Steward {
             "the driver reports an error"
         );
         let concerned: Vec<(Seat, Generation)> = self.on(device, inventory, book);
+        let kind = EventKind::DeviceIncident { device: device.clone(), xid, action, verdict };
+        if concerned.is_empty() {
+            self.events.send_of_node(kind.clone());
+        }
         for (seat, generation) in &concerned {
-            let kind = EventKind::DeviceIncident { device: device.clone(), xid, action, verdict };
-            self.events.send(&seat.key, *generation, kind);
+            self.events.send(&seat.key, *generation, kind.clone());
             book.accuse_for(device, &seat.key, *generation);
         }
         if action == XidAction::RestartEngine {

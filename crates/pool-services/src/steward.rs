@@ -26,7 +26,7 @@ use crate::devices::{self, Casebook};
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::eviction::Line;
-use crate::ports::{EngineHost, EngineRecord, Incidents, Inventory, Phase};
+use crate::ports::{AgainstDevices, EngineHost, EngineRecord, Incidents, Inventory, Phase};
 use crate::roster::{Seat, Table};
 use crate::shortage;
 
@@ -119,10 +119,8 @@ pub(crate) struct Steward {
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
-    /// What was held against devices before this daemon.
-    pub(crate) suspicions: Suspicions,
-    /// Where it is kept.
-    pub(crate) remembered: watch::Sender<Suspicions>,
+    /// What is held against devices, and is kept; at first that of before this daemon.
+    pub(crate) remembered: watch::Sender<AgainstDevices>,
 }
 
 impl Steward {
@@ -132,8 +130,9 @@ impl Steward {
         let held = reservations(&self.found);
         let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
         let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
-        let suspicions = std::mem::take(&mut self.suspicions);
-        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
+        let AgainstDevices { suspicions, charges } = self.remembered.borrow().clone();
+        let cases = Casebook::resume(charges);
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, cases, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut incidents_live, mut commanded) = (true, true, true);
@@ -206,8 +205,10 @@ impl Steward {
                 pids: self.wards.iter().flat_map(|w| w.published.borrow().pids.clone()).collect(),
             });
             self.remembered.send_if_modified(|s| {
-                let changed = *s != book.suspicions;
-                s.clone_from(&book.suspicions);
+                let changed = s.suspicions != book.suspicions || s.charges != *book.cases.held();
+                if changed {
+                    *s = AgainstDevices { suspicions: book.suspicions.clone(), charges: book.cases.held().clone() };
+                }
                 changed
             });
             let conditions = self.conditions(&inventory, &book);
@@ -328,8 +329,11 @@ impl Steward {
     }
 
     pub(crate) fn readmit(&self, book: &mut Book, uuid: String) {
-        if let Some((key, generation)) = book.accusers.remove(&uuid) {
-            self.events.send(&key, generation, EventKind::DeviceReadmitted { device: uuid });
+        let accused_for = book.accusers.remove(&uuid);
+        let kind = EventKind::DeviceReadmitted { device: uuid };
+        match accused_for {
+            Some((key, generation)) => self.events.send(&key, generation, kind),
+            None => self.events.send_of_node(kind),
         }
     }
 
