@@ -47,6 +47,17 @@ pub enum Said {
     DoubleBitEcc,
 }
 
+impl Said {
+    /// Its XID. An error of memory that was not corrected has one of its own.
+    #[must_use]
+    pub fn number(self) -> u64 {
+        match self {
+            Self::Xid(number) => number,
+            Self::DoubleBitEcc => 48,
+        }
+    }
+}
+
 /// What is to become of the engines on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fate {
@@ -133,11 +144,7 @@ impl Charges {
 
     /// Takes in what was said of a device. Says what follows.
     pub fn hear(&mut self, device: &str, said: Said, table: &XidTable, now: Tick, policy: &ChargePolicy) -> XidAction {
-        // An error of memory that was not corrected has a number of its own.
-        let number = match said {
-            Said::Xid(number) => number,
-            Said::DoubleBitEcc => 48,
-        };
+        let number = said.number();
         let action = table.action(number);
         let fate = match action {
             XidAction::Ignore | XidAction::RestartEngine => return action,

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use pool_domain::charges::{Charge, ChargePolicy, Charges, Fate, Said, Standing};
+use pool_domain::echo::Echoes;
 use pool_domain::lifecycle::State;
 use pool_domain::xid::{self, XidAction};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, Verdict};
@@ -19,6 +20,7 @@ use crate::steward::{Book, Steward};
 #[derive(Debug, Default)]
 pub(crate) struct Casebook {
     charges: Charges,
+    echoes: Echoes,
     /// Incidents that were heard.
     heard: u64,
     /// XIDs by device and number.
@@ -115,14 +117,17 @@ impl Steward {
     }
 
     async fn hear(&self, incident: &Incident, inventory: &Inventory, book: &mut Book, policy: &ChargePolicy) {
-        let Incident { device, said, pid } = incident;
+        let Incident { device, said, pid, source } = incident;
+        let xid = said.number();
+        // One of them may know of which slice it is.
+        let slice = inventory.devices.iter().find(|d| d.uuid == *device).and_then(|d| d.mig.as_ref());
+        let gpu = slice.map_or(device, |m| &m.parent);
+        if !book.cases.echoes.is_news(gpu, xid, *source, self.clock.now()) {
+            return;
+        }
         if let Said::Xid(number) = said {
             *book.cases.xids.entry((device.clone(), *number)).or_default() += 1;
         }
-        let xid = match said {
-            Said::Xid(number) => *number,
-            Said::DoubleBitEcc => 48,
-        };
         let Some(table) = &self.xids else {
             tracing::warn!(device, xid, "the driver reports an error, and nothing is done about errors");
             return;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::charges::{Charge, Said};
+use pool_domain::echo::Source;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
@@ -73,6 +74,8 @@ pub struct Incident {
     pub said: Said,
     /// The process that it is about, where that is told.
     pub pid: Option<u32>,
+    /// Who said it.
+    pub source: Source,
 }
 
 /// The newest incidents, oldest first, and how many there were before them.

@@ -290,6 +290,27 @@ async fn who_stops_a_pool_while_its_device_is_drained_has_it_stay_down() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_error_that_two_sources_tell_of_happened_once_and_of_one_alone_as_well() {
+    use pool_domain::echo::Source;
+    let (node, m, _events) = serving().await;
+    for (first_source, then) in [(Source::KernelLog, Source::Driver), (Source::Driver, Source::KernelLog)] {
+        node.gpus.say_by(&first(), Said::Xid(94), first_source);
+        shortly().await;
+        for name in ["a", "b"] {
+            until(&m, &id(name), PoolSnapshot::ready).await;
+        }
+        node.gpus.say_by(&first(), Said::Xid(94), then);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+    }
+    // The kernel's log alone.
+    node.gpus.say_by(&gpu(1, 0).uuid, Said::Xid(31), Source::KernelLog);
+    until(&m, &id("far"), |s| s.ready() && s.replicas[0].generation.0 == 2).await;
+    let counted: Vec<_> = m.node().await.unwrap().xids.iter().map(|x| (x.xid, x.count)).collect();
+    assert_eq!(counted, [(94, 2), (31, 1)]);
+    assert_eq!(m.pool(&id("a")).await.unwrap().replicas[0].generation.0, 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_happens_to_a_device_that_no_pool_uses_is_told_as_well() {
     let node = FakeNode::default();
     let (m, mut events) = node.manage(vec![on("far", "1")]).await;

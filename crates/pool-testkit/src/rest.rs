@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::charges::Said;
+use pool_domain::echo::Source;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::plan::Split;
@@ -106,7 +107,12 @@ impl FakeGpus {
 
     /// Has the driver say something of a device.
     pub fn say(&self, device: &str, said: Said) {
-        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None }));
+        self.say_by(device, said, Source::Driver);
+    }
+
+    /// The same of one of those who may say it.
+    pub fn say_by(&self, device: &str, said: Said, source: Source) {
+        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None, source }));
     }
 
     /// What it said is told to nobody who comes later.
