@@ -220,6 +220,7 @@ async fn a_call_that_hangs_makes_its_device_unknown_and_all_others_old_until_it_
     assert!(matches!(gpus.residency().await, Residency::Unknown(why) if why.contains("has not answered")));
     // Of what changes nothing is told.
     assert_eq!((find(&i, &gpu(3)).vram_total, find(&i, &gpu(3)).details.power), (80 << 30, None));
+    assert_eq!(fs::read_to_string(&hung).unwrap().lines().count(), 1, "one call hangs, and no second is made");
     fs::remove_file(&hung).unwrap();
     until(&gpus, well).await;
     assert!(matches!(gpus.residency().await, Residency::Provable(_) | Residency::Partial(_)));
