@@ -40,7 +40,8 @@ class Node:
         self.port, self.hung = free_port(), self.dir / "hung"
         library = self.dir / "lib"
         library.mkdir()
-        os.symlink(release / "libnvml_standin.so", library / "libnvidia-ml.so.1")
+        built = next(p for p in (release, release / "deps") if (p / "libnvml_standin.so").is_file())
+        os.symlink((built / "libnvml_standin.so").resolve(), library / "libnvidia-ml.so.1")
         self.script = library / "libnvidia-ml.so.1.toml"
         self.topology = (ROOT / "crates/nvml-standin/topologies/mixed-24-12.toml").read_text()
         self.play()
