@@ -4,6 +4,7 @@
 
 mod browser;
 mod ci;
+mod clients;
 mod codegen;
 mod deny;
 mod engine;
@@ -42,6 +43,8 @@ enum Command {
         #[arg(long)]
         from_source: bool,
     },
+    /// Put OpenAI's Python client and an API tester under target/clients (cached).
+    Clients,
     /// Install a headless Chromium for the dashboard's tests, where it is missing (Debian, as root).
     Browser,
     /// Write a tiny random-weight model that llama.cpp really loads.
@@ -102,6 +105,7 @@ enum Command {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Engine { from_source } => engine::run(from_source),
+        Command::Clients => clients::run(),
         Command::Browser => browser::run().map(|_| ()),
         Command::TinyGguf { out, target_mb } => {
             let options = tiny_gguf::Options { target_mb, ..tiny_gguf::Options::default() };
