@@ -108,7 +108,7 @@ impl NvmlGpus {
                 }
                 // As for most users: the library tells of the same errors.
                 Err(error) => {
-                    tracing::info!(%error, "the kernel's log is not read: XIDs are heard of the driver alone")
+                    tracing::info!(%error, "the kernel's log is not read: XIDs are heard of the driver alone");
                 }
             }
         }

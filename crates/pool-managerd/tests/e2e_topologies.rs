@@ -100,7 +100,8 @@ fn two_gpus_of_which_one_is_lost() {
     let node = Node::of("one-lost.toml");
     let pool = |id: &str, mask: &str| node.pool(id, mask, Some("1 GiB"), "vram = \"1 GiB\"");
     let (well, ill) = (gpu(1), gpu(2));
-    let pools = [("auto", "auto"), ("index", "0"), ("uuid", &*well), ("lost", "1"), ("lost-uuid", &*ill), ("all", "all")];
+    let pools =
+        [("auto", "auto"), ("index", "0"), ("uuid", &*well), ("lost", "1"), ("lost-uuid", &*ill), ("all", "all")];
     let daemon = node.start(&pools.iter().map(|(id, mask)| pool(id, mask)).collect::<String>());
     for id in ["index", "uuid"] {
         let ready = daemon.until(id, |p| p["ready"] == true);

@@ -369,7 +369,8 @@ async fn what_the_driver_said_and_a_probation_outlive_the_daemon() {
     until(&m, &id("a"), |s| s.replicas[0].reason_code == "devices").await;
     shortly().await;
     drop(m);
-    (node.ledger.forget_devices(), node.gpus.forget_incidents());
+    node.ledger.forget_devices();
+    node.gpus.forget_incidents();
     let (m, _events) = node.manage(vec![on("a", "0")]).await;
     until(&m, &id("a"), PoolSnapshot::ready).await;
 }

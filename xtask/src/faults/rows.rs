@@ -127,7 +127,9 @@ pub(super) const ROWS: &[Row] = &[
     row(
         "an XID that only the kernel's log tells of",
         "heard there, and once where the library tells of it too",
-        &["pool-managerd::e2e_nvml_trouble::an_error_that_only_the_kernel_s_log_tells_of_is_heard_and_one_of_both_once"],
+        &[
+            "pool-managerd::e2e_nvml_trouble::an_error_that_only_the_kernel_s_log_tells_of_is_heard_and_one_of_both_once",
+        ],
     ),
     row(
         "errors of GPU memory (ECC), rows that wait to be remapped, rows that cannot be",
