@@ -23,14 +23,6 @@ fn an_h100_with_seven_slices() {
     let by_uuid = slice(4);
     let daemon =
         serves(&node, &[("by-index", "0:2", slice(2)), ("by-uuid", &by_uuid, slice(4)), ("last", "0:6", slice(6))]);
-    // Whichever slice has room, of those that nobody uses.
-    let auto = "{\"model\":\"stub:auto\",\"engine\":\"stub\",\"devices\":\"auto\",\"vram\":\"10 GiB\",\"activation\":\"preload\",\
-                \"args\":[\"--vram\",\"1 GiB\"]}";
-    let declared = support::request(daemon.addr(), "PUT", "/v1/pools/auto", Some(auto));
-    assert_eq!(declared.status, 201, "{declared:?}");
-    let placed = daemon.until("auto", |p| !p["device_mask"].as_str().unwrap_or("").is_empty());
-    let free = [0, 1, 3, 5].map(slice);
-    assert!(free.contains(&placed["device_mask"].as_str().unwrap().to_owned()), "{placed:#}");
     // The GPU itself cannot be used while it is split, nor two of its slices by one engine.
     for (mask, status) in [("0", 422), ("0:0,0:1", 422), ("0000:41:00.0", 422)] {
         let body = format!("{{\"model\":\"stub:x\",\"engine\":\"stub\",\"devices\":\"{mask}\"}}");
@@ -45,6 +37,16 @@ fn an_h100_with_seven_slices() {
     let metrics = daemon.get("/metrics").body;
     let owned = format!("gpu_memory_used_bytes{{gpu_uuid=\"{}\",mig=\"1g.12gb\",pool_id=\"by-index\"}}", slice(2));
     assert!(metrics.contains(&owned), "{owned}");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn a_slice_that_is_chosen() {
+    let node = Node::of("h100-seven-slices.toml");
+    let daemon = node.start(&node.pool("auto", "auto", Some("1 GiB"), "vram = \"1 GiB\""));
+    let ready = daemon.until("auto", |p| p["ready"] == true);
+    let chosen = ready["device_mask"].as_str().unwrap().to_owned();
+    assert!((0..7).map(slice).any(|one| one == chosen) && ready["proof"] == "vram", "{ready:#}");
     assert_eq!(daemon.stop(), Some(0));
 }
 
