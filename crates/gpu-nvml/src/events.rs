@@ -10,6 +10,7 @@ use nvml_wrapper::error::NvmlError as Raw;
 use nvml_wrapper::{Device, EventSet, Nvml};
 use pool_domain::DeviceSnapshot;
 use pool_domain::charges::Said;
+use pool_domain::echo::Source;
 use pool_services::ports::Incident;
 
 use crate::raw;
@@ -89,7 +90,7 @@ pub(crate) fn listen<'nvml>(
                     && let Some(said) = said(happened.kind, happened.data)
                 {
                     let device = concerned(uuid, happened.instance, &shared.last().devices);
-                    shared.tell(Incident { device, said, pid: None });
+                    shared.tell(Incident { device, said, pid: None, source: Source::Driver });
                 }
                 // Whatever it was, the devices may look different now. Who makes the calls may be inside one.
                 let _ = worker.send(Question::Look);
@@ -116,7 +117,7 @@ fn said(kind: u64, data: u64) -> Option<Said> {
 }
 
 /// The slice that an event is about, if it is about one that is known, else the GPU.
-fn concerned(gpu: &str, instance: Option<(u32, u32)>, devices: &[DeviceSnapshot]) -> String {
+pub(crate) fn concerned(gpu: &str, instance: Option<(u32, u32)>, devices: &[DeviceSnapshot]) -> String {
     let slice = instance.and_then(|(gi, ci)| {
         devices.iter().find(|d| {
             let here = d.mig.as_ref().is_some_and(|m| m.parent == gpu);

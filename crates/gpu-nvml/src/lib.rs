@@ -10,6 +10,7 @@
 mod convert;
 mod error;
 mod events;
+mod kernel_log;
 mod open;
 mod peers;
 mod raw;
@@ -31,6 +32,9 @@ pub use crate::error::NvmlError;
 use crate::shared::Shared;
 use crate::worker::Question;
 
+/// Where the kernel's log is read.
+pub const KERNEL_LOG: &str = "/dev/kmsg";
+
 /// How NVML is used.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -44,6 +48,8 @@ pub struct Options {
     pub open_within: Duration,
     /// Between two tries to open it, at first and at most; doubled in between.
     pub open_again: (Duration, Duration),
+    /// The kernel's log, in which XIDs are told too; unset: it is not read.
+    pub kernel_log: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -54,6 +60,7 @@ impl Default for Options {
             answer_within: Duration::from_secs(5),
             open_within: Duration::from_secs(60),
             open_again: (Duration::from_secs(1), Duration::from_secs(30)),
+            kernel_log: Some(PathBuf::from(KERNEL_LOG)),
         }
     }
 }
@@ -74,6 +81,8 @@ pub struct NvmlGpus {
     answer_within: Duration,
     // The thread ends when this end of the channel is gone. It is not joined: it may be inside a call that blocks.
     questions: mpsc::Sender<Question>,
+    // So does the one that reads the kernel's log, with this.
+    _reads_log: mpsc::Sender<()>,
 }
 
 impl NvmlGpus {
@@ -87,6 +96,22 @@ impl NvmlGpus {
         let (questions, asked) = mpsc::channel();
         let (answer_within, inner, nudge) = (options.answer_within, shared.clone(), questions.clone());
         let failed = |e: std::io::Error| NvmlError::Other(format!("its thread did not start: {e}"));
+        let (reads_log, wanted) = mpsc::channel();
+        if let Some(path) = &options.kernel_log {
+            match kernel_log::open(path) {
+                Ok(log) => {
+                    let told = shared.clone();
+                    thread::Builder::new()
+                        .name("kernel-log".to_owned())
+                        .spawn(move || kernel_log::follow(log, &told, &wanted))
+                        .map_err(failed)?;
+                }
+                // As for most users: the library tells of the same errors.
+                Err(error) => {
+                    tracing::info!(%error, "the kernel's log is not read: XIDs are heard of the driver alone");
+                }
+            }
+        }
         let (beat, beats) = mpsc::channel();
         let watched = shared.clone();
         thread::Builder::new()
@@ -97,7 +122,7 @@ impl NvmlGpus {
             .name("nvml".to_owned())
             .spawn(move || worker::run(&inner, &asked, &beat, &nudge, &options))
             .map_err(failed)?;
-        Ok(Self { shared, answer_within, questions })
+        Ok(Self { shared, answer_within, questions, _reads_log: reads_log })
     }
 
     /// Whether the library is in use; the receiver is told of every change.

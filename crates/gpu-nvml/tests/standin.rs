@@ -11,6 +11,7 @@ use nvml_standin::script::{Block, EVERY_CALL, Event, Size, Slice};
 use nvml_standin::{Installed, Script};
 use pool_domain::charges::Said;
 use pool_domain::device::{Ecc, Remap};
+use pool_domain::echo::Source;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Verdict};
 use pool_services::ports::{GpuProbe, Holder, Incident, Inventory, Residency};
 
@@ -49,7 +50,13 @@ impl Site {
     }
 
     fn start(&self) -> NvmlGpus {
+        self.start_beside(None)
+    }
+
+    /// With this for the kernel's log.
+    fn start_beside(&self, kernel_log: Option<PathBuf>) -> NvmlGpus {
         NvmlGpus::start(Options {
+            kernel_log,
             library: Some(self.library.library()),
             sample_every: Duration::from_millis(10),
             answer_within: Duration::from_millis(300),
@@ -213,6 +220,7 @@ async fn a_call_that_hangs_makes_its_device_unknown_and_all_others_old_until_it_
     assert!(matches!(gpus.residency().await, Residency::Unknown(why) if why.contains("has not answered")));
     // Of what changes nothing is told.
     assert_eq!((find(&i, &gpu(3)).vram_total, find(&i, &gpu(3)).details.power), (80 << 30, None));
+    assert_eq!(fs::read_to_string(&hung).unwrap().lines().count(), 1, "one call hangs, and no second is made");
     fs::remove_file(&hung).unwrap();
     until(&gpus, well).await;
     assert!(matches!(gpus.residency().await, Residency::Provable(_) | Residency::Partial(_)));
@@ -375,4 +383,36 @@ async fn it_ends_when_nobody_wants_it_any_more() {
     drop(gpus);
     // The last senders are the threads'.
     tokio::time::timeout(PATIENCE, seen.wait_for(|_| false)).await.unwrap().unwrap_err();
+}
+
+#[tokio::test]
+async fn the_kernel_s_log_tells_of_errors_too_from_its_end_on() {
+    let site = Site::of("h100-seven-slices.toml");
+    let (file, pipe) = (site.file("kmsg"), site.file("pipe"));
+    fs::write(&file, "4,1,1,-;NVRM: Xid (PCI:0000:41:00): 79, before anybody listened\n").unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    for log in [file, pipe] {
+        let gpus = site.start_beside(Some(log.clone()));
+        until(&gpus, well).await;
+        let mut kernel = fs::OpenOptions::new().append(true).open(&log).unwrap();
+        let mut says = |text: &str| std::io::Write::write_all(&mut kernel, text.as_bytes()).unwrap();
+        says("6,2,2,-;NVRM: loading NVIDIA UNIX Open Kernel Module\n");
+        says("4,3,3,-;NVRM: Xid (PCI:0000:99:00): 79, of a GPU that nobody knows\n");
+        says("4,4,4,-;NVRM: Xid (PCI:0000:41:00 GPU-I:09): 94, pid=7194, name=a, Cont");
+        // In two pieces, as a pipe may bring it.
+        says("ained\n4,5,5,-;NVRM: Xid (PCI:0000:41:00): 119, pid=77, name=b, Timeout waiting for RPC from GSP0!\n");
+        let mut heard = gpus.incidents();
+        let last = |i: &Incident| i.said == Said::Xid(119);
+        tokio::time::timeout(PATIENCE, heard.wait_for(|i| i.newest.iter().any(last))).await.unwrap().unwrap();
+        let incident = |device, xid, pid| Incident { device, said: Said::Xid(xid), pid, source: Source::KernelLog };
+        let told: Vec<_> = heard.borrow().newest.iter().cloned().collect();
+        assert_eq!(told, [incident(slice(2), 94, Some(7_194)), incident(gpu(1), 119, Some(77))]);
+    }
+}
+
+#[tokio::test]
+async fn a_log_that_may_not_be_read_is_no_obstacle() {
+    let site = Site::of("mixed-24-12.toml");
+    let gpus = site.start_beside(Some(site.file("nothing")));
+    until(&gpus, well).await;
 }

@@ -165,7 +165,7 @@ pub struct Block {
     /// Of one device only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// For as long as this file is there.
+    /// For as long as this file is there, to which the name of each call that hangs is added.
     pub while_file: PathBuf,
 }
 

@@ -5,7 +5,8 @@
 )]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
@@ -111,6 +112,7 @@ fn lock() -> MutexGuard<'static, Option<World>> {
 
 /// Every call but those that begin and end the use of the library goes through here.
 pub(crate) fn call(name: &str, handle: Option<usize>, work: impl FnOnce(&mut World) -> Result<(), Code>) -> Code {
+    let mut noted = false;
     loop {
         let mut guard = lock();
         let Some(world) = guard.as_mut().filter(|w| w.users > 0) else {
@@ -120,7 +122,7 @@ pub(crate) fn call(name: &str, handle: Option<usize>, work: impl FnOnce(&mut Wor
         match world.gate(name, handle) {
             Gate::Open => return work(world).err().unwrap_or(sys::nvmlReturn_enum_NVML_SUCCESS),
             Gate::Fails(code) => return code,
-            Gate::Blocked => {}
+            Gate::Blocked(file) => noted = noted || note(&file, name),
         }
         drop(guard);
         pause(Duration::MAX);
@@ -129,6 +131,7 @@ pub(crate) fn call(name: &str, handle: Option<usize>, work: impl FnOnce(&mut Wor
 
 /// Begins the use of the library. `library`: where it was loaded from.
 pub(crate) fn open(name: &str, library: &Path) -> Code {
+    let mut noted = false;
     loop {
         let mut guard = lock();
         let world = guard.get_or_insert_with(World::default);
@@ -143,11 +146,18 @@ pub(crate) fn open(name: &str, library: &Path) -> Code {
                 return sys::nvmlReturn_enum_NVML_SUCCESS;
             }
             Gate::Fails(code) => return code,
-            Gate::Blocked => {}
+            Gate::Blocked(file) => noted = noted || note(&file, name),
         }
         drop(guard);
         pause(Duration::MAX);
     }
+}
+
+/// Each call that hangs is a line of the file for which it does.
+fn note(file: &Path, name: &str) -> bool {
+    // Gone again already: then it hangs no more.
+    let written = OpenOptions::new().append(true).open(file).and_then(|mut f| writeln!(f, "{name}"));
+    written.is_ok()
 }
 
 pub(crate) fn close() -> Code {
@@ -185,7 +195,7 @@ pub(crate) fn wait(name: &str, set: usize, at_most: Duration) -> Result<(usize, 
 enum Gate {
     Open,
     Fails(Code),
-    Blocked,
+    Blocked(PathBuf),
 }
 
 impl World {
@@ -221,8 +231,8 @@ impl World {
                 && block.device.as_ref().is_none_or(|uuid| gpu.is_some_and(|gpu| gpu.uuid == *uuid))
                 && block.while_file.exists()
         };
-        if self.script.block.iter().any(concerns) {
-            return Gate::Blocked;
+        if let Some(block) = self.script.block.iter().find(|block| concerns(block)) {
+            return Gate::Blocked(block.while_file.clone());
         }
         let tables = gpu.map(|gpu| &gpu.errors).into_iter().chain([&self.script.errors]);
         match tables.flatten().find(|(call, _)| names(call)) {

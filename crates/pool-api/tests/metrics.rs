@@ -52,7 +52,7 @@ fn exposed_families_are_documented_and_the_other_way_round() {
         EventKind::LeaseRevoked { holder: Holder::default(), after: took },
     ] {
         let key = ReplicaKey { pool: id("chat"), replica: ReplicaId(0) };
-        m.observe(&Event { key, generation: Generation(1), kind });
+        m.observe(&Event { key: Some(key), generation: Generation(1), kind });
     }
     m.gateway_trip(&id("chat"), "acme", "done", &TRIP);
     m.gateway_refused("POOL_SATURATED", "other");

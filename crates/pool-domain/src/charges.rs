@@ -47,6 +47,17 @@ pub enum Said {
     DoubleBitEcc,
 }
 
+impl Said {
+    /// Its XID. An error of memory that was not corrected has one of its own.
+    #[must_use]
+    pub fn number(self) -> u64 {
+        match self {
+            Self::Xid(number) => number,
+            Self::DoubleBitEcc => 48,
+        }
+    }
+}
+
 /// What is to become of the engines on a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fate {
@@ -56,6 +67,24 @@ pub enum Fate {
     Drain,
     /// They are ended at once.
     End,
+}
+
+impl Fate {
+    /// The fate as one word.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::Stay => "stay",
+            Self::Drain => "drain",
+            Self::End => "end",
+        }
+    }
+
+    /// The fate that a word names.
+    #[must_use]
+    pub fn from_code(code: &str) -> Option<Self> {
+        [Self::Stay, Self::Drain, Self::End].into_iter().find(|fate| fate.code() == code)
+    }
 }
 
 /// How a device stands.
@@ -69,22 +98,25 @@ pub struct Standing {
     pub verdict: Verdict,
 }
 
-/// What was said once.
+/// What was said once. It goes with the boot: every device is reset by a reboot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Charge {
-    fate: Fate,
-    why: String,
-    verdict: Verdict,
+pub struct Charge {
+    /// What becomes of the engines there.
+    pub fate: Fate,
+    /// Why, as the end of a sentence.
+    pub why: String,
+    /// What somebody has to do.
+    pub verdict: Verdict,
     /// When it was said last.
-    at: Tick,
+    pub at: Tick,
     /// The device was not there since.
-    was_away: bool,
+    pub was_away: bool,
     /// The driver's own verdict was there since.
-    was_judged: bool,
+    pub was_judged: bool,
     /// Errors of memory that were not corrected, then.
-    errors: u64,
+    pub errors: u64,
     /// It is used again then, if nothing is said until then.
-    until: Option<Tick>,
+    pub until: Option<Tick>,
 }
 
 /// What is held against the devices of a node, by UUID.
@@ -98,13 +130,21 @@ pub struct Charges {
 }
 
 impl Charges {
+    /// What was held against each device, by UUID, when the daemon ended.
+    #[must_use]
+    pub fn resume(charges: BTreeMap<String, Charge>) -> Self {
+        Self { charges, ..Self::default() }
+    }
+
+    /// What is held against each device, by UUID.
+    #[must_use]
+    pub fn held(&self) -> &BTreeMap<String, Charge> {
+        &self.charges
+    }
+
     /// Takes in what was said of a device. Says what follows.
     pub fn hear(&mut self, device: &str, said: Said, table: &XidTable, now: Tick, policy: &ChargePolicy) -> XidAction {
-        // An error of memory that was not corrected has a number of its own.
-        let number = match said {
-            Said::Xid(number) => number,
-            Said::DoubleBitEcc => 48,
-        };
+        let number = said.number();
         let action = table.action(number);
         let fate = match action {
             XidAction::Ignore | XidAction::RestartEngine => return action,

@@ -11,6 +11,7 @@ pub mod device;
 #[cfg(test)]
 mod dice;
 pub mod download;
+pub mod echo;
 pub mod estimate;
 pub mod evict;
 pub mod failure;

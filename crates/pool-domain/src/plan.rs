@@ -13,6 +13,8 @@ use crate::model::ModelProfile;
 use crate::reserve::{Refusal, available, gib, place_each, usable};
 use crate::split::{SplitDevice, SplitInput, SplitPlan, SplitRatios, largest_context};
 
+mod shortage;
+
 /// Context an engine gets when nobody says: the largest that fits, at most this.
 pub const DEFAULT_CONTEXT: u64 = 8192;
 /// Contexts are tried in steps of this many tokens, to which llama.cpp pads.
@@ -52,8 +54,16 @@ pub struct Demand {
     pub vram: Option<u64>,
     /// How it is spread.
     pub split: Split,
-    /// What the same engine took before.
+    /// What was seen of the same engine before.
     pub learnt: Option<Correction>,
+}
+
+impl Demand {
+    /// What was learnt where the engine ran out of memory, and has not become ready since.
+    #[must_use]
+    pub fn ran_out(&self) -> Option<Correction> {
+        self.learnt.filter(|learnt| learnt.short > 0)
+    }
 }
 
 /// One device of a fit. Sizes are bytes.
@@ -106,12 +116,19 @@ impl Fit {
     pub fn bytes(&self) -> Vec<u64> {
         self.rows.iter().map(|r| r.promised).collect()
     }
+
+    /// Bytes that are free to it on all its devices together.
+    #[must_use]
+    pub fn room(&self) -> u64 {
+        self.rows.iter().fold(0, |sum, r| sum.saturating_add(r.room))
+    }
 }
 
 /// Finds devices for a start.
 ///
 /// # Errors
-/// Says whether waiting may help: it does if the start would fit on devices that are well and that nobody else uses.
+/// Says whether waiting may help: it does if the start would fit on devices that are well and that nobody else uses. One
+/// that ran out of memory waits for more than it had then.
 pub fn fit(
     demand: &Demand,
     mask: &DeviceMask,
@@ -119,7 +136,7 @@ pub fn fit(
     promised: &dyn Fn(&str) -> u64,
 ) -> Result<Fit, Refusal> {
     let why = match fit_now(demand, mask, devices, promised) {
-        Ok(fit) => return Ok(fit),
+        Ok(fit) => return shortage::unless_it_ran_out(demand, fit),
         Err(Refusal::Mask(e)) => return Err(Refusal::Mask(e)),
         Err(Refusal::Devices(why)) => return Err(Refusal::Devices(why)),
         Err(Refusal::Vram(why) | Refusal::NeverFits(why)) => why,
@@ -248,7 +265,7 @@ fn on_one(
         (Err(_), Some(_)) => Default::default(),
         (Err(e), None) => return Err(unknown(&e)),
     };
-    let learnt = demand.learnt.filter(|_| demand.vram.is_none()).map(|l| l.apply(&estimate));
+    let learnt = demand.learnt.filter(|l| l.is_measured() && demand.vram.is_none()).map(|l| l.apply(&estimate));
     let bytes = demand.vram.or(learnt).unwrap_or_else(|| estimate.total());
     let placed = place_each(mask, &[bytes], devices, promised)?;
     let layers = profile.layers.len();
@@ -373,6 +390,18 @@ pub enum Remedy {
         /// On the device with this index.
         index: u32,
     },
+    /// Another device has the room.
+    Elsewhere {
+        /// Its index.
+        index: u32,
+    },
+    /// Nothing that this device has.
+    Larger {
+        /// Bytes that are too little.
+        bytes: u64,
+    },
+    /// It takes what it wants of what there is: less of it to do.
+    Less,
 }
 
 impl fmt::Display for Remedy {
@@ -390,6 +419,9 @@ impl fmt::Display for Remedy {
                 write!(f, "weights of at most {} would fit on {on}: take a smaller quantisation", gib(*weights))
             }
             Self::Free { bytes, index } => write!(f, "{} more free memory on GPU {index} is needed", gib(*bytes)),
+            Self::Elsewhere { index } => write!(f, "devices = \"{index}\" has more room"),
+            Self::Larger { bytes } => write!(f, "a GPU that leaves it more than {} would be needed", gib(*bytes)),
+            Self::Less => f.write_str("a smaller `context` or fewer `slots` may fit"),
         }
     }
 }
@@ -403,8 +435,10 @@ pub fn remedies(
     promised: &dyn Fn(&str) -> u64,
 ) -> Vec<Remedy> {
     let (EngineMemory::LlamaCpp(settings), Some(profile), None) = (&demand.memory, &demand.profile, demand.vram) else {
-        return Vec::new();
+        return shortage::remedies(demand, mask, devices, promised);
     };
+    // By how much its estimate was too low, as far as that is known.
+    let lack = shortage::lack(demand, mask, devices, promised);
     let wanted = if settings.context == 0 { DEFAULT_CONTEXT.min(profile.context_length) } else { settings.context };
     let trained = profile.context_length.max(wanted);
     let tokens = |settings: LlamaCppSettings, split: &Split, mask: &DeviceMask, most: u64| {
@@ -412,7 +446,7 @@ pub fn remedies(
             let memory = EngineMemory::LlamaCpp(LlamaCppSettings { context, ..settings });
             // What was learnt belongs to the settings that were asked for.
             let demand = Demand { memory, split: split.clone(), learnt: None, ..demand.clone() };
-            fit(&demand, mask, devices, promised).is_ok()
+            fit(&demand, mask, devices, promised).is_ok_and(|fit| shortage::spares(&fit, lack))
         };
         largest_context(fits, most, CONTEXT_STEP)
     };
@@ -441,6 +475,7 @@ pub fn remedies(
     if let Err(Refusal::Vram(_)) = as_is {
         found.extend(missing(demand, mask, devices, promised));
     }
+    found.extend(shortage::remedies(demand, mask, devices, promised));
     if found.is_empty() {
         found.extend(smaller(profile, settings, mask, devices));
     }

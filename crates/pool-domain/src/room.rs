@@ -1,6 +1,7 @@
 //! How a start that does not fit gets its memory: which idle replicas give way, and what is kept for it then.
 
 use crate::device::DeviceSnapshot;
+use crate::estimate::WORTH_A_TRY;
 use crate::evict::{EvictionPolicy, NoEviction, Resident, Start, WhyKept, plan_eviction};
 use crate::mask::DeviceMask;
 use crate::plan::{Demand, at_best};
@@ -45,7 +46,11 @@ pub fn make_room(
 ) -> Result<Room, NoRoom> {
     let hopeless = || NoRoom { detail: String::new(), possible_at: None };
     let fit = at_best(demand, mask, devices).map_err(|_| hopeless())?;
-    let bytes = fit.bytes();
+    let mut bytes = fit.bytes();
+    // One that ran out gets no further with what it had then.
+    if let ([needed], Some(learnt)) = (bytes.as_mut_slice(), demand.ran_out()) {
+        *needed = (*needed).max(learnt.short.saturating_add(WORTH_A_TRY));
+    }
     let spread = *mask == DeviceMask::Auto && bytes.len() > 1;
     let list = fit.devices.uuids.join(",");
     let mask = if spread { DeviceMask::parse(&list).map_err(|_| hopeless())? } else { mask.clone() };
@@ -158,6 +163,21 @@ mod tests {
         assert_eq!(one.words(), "`b` gives way, idle, with 12.0 GiB");
         let both = with("0,1");
         assert_eq!((both.pools(), both.kept.len()), (vec!["b", "a"], 2));
+    }
+
+    #[test]
+    fn one_that_ran_out_has_somebody_give_way_though_its_own_figure_would_fit() {
+        let rs = [resident("a", 0, 4 * GIB, 5)];
+        let learnt = crate::estimate::Correction::default().ran_out(None, 16 * GIB, Some(12 * GIB));
+        let again = Demand { learnt: Some(learnt), ..demand(3 * GIB) };
+        let policy = EvictionPolicy { min_ready_time: Duration::ZERO };
+        let promised = |u: &str| if u == test_gpu(0).uuid { 4 * GIB } else { 0 };
+        let mask = "0".parse().unwrap();
+        let room = make_room(&again, &mask, &gpus(), &promised, &rs, &policy, Tick(50_000)).unwrap();
+        assert_eq!((room.pools(), room.kept[0].1), (vec!["a"], 12 * GIB + WORTH_A_TRY));
+        // With all of it, nobody can help.
+        let all = Demand { learnt: Some(learnt.ran_out(None, 16 * GIB, Some(16 * GIB))), ..again };
+        assert!(make_room(&all, &mask, &gpus(), &promised, &rs, &policy, Tick(50_000)).is_err());
     }
 
     #[test]

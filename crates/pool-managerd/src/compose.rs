@@ -81,8 +81,9 @@ pub fn begin_gpus(config: &Config) -> Result<Gpus, Exit> {
             gpus.start();
             Ok(Gpus { probe: Arc::new(gpus), opening: None })
         }
-        Gpu::Nvml { .. } => {
-            let gpus = NvmlGpus::start(gpu_nvml::Options::default()).map_err(|e| Exit::new(BUG, e.to_string()))?;
+        Gpu::Nvml { kernel_log, .. } => {
+            let options = gpu_nvml::Options { kernel_log: kernel_log.clone(), ..gpu_nvml::Options::default() };
+            let gpus = NvmlGpus::start(options).map_err(|e| Exit::new(BUG, e.to_string()))?;
             let opening = Some(gpus.opening());
             Ok(Gpus { probe: Arc::new(gpus), opening })
         }

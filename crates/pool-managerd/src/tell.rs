@@ -28,7 +28,8 @@ pub(crate) async fn run(
         };
         let Some(event) = event else { return };
         metrics.observe(&event);
-        let view = EventView::new(&event, pools.of(&event.key.pool).as_deref(), clock.wall());
+        let view =
+            EventView::new(&event, event.key.as_ref().and_then(|key| pools.of(&key.pool)).as_deref(), clock.wall());
         log(&event, &view, format);
         history.push(&view, event.holder().is_some());
     }
@@ -38,13 +39,17 @@ fn log(event: &Event, view: &EventView, format: LogFormat) {
     let sentence = view.human.as_str();
     // In the log for people the sentence is the message; programs find it under its name too.
     let human = (format == LogFormat::Json).then_some(sentence);
+    // What does not apply is left out.
+    let of_pool = event.key.is_some();
+    let (pool_id, replica_id) = (of_pool.then_some(&*view.pool_id), of_pool.then_some(&*view.replica_id));
+    let generation = of_pool.then_some(view.generation);
     macro_rules! line {
         ($level:ident) => {
             tracing::$level!(
                 event = view.event,
-                pool_id = view.pool_id,
-                replica_id = view.replica_id,
-                generation = view.generation,
+                pool_id,
+                replica_id,
+                generation,
                 engine = view.engine,
                 engine_version = view.engine_version,
                 model_id = view.model_id,

@@ -41,6 +41,16 @@ fn an_h100_with_seven_slices() {
 }
 
 #[test]
+fn a_slice_that_is_chosen() {
+    let node = Node::of("h100-seven-slices.toml");
+    let daemon = node.start(&node.pool("auto", "auto", Some("1 GiB"), "vram = \"1 GiB\""));
+    let ready = daemon.until("auto", |p| p["ready"] == true);
+    let chosen = ready["device_mask"].as_str().unwrap().to_owned();
+    assert!((0..7).map(slice).any(|one| one == chosen) && ready["proof"] == "vram", "{ready:#}");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
 fn a_pair_of_24_and_12_gib() {
     let node = Node::of("mixed-24-12.toml");
     let (both, uuid) = (format!("{},{}", gpu(1), gpu(2)), gpu(2));
@@ -52,6 +62,7 @@ fn a_pair_of_24_and_12_gib() {
             ("bus", "0000:65:00.0", gpu(2)),
             ("short-bus", "01:00.0", gpu(1)),
             ("both", "0,1", both.clone()),
+            ("range", "0-1", both.clone()),
             ("all", "all", both),
             // Where there is most room.
             ("auto", "auto", gpu(1)),
@@ -63,13 +74,17 @@ fn a_pair_of_24_and_12_gib() {
 #[test]
 fn eight_gpus_that_are_linked() {
     let node = Node::of("eight-nvlink.toml");
+    let by_uuid = gpu(5);
     let (list, uuids) = (format!("{},{}", gpu(7), gpu(3)), |range: std::ops::RangeInclusive<u32>| {
         range.map(gpu).collect::<Vec<_>>().join(",")
     });
     let daemon = serves(
         &node,
         &[
+            ("index", "5", gpu(6)),
+            ("uuid", &by_uuid, gpu(5)),
             ("range", "0-3", uuids(1..=4)),
+            ("mixed", "0000:df:00.0,4", format!("{},{}", gpu(8), gpu(5))),
             ("order", &list, list.clone()),
             ("bus", "0000:df:00.0", gpu(8)),
             ("all", "all", uuids(1..=8)),
@@ -85,8 +100,20 @@ fn eight_gpus_that_are_linked() {
 #[test]
 fn two_gpus_of_which_one_is_lost() {
     let node = Node::of("one-lost.toml");
-    let lost = node.pool("lost", "1", Some("1 GiB"), "vram = \"1 GiB\"");
-    let daemon = node.start(&(node.pool("auto", "auto", Some("1 GiB"), "vram = \"1 GiB\"") + &lost));
+    let pool = |id: &str, mask: &str| node.pool(id, mask, Some("1 GiB"), "vram = \"1 GiB\"");
+    let (well, ill) = (gpu(1), gpu(2));
+    let pools =
+        [("auto", "auto"), ("index", "0"), ("uuid", &*well), ("lost", "1"), ("lost-uuid", &*ill), ("all", "all")];
+    let daemon = node.start(&pools.iter().map(|(id, mask)| pool(id, mask)).collect::<String>());
+    for id in ["index", "uuid"] {
+        let ready = daemon.until(id, |p| p["ready"] == true);
+        assert_eq!(ready["device_mask"].as_str(), Some(well.as_str()), "{id}");
+    }
+    // A mask that names it waits for it, whole.
+    for id in ["lost-uuid", "all"] {
+        let waits = daemon.until(id, |p| p["state"] == "waiting");
+        assert!(waits["reason"].as_str().unwrap().contains("GPU 1 is lost"), "{waits:#}");
+    }
     let ready = daemon.until("auto", |p| p["ready"] == true);
     assert_eq!(ready["device_mask"].as_str(), Some(gpu(1).as_str()));
     let waits = daemon.until("lost", |p| p["state"] == "waiting");

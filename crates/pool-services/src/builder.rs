@@ -9,7 +9,6 @@ use std::time::Duration;
 use pool_domain::PoolId;
 use pool_domain::evict::EvictionPolicy;
 use pool_domain::lease_book::Limits;
-use pool_domain::suspicion::Suspicions;
 use pool_domain::xid::XidTable;
 use thiserror::Error;
 use tokio::sync::{Notify, mpsc, watch};
@@ -25,7 +24,7 @@ use crate::driver::Ports;
 use crate::events::{Event, EventSink};
 use crate::manager::{Inner, PoolManager};
 use crate::node::{Node, QUEUE};
-use crate::ports::{EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
+use crate::ports::{AgainstDevices, EngineHost, EngineProbe, EngineProvisioner, GpuProbe, ModelStore, StateLedger};
 use crate::spec::PoolSpec;
 use crate::steward::{Ledgered, Steward, told_of};
 use crate::view::View;
@@ -236,7 +235,7 @@ impl Builder {
         let (table_tx, table) = watch::channel(Arc::new(pools));
         told.send_replace(told_of(&records));
         let (steward_commands, commands) = mpsc::channel(QUEUE);
-        let suspicions = ports.ledger.suspicions().await;
+        let against_devices = ports.ledger.against_devices().await;
         let steward = Steward {
             table: table.clone(),
             wards: Vec::new(),
@@ -255,8 +254,7 @@ impl Builder {
             eviction: self.eviction,
             found: records,
             closed,
-            remembered: keep_suspicions(suspicions.clone(), Arc::clone(&ports.ledger)),
-            suspicions,
+            remembered: keep_against_devices(against_devices, Arc::clone(&ports.ledger)),
         };
         node.watched("steward", steward.run());
         let (catalog, orders) = mpsc::channel(QUEUE);
@@ -291,12 +289,12 @@ impl Builder {
 
 /// Keeps what is held against devices, which is `so_far` until the steward says more. An orderly end does not wait for it:
 /// ending engines holds nothing against a device, and what failures did was written when they happened.
-fn keep_suspicions(so_far: Suspicions, ledger: Arc<dyn StateLedger>) -> watch::Sender<Suspicions> {
+fn keep_against_devices(so_far: AgainstDevices, ledger: Arc<dyn StateLedger>) -> watch::Sender<AgainstDevices> {
     let (tx, told) = watch::channel(so_far);
     tokio::spawn(async move {
-        let write = |newest: Suspicions| {
+        let write = |newest: AgainstDevices| {
             let ledger = Arc::clone(&ledger);
-            async move { ledger.note_suspicions(&newest).await }
+            async move { ledger.note_against_devices(&newest).await }
         };
         crate::remember::keep(told, write, |error| {
             tracing::error!(%error, "what is held against devices will not survive a restart of the daemon");

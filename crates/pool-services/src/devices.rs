@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use pool_domain::charges::{ChargePolicy, Charges, Fate, Said, Standing};
+use pool_domain::charges::{Charge, ChargePolicy, Charges, Fate, Said, Standing};
+use pool_domain::echo::Echoes;
 use pool_domain::lifecycle::State;
 use pool_domain::xid::{self, XidAction};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, Verdict};
@@ -19,6 +20,7 @@ use crate::steward::{Book, Steward};
 #[derive(Debug, Default)]
 pub(crate) struct Casebook {
     charges: Charges,
+    echoes: Echoes,
     /// Incidents that were heard.
     heard: u64,
     /// XIDs by device and number.
@@ -28,6 +30,16 @@ pub(crate) struct Casebook {
 }
 
 impl Casebook {
+    /// With what was held against devices when the daemon before this one ended.
+    pub(crate) fn resume(charges: BTreeMap<String, Charge>) -> Self {
+        Self { charges: Charges::resume(charges), ..Self::default() }
+    }
+
+    /// What the driver said once, by UUID.
+    pub(crate) fn held(&self) -> &BTreeMap<String, Charge> {
+        self.charges.held()
+    }
+
     /// How often each XID was reported.
     pub(crate) fn xids(&self) -> Vec<XidCount> {
         let count = |((device, xid), count): (&(String, u64), &u64)| XidCount {
@@ -90,7 +102,9 @@ impl Steward {
         for incident in new {
             self.hear(&incident, inventory, book, &policy).await;
         }
-        if let Some(table) = &self.xids {
+        // While nobody can say which devices there are, none has been away.
+        let can_say = inventory.problem.is_none() || !inventory.devices.is_empty();
+        if let Some(table) = self.xids.as_ref().filter(|_| can_say) {
             for uuid in book.cases.charges.see(&inventory.devices, table, now, &policy) {
                 self.readmit(book, uuid);
             }
@@ -103,14 +117,17 @@ impl Steward {
     }
 
     async fn hear(&self, incident: &Incident, inventory: &Inventory, book: &mut Book, policy: &ChargePolicy) {
-        let Incident { device, said, pid } = incident;
+        let Incident { device, said, pid, source } = incident;
+        let xid = said.number();
+        // One of them may know of which slice it is.
+        let slice = inventory.devices.iter().find(|d| d.uuid == *device).and_then(|d| d.mig.as_ref());
+        let gpu = slice.map_or(device, |m| &m.parent);
+        if !book.cases.echoes.is_news(gpu, xid, *source, self.clock.now()) {
+            return;
+        }
         if let Said::Xid(number) = said {
             *book.cases.xids.entry((device.clone(), *number)).or_default() += 1;
         }
-        let xid = match said {
-            Said::Xid(number) => *number,
-            Said::DoubleBitEcc => 48,
-        };
         let Some(table) = &self.xids else {
             tracing::warn!(device, xid, "the driver reports an error, and nothing is done about errors");
             return;
@@ -126,9 +143,12 @@ impl Steward {
             "the driver reports an error"
         );
         let concerned: Vec<(Seat, Generation)> = self.on(device, inventory, book);
+        let kind = EventKind::DeviceIncident { device: device.clone(), xid, action, verdict };
+        if concerned.is_empty() {
+            self.events.send_of_node(kind.clone());
+        }
         for (seat, generation) in &concerned {
-            let kind = EventKind::DeviceIncident { device: device.clone(), xid, action, verdict };
-            self.events.send(&seat.key, *generation, kind);
+            self.events.send(&seat.key, *generation, kind.clone());
             book.accuse_for(device, &seat.key, *generation);
         }
         if action == XidAction::RestartEngine {

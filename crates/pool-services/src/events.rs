@@ -10,8 +10,8 @@ use pool_domain::{Failure, Generation, Holder, ReplicaKey, Verdict};
 /// Something worth telling.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    /// Whom it concerns.
-    pub key: ReplicaKey,
+    /// Whom it concerns; unset where it is about the node alone.
+    pub key: Option<ReplicaKey>,
     /// Its generation.
     pub generation: Generation,
     /// What happened.
@@ -283,7 +283,8 @@ impl Event {
     /// One plain sentence of at most 100 characters, without ids or secrets.
     #[must_use]
     pub fn human(&self) -> String {
-        let name = |most: usize| self.key.pool.as_str().chars().take(most).collect::<String>();
+        let pool = self.key.as_ref().map_or("", |key| key.pool.as_str());
+        let name = |most: usize| pool.chars().take(most).collect::<String>();
         let text = self.sentence(&name(NAME));
         // Rather a shorter name than half a sentence.
         let over = text.chars().count().saturating_sub(SENTENCE);
@@ -342,7 +343,8 @@ impl Event {
                 "Engines of several pools failed on one GPU: nothing new starts there until its probation ends".into()
             }
             EventKind::DeviceIncident { xid, action, .. } => format!(
-                "The driver reports XID {xid} of a GPU of the {pool} pool: {}",
+                "The driver reports XID {xid} of a GPU {}: {}",
+                if pool.is_empty() { "that no pool uses".to_owned() } else { format!("of the {pool} pool") },
                 match action {
                     XidAction::Ignore => "nothing follows",
                     XidAction::RestartEngine => "its engine starts again",
@@ -478,7 +480,15 @@ impl EventSink {
 
     /// Tells, or counts a loss.
     pub fn send(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {
-        let event = Event { key: key.clone(), generation, kind };
+        self.put(Event { key: Some(key.clone()), generation, kind });
+    }
+
+    /// The same of the node, whatever pools there are.
+    pub fn send_of_node(&self, kind: EventKind) {
+        self.put(Event { key: None, generation: Generation(0), kind });
+    }
+
+    fn put(&self, event: Event) {
         // Who asks at the same moment may find the same place: as many too many as there are threads.
         let crowded = event.holder().is_some() && self.tx.capacity() <= NOT_FOR_LEASES;
         if crowded || self.tx.try_send(event).is_err() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pool_domain::evict::Resident;
 use pool_domain::lifecycle::{State, Wait};
-use pool_domain::plan::{Fit, fit};
+use pool_domain::plan::{Demand, Fit, fit};
 use pool_domain::room::{NoRoom, Room, make_room};
 use pool_domain::{DeviceMask, DeviceSnapshot, Generation, PoolId, ReplicaKey, ResolvedMask, Tick};
 use tokio::sync::oneshot;
@@ -17,6 +17,7 @@ use crate::driver::Want;
 use crate::events::EventKind;
 use crate::ports::Inventory;
 use crate::roster::{PoolHandle, Seat};
+use crate::shortage;
 use crate::spec::Activation;
 use crate::steward::{Book, Promised, Steward, promised_but_to};
 
@@ -158,6 +159,7 @@ impl Steward {
         &self,
         key: &ReplicaKey,
         want: &Want,
+        demand: &Demand,
         usable: &[DeviceSnapshot],
         promised: &dyn Fn(&str) -> u64,
         book: &Book,
@@ -181,7 +183,7 @@ impl Steward {
             return None;
         }
         let own: Vec<DeviceSnapshot> = usable.iter().filter(|d| !taken.contains(&d.uuid)).cloned().collect();
-        fit(&want.demand, &want.mask, &own, promised).ok()
+        fit(demand, &want.mask, &own, promised).ok()
     }
 
     /// Forgets who waits no more, and brings back who gave way for nothing.
@@ -265,7 +267,8 @@ impl Steward {
         let usable = self.devices_for(key, inventory, book, &promised);
         let promised = |u: &str| promised.get(u).copied().unwrap_or(0);
         let residents = self.residents(key, book, now);
-        let planned = make_room(&want.demand, &want.mask, &usable, &promised, &residents, &self.eviction, now);
+        let demand = shortage::as_seen(key, want, &book.lowest);
+        let planned = make_room(&demand, &want.mask, &usable, &promised, &residents, &self.eviction, now);
         match planned.and_then(|room| self.evict(key, want.generation, room, book, now)) {
             Ok(words) => Wait::Vram { detail: with(&words), possible_at: None },
             Err(NoRoom { detail, possible_at }) => {

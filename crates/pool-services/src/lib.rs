@@ -34,6 +34,7 @@ mod returned;
 mod roster;
 pub mod routing;
 mod seen;
+mod shortage;
 pub mod snapshot;
 pub mod spec;
 mod steward;

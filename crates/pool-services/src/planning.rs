@@ -100,8 +100,8 @@ pub(crate) async fn demand(
         EngineMemory::Fixed(_) | EngineMemory::Unknown => None,
     };
     let mut demand = Demand { profile, memory, vram: spec.vram, split: spec.tensor_split.clone(), learnt: None };
-    if let (Some(ledger), Some(key)) = (ledger, correction_key(spec, &demand)) {
-        demand.learnt = ledger.learnt(&spec.id, &key).await;
+    if let Some(ledger) = ledger {
+        demand.learnt = ledger.learnt(&spec.id, &correction_key(spec, &demand)).await;
     }
     Ok(demand)
 }

@@ -1,6 +1,6 @@
 //! What the services need from the outside, as small traits. Adapters implement them, `pool-testkit` fakes them.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use pool_domain::charges::Said;
+use pool_domain::charges::{Charge, Said};
+use pool_domain::echo::Source;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Proof};
 use pool_domain::liveness::Work;
@@ -76,6 +77,8 @@ pub struct Incident {
     pub said: Said,
     /// The process that it is about, where that is told.
     pub pid: Option<u32>,
+    /// Who said it.
+    pub source: Source,
 }
 
 /// The newest incidents, oldest first, and how many there were before them.
@@ -577,6 +580,15 @@ pub struct StoredPool {
     pub probation: Option<Probation>,
 }
 
+/// What is held against devices.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AgainstDevices {
+    /// Because engines of several pools failed there.
+    pub suspicions: Suspicions,
+    /// Because of what the driver said, by UUID.
+    pub charges: BTreeMap<String, Charge>,
+}
+
 /// Facts that outlive the daemon.
 #[async_trait]
 pub trait StateLedger: fmt::Debug + Send + Sync {
@@ -597,9 +609,9 @@ pub trait StateLedger: fmt::Debug + Send + Sync {
     /// The last failure of a replica, as it was told to people.
     async fn last_error(&self, key: &ReplicaKey) -> Option<LastError>;
     /// What is held against devices, in ticks of this boot; after a reboot nothing is.
-    async fn suspicions(&self) -> Suspicions;
+    async fn against_devices(&self) -> AgainstDevices;
     /// Remembers that, in place of what was remembered before.
-    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError>;
+    async fn note_against_devices(&self, held: &AgainstDevices) -> Result<(), LedgerError>;
     /// Whether demand must not wake the pool.
     async fn held(&self, pool: &PoolId) -> bool;
     /// Sets or lifts the hold.

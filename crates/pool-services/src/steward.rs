@@ -26,8 +26,9 @@ use crate::devices::{self, Casebook};
 use crate::driver::{Accused, Denied, DriverCommand, Grant, Want};
 use crate::events::{EventKind, EventSink};
 use crate::eviction::Line;
-use crate::ports::{EngineHost, EngineRecord, Incidents, Inventory, Phase};
+use crate::ports::{AgainstDevices, EngineHost, EngineRecord, Incidents, Inventory, Phase};
 use crate::roster::{Seat, Table};
+use crate::shortage;
 
 /// Waiting replicas are looked at again after this long even if nothing was heard: ports and disks recover silently.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
@@ -63,6 +64,8 @@ pub(crate) struct Book {
     ending: BTreeMap<ReplicaKey, Generation>,
     /// What others use of each device.
     foreign: BTreeMap<String, u64>,
+    /// The least that was free to each start that ran out of memory, while it waits.
+    pub(crate) lowest: BTreeMap<ReplicaKey, u64>,
     suspicions: Suspicions,
     /// The newest accusation that was heard of each replica, and of each device its last accuser.
     heard: BTreeMap<ReplicaKey, Accused>,
@@ -116,10 +119,8 @@ pub(crate) struct Steward {
     pub(crate) found: Vec<EngineRecord>,
     /// Devices on which something of earlier engines may be left.
     pub(crate) closed: watch::Receiver<Closed>,
-    /// What was held against devices before this daemon.
-    pub(crate) suspicions: Suspicions,
-    /// Where it is kept.
-    pub(crate) remembered: watch::Sender<Suspicions>,
+    /// What is held against devices, and is kept; at first that of before this daemon.
+    pub(crate) remembered: watch::Sender<AgainstDevices>,
 }
 
 impl Steward {
@@ -129,8 +130,9 @@ impl Steward {
         let held = reservations(&self.found);
         let ending = self.found.iter().filter(|r| r.phase == Phase::Stopping);
         let ending = ending.map(|r| (r.key.clone(), r.generation)).collect();
-        let suspicions = std::mem::take(&mut self.suspicions);
-        let mut book = Book { homes: held.clone(), held, ending, suspicions, ..Book::default() };
+        let AgainstDevices { suspicions, charges } = self.remembered.borrow().clone();
+        let cases = Casebook::resume(charges);
+        let mut book = Book { homes: held.clone(), held, ending, suspicions, cases, ..Book::default() };
         let mut next_port = *self.ports.start();
         let mut look_again = tokio::time::interval(LOOK_AGAIN);
         let (mut inventory_lives, mut incidents_live, mut commanded) = (true, true, true);
@@ -157,6 +159,7 @@ impl Steward {
             self.judge(&mut book);
             self.attend(&inventory, &mut book).await;
             self.tend(&mut book);
+            self.see_room(&inventory, &mut book);
             self.unblock(&inventory, &mut book, next_port, retry).await;
             // Devices for whose turn somebody is next.
             let mut spoken_for = BTreeSet::new();
@@ -202,8 +205,10 @@ impl Steward {
                 pids: self.wards.iter().flat_map(|w| w.published.borrow().pids.clone()).collect(),
             });
             self.remembered.send_if_modified(|s| {
-                let changed = *s != book.suspicions;
-                s.clone_from(&book.suspicions);
+                let changed = s.suspicions != book.suspicions || s.charges != *book.cases.held();
+                if changed {
+                    *s = AgainstDevices { suspicions: book.suspicions.clone(), charges: book.cases.held().clone() };
+                }
                 changed
             });
             let conditions = self.conditions(&inventory, &book);
@@ -324,8 +329,11 @@ impl Steward {
     }
 
     pub(crate) fn readmit(&self, book: &mut Book, uuid: String) {
-        if let Some((key, generation)) = book.accusers.remove(&uuid) {
-            self.events.send(&key, generation, EventKind::DeviceReadmitted { device: uuid });
+        let accused_for = book.accusers.remove(&uuid);
+        let kind = EventKind::DeviceReadmitted { device: uuid };
+        match accused_for {
+            Some((key, generation)) => self.events.send(&key, generation, kind),
+            None => self.events.send_of_node(kind),
         }
     }
 
@@ -463,6 +471,7 @@ impl Steward {
                 devices,
                 listen: None,
                 bytes: Vec::new(),
+                room: None,
                 tensor_split: None,
                 context: None,
             });
@@ -474,21 +483,25 @@ impl Steward {
         let promised = promised_but_to(key, book);
         let usable = self.devices_for(key, inventory, book, &promised);
         let promised = |u: &str| promised.get(u).copied().unwrap_or(0);
+        let demand = shortage::as_seen(key, want, &book.lowest);
         let at_home = || {
             let home = want.home.as_ref()?;
             let own: Vec<_> = usable.iter().filter(|d| home.uuids.contains(&d.uuid)).cloned().collect();
-            fit(&want.demand, &want.mask, &own, &promised).ok()
+            fit(&demand, &want.mask, &own, &promised).ok()
         };
         let fit = at_home()
-            .or_else(|| self.beside_its_siblings(key, want, &usable, &promised, book))
-            .map_or_else(|| fit(&want.demand, &want.mask, &usable, &promised), Ok);
+            .or_else(|| self.beside_its_siblings(key, want, &demand, &usable, &promised, book))
+            .map_or_else(|| fit(&demand, &want.mask, &usable, &promised), Ok);
         let fit = fit.map_err(|r| match r {
             // It may yet come: at boot drivers and slices are not all there at once.
             Refusal::Mask(e @ MaskError::Absent { .. }) => Denied::Wait(Wait::Devices { detail: e.to_string() }),
             Refusal::Mask(e) => Denied::Never(Failure::new(FailureClass::Config, e.to_string())),
             Refusal::NeverFits(detail) => Denied::Never(Failure::new(FailureClass::Config, detail)),
             Refusal::Devices(detail) => Denied::Wait(Wait::Devices { detail }),
-            Refusal::Vram(detail) => Denied::Wait(Wait::Vram { detail, possible_at: None }),
+            Refusal::Vram(why) => {
+                let detail = shortage::told(why, &demand, &want.mask, &usable, &promised);
+                Denied::Wait(Wait::Vram { detail, possible_at: None })
+            }
         })?;
         let taken: Vec<u16> = book.held.values().filter_map(|r| r.port).collect();
         let count = u32::from(*self.ports.end() - *self.ports.start()) + 1;
@@ -500,6 +513,7 @@ impl Steward {
                 return Ok(Grant {
                     generation,
                     bytes: fit.bytes(),
+                    room: Some(fit.room()),
                     devices: fit.devices,
                     listen: Some(addr),
                     tensor_split: fit.tensor_split,

@@ -7,6 +7,7 @@ use pool_domain::charges::Said;
 use pool_domain::device::{MigSlice, Remap};
 use pool_domain::xid::{XidAction, XidTable};
 use pool_domain::{DeviceHealth, DeviceSnapshot, FailureClass, PoolId, Verdict};
+use pool_services::ports::GpuProbe;
 use pool_services::{Activation, Event, EventKind, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
 use pool_testkit::{FakeNode, gpu, spec, until};
 use tokio::sync::mpsc;
@@ -286,4 +287,90 @@ async fn who_stops_a_pool_while_its_device_is_drained_has_it_stay_down() {
     tokio::time::sleep(Duration::from_secs(60)).await;
     let rests = m.pool(&id("a")).await.unwrap();
     assert_eq!((state(&rests), rests.hold), ("idle", true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_that_two_sources_tell_of_happened_once_and_of_one_alone_as_well() {
+    use pool_domain::echo::Source;
+    let (node, m, _events) = serving().await;
+    for (first_source, then) in [(Source::KernelLog, Source::Driver), (Source::Driver, Source::KernelLog)] {
+        node.gpus.say_by(&first(), Said::Xid(94), first_source);
+        shortly().await;
+        for name in ["a", "b"] {
+            until(&m, &id(name), PoolSnapshot::ready).await;
+        }
+        node.gpus.say_by(&first(), Said::Xid(94), then);
+        tokio::time::sleep(Duration::from_secs(40)).await;
+    }
+    // The kernel's log alone.
+    node.gpus.say_by(&gpu(1, 0).uuid, Said::Xid(31), Source::KernelLog);
+    until(&m, &id("far"), |s| s.ready() && s.replicas[0].generation.0 == 2).await;
+    let counted: Vec<_> = m.node().await.unwrap().xids.iter().map(|x| (x.xid, x.count)).collect();
+    assert_eq!(counted, [(94, 2), (31, 1)]);
+    assert_eq!(m.pool(&id("a")).await.unwrap().replicas[0].generation.0, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_happens_to_a_device_that_no_pool_uses_is_told_as_well() {
+    let node = FakeNode::default();
+    let (m, mut events) = node.manage(vec![on("far", "1")]).await;
+    until(&m, &id("far"), PoolSnapshot::ready).await;
+    node.gpus.say(&first(), Said::Xid(119));
+    shortly().await;
+    let stands = device(&m, &first()).await;
+    assert_eq!((stands.health.code(), stands.verdict), ("fenced", Verdict::ResetDevice));
+    m.unfence("0").await.unwrap();
+    let of_node: Vec<Event> =
+        std::iter::from_fn(|| events.try_recv().ok()).filter(|event| event.key.is_none()).collect();
+    let told: Vec<(&str, String)> = of_node.iter().map(|e| (e.code(), e.human())).collect();
+    let incident = "The driver reports XID 119 of a GPU that no pool uses: it is drained";
+    let again = "A GPU that was not well is used again";
+    assert_eq!(told, [("device_incident", incident.to_owned()), ("device_readmitted", again.to_owned())]);
+    untouched(&m, "far").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_the_driver_said_and_a_probation_outlive_the_daemon() {
+    let (node, m, _events) = serving().await;
+    node.gpus.say(&first(), Said::Xid(119));
+    until(&m, &id("a"), |s| s.replicas[0].reason_code == "devices").await;
+    let whole = node.gpus.inventory().borrow().clone();
+    // The next one finds the driver before its devices: none of them has been away.
+    let again = async |m: PoolManager| {
+        shortly().await;
+        drop(m);
+        node.gpus.forget_incidents();
+        node.gpus.change(|i| (i.problem, i.devices) = (Some("the driver library is being opened".into()), Vec::new()));
+        let (m, _) = node.manage(vec![on("a", "0"), on("far", "1")]).await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        node.gpus.change(|i| *i = whole.clone());
+        shortly().await;
+        m
+    };
+    let m = again(m).await;
+    let stands = device(&m, &first()).await;
+    assert_eq!((stands.health.code(), stands.verdict), ("fenced", Verdict::ResetDevice));
+    assert!(stands.health.reason().contains("XID 119"), "{stands:?}");
+    let waits = until(&m, &id("a"), |s| s.replicas[0].reason_code == "devices").await;
+    assert!(waits.replicas[0].reason.contains("XID 119"), "{waits:#?}");
+    // Somebody resets it, and it is watched for a minute; a restart makes that neither shorter nor longer.
+    node.gpus.change(|i| i.devices.retain(|d| d.uuid != first()));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    node.gpus.change(|i| *i = whole.clone());
+    let back = Instant::now();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    let m = again(m).await;
+    let watched = device(&m, &first()).await;
+    assert!(watched.health.reason().contains("on probation"), "{watched:?}");
+    until(&m, &id("a"), PoolSnapshot::ready).await;
+    assert!((Duration::from_secs(60)..Duration::from_secs(63)).contains(&back.elapsed()), "{:?}", back.elapsed());
+    // A reboot resets every device.
+    node.gpus.say(&first(), Said::Xid(119));
+    until(&m, &id("a"), |s| s.replicas[0].reason_code == "devices").await;
+    shortly().await;
+    drop(m);
+    node.ledger.forget_devices();
+    node.gpus.forget_incidents();
+    let (m, _events) = node.manage(vec![on("a", "0")]).await;
+    until(&m, &id("a"), PoolSnapshot::ready).await;
 }

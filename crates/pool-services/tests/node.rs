@@ -8,14 +8,14 @@ use pool_domain::estimate::learnt::LEARNT_MARGIN;
 use pool_domain::failure::Exit;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::plan::{EngineMemory, Split};
-use pool_domain::{Failure, FailureClass, KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId};
+use pool_domain::{Failure, FailureClass, PoolId};
 use pool_services::control::{PlacementRequest, PlanRequest};
 use pool_services::ports::{Holder, Listener, Residency};
 use pool_services::{
     Activation, ControlError, DrainOptions, LeaseRequest, OperationState, PoolControl, PoolManager, PoolSnapshot,
     PoolSpec,
 };
-use pool_testkit::{FakeNode, gpu, spec};
+use pool_testkit::{FakeNode, gpu, header, spec};
 use tokio::time::Instant;
 
 const LONG: Duration = Duration::from_secs(36_000);
@@ -417,31 +417,6 @@ async fn a_failed_stage_launches_nothing_and_preload_tries_again() {
     let op = m.preload(&id).await.unwrap();
     let done = m.wait_operation(&op.id, LONG).await.unwrap();
     assert_eq!(done.state, OperationState::Succeeded("ready".into()));
-}
-
-/// A model of a few GiB, as its header would tell.
-fn header() -> ModelProfile {
-    let kv = KvShape { heads_kv: 8, key_length: 128, value_length: 128, window: None };
-    let layer =
-        LayerProfile { bytes: 500 << 20, heads: 32, kv: Some(kv), feed_forward_length: 8192, ..Default::default() };
-    ModelProfile {
-        format: ModelFormat::Gguf,
-        architecture: "llama".into(),
-        layers: vec![layer; 32],
-        input_bytes: 100 << 20,
-        output_bytes: 100 << 20,
-        other_bytes: 0,
-        tied_embeddings: false,
-        embedding_bytes: 100 << 20,
-        embedding_length: 4096,
-        context_length: 32_768,
-        vocabulary: 32_000,
-        experts: 0,
-        experts_used: 0,
-        quantisation: "Q8_0".into(),
-        tensor_bytes: 16 << 30,
-        header_digest: "sha256:a".into(),
-    }
 }
 
 /// A node whose engines are estimated as llama.cpp's, and a pool without a size of its own.

@@ -15,7 +15,7 @@ pub use rest::{FakeGpus, FakeLedger, FakeModels, gpu, spec};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_domain::PoolId;
+use pool_domain::{KvShape, LayerProfile, ModelFormat, ModelProfile, PoolId};
 use pool_services::events::Event;
 use pool_services::{Builder, PoolControl, PoolManager, PoolSnapshot, PoolSpec, Restored};
 use tokio::sync::mpsc;
@@ -33,6 +33,32 @@ pub async fn until(m: &PoolManager, id: &PoolId, wanted: impl Fn(&PoolSnapshot) 
         seen = m.wait_pool(id, seen.snapshot, Duration::from_secs(3_600)).await.expect("a pool");
     }
     seen
+}
+
+/// A model of 16 GiB, as its header would tell.
+#[must_use]
+pub fn header() -> ModelProfile {
+    let kv = KvShape { heads_kv: 8, key_length: 128, value_length: 128, window: None };
+    let layer =
+        LayerProfile { bytes: 500 << 20, heads: 32, kv: Some(kv), feed_forward_length: 8192, ..Default::default() };
+    ModelProfile {
+        format: ModelFormat::Gguf,
+        architecture: "llama".into(),
+        layers: vec![layer; 32],
+        input_bytes: 100 << 20,
+        output_bytes: 100 << 20,
+        other_bytes: 0,
+        tied_embeddings: false,
+        embedding_bytes: 100 << 20,
+        embedding_length: 4096,
+        context_length: 32_768,
+        vocabulary: 32_000,
+        experts: 0,
+        experts_used: 0,
+        quantisation: "Q8_0".into(),
+        tensor_bytes: 16 << 30,
+        header_digest: "sha256:a".into(),
+    }
 }
 
 /// A node of fakes.

@@ -7,18 +7,18 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::charges::Said;
+use pool_domain::echo::Source;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{OnDeadline, Past, Policy};
 use pool_domain::perf::{Perf, PerfKey, Speeds};
 use pool_domain::plan::Split;
-use pool_domain::suspicion::Suspicions;
 use pool_domain::{
     DeviceHealth, DeviceMask, DeviceSnapshot, Failure, FailureClass, Generation, ModelProfile, ModelRef, PoolId,
     ReplicaKey, Tick,
 };
 use pool_services::ports::{
-    EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Presence, Residency,
-    ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
+    AgainstDevices, EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Presence,
+    Residency, ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -108,7 +108,17 @@ impl FakeGpus {
 
     /// Has the driver say something of a device.
     pub fn say(&self, device: &str, said: Said) {
-        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None }));
+        self.say_by(device, said, Source::Driver);
+    }
+
+    /// The same of one of those who may say it.
+    pub fn say_by(&self, device: &str, said: Said, source: Source) {
+        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None, source }));
+    }
+
+    /// What it said is told to nobody who comes later.
+    pub fn forget_incidents(&self) {
+        self.incidents.send_modify(|all| *all = Incidents::default());
     }
 
     /// Sets who holds memory.
@@ -247,7 +257,7 @@ struct Facts {
     generations: BTreeMap<ReplicaKey, Generation>,
     pasts: BTreeMap<ReplicaKey, Past>,
     last_errors: BTreeMap<ReplicaKey, LastError>,
-    suspicions: Suspicions,
+    against_devices: AgainstDevices,
     past_writes: u64,
     held: BTreeSet<PoolId>,
     handoffs: BTreeMap<ReplicaKey, Handoff>,
@@ -278,6 +288,11 @@ impl FakeLedger {
     /// When the machine was started: at the first question.
     pub fn booted(&self) -> Instant {
         *self.booted.get_or_init(Instant::now)
+    }
+
+    /// What a reboot takes with it: nothing is held against a device that was reset.
+    pub fn forget_devices(&self) {
+        self.facts().against_devices = AgainstDevices::default();
     }
 
     /// Whether later writes fail, as on a full disk.
@@ -386,12 +401,12 @@ impl StateLedger for FakeLedger {
     async fn last_error(&self, key: &ReplicaKey) -> Option<LastError> {
         self.facts().last_errors.get(key).cloned()
     }
-    async fn suspicions(&self) -> Suspicions {
-        self.facts().suspicions.clone()
+    async fn against_devices(&self) -> AgainstDevices {
+        self.facts().against_devices.clone()
     }
-    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+    async fn note_against_devices(&self, held: &AgainstDevices) -> Result<(), LedgerError> {
         self.slowly().await;
-        self.write(|f| f.suspicions.clone_from(suspicions))
+        self.write(|f| f.against_devices.clone_from(held))
     }
     async fn note_past(
         &self,

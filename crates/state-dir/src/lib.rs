@@ -16,6 +16,7 @@
 
 #![forbid(unsafe_code)]
 
+mod against_devices;
 mod engines;
 mod files;
 mod lock_dir;
@@ -23,7 +24,6 @@ mod past;
 mod record;
 mod speed;
 mod stored;
-mod suspicions;
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io;
@@ -36,9 +36,8 @@ use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::perf::{Perf, PerfKey, Speeds};
-use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
+use pool_services::ports::{AgainstDevices, EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
 use pool_services::snapshot::LastError;
 use thiserror::Error;
 use tokio::sync::Semaphore;
@@ -203,17 +202,17 @@ impl StateLedger for StateDir {
         self.read(&key.pool).await.last_error(key.replica)
     }
 
-    async fn suspicions(&self) -> Suspicions {
+    async fn against_devices(&self) -> AgainstDevices {
         let boot_id = self.boot_id.clone();
-        self.work(move |paths| suspicions::load(&paths.root, &boot_id)).await.unwrap_or_else(|error| {
+        self.work(move |paths| against_devices::load(&paths.root, &boot_id)).await.unwrap_or_else(|error| {
             error!(%error, "what is held against devices cannot be read; it is forgotten");
-            Suspicions::default()
+            AgainstDevices::default()
         })
     }
 
-    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
-        let (suspicions, boot_id) = (suspicions.clone(), self.boot_id.clone());
-        self.work(move |paths| suspicions::store(&paths.root, &suspicions, boot_id))
+    async fn note_against_devices(&self, held: &AgainstDevices) -> Result<(), LedgerError> {
+        let (held, boot_id) = (held.clone(), self.boot_id.clone());
+        self.work(move |paths| against_devices::store(&paths.root, &held, boot_id))
             .await
             .map_err(|source| LedgerError { what: "what is held against devices", source })
     }

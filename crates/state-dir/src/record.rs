@@ -45,6 +45,13 @@ struct LearntRecord {
     settings: String,
     taken: u64,
     samples: u32,
+    #[serde(default, skip_serializing_if = "is_zero")]
+    short: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl LearntRecord {
@@ -109,13 +116,13 @@ impl PoolRecord {
 
     pub(crate) fn learnt(&self, key: &CorrectionKey) -> Option<Correction> {
         let found = self.learnt.iter().find(|l| l.is(key))?;
-        Some(Correction { taken: found.taken, samples: found.samples })
+        Some(Correction { taken: found.taken, samples: found.samples, short: found.short })
     }
 
     pub(crate) fn learn(&mut self, key: CorrectionKey, correction: Correction) {
         self.learnt.retain(|l| !l.is(&key));
-        let CorrectionKey { model, settings } = key;
-        self.learnt.push(LearntRecord { model, settings, taken: correction.taken, samples: correction.samples });
+        let (CorrectionKey { model, settings }, Correction { taken, samples, short }) = (key, correction);
+        self.learnt.push(LearntRecord { model, settings, taken, samples, short });
         let superfluous = self.learnt.len().saturating_sub(LEARNT_MAX);
         self.learnt.drain(..superfluous);
     }

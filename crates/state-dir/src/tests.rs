@@ -317,10 +317,10 @@ async fn what_engines_took_is_remembered_within_bounds() {
     for n in 0..40 {
         state.learn(&pool, &key(n), Correction::new(n)).await.unwrap();
     }
-    state.learn(&pool, &key(39), Correction { taken: 99, samples: 2 }).await.unwrap();
+    state.learn(&pool, &key(39), Correction { taken: 99, samples: 2, short: 7 }).await.unwrap();
     drop(state);
     let state = StateDir::open(dir.path()).unwrap();
-    assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2 }));
+    assert_eq!(state.learnt(&pool, &key(39)).await, Some(Correction { taken: 99, samples: 2, short: 7 }));
     assert_eq!((state.learnt(&pool, &key(7)).await, state.learnt(&pool, &key(8)).await.is_some()), (None, true));
 }
 
@@ -536,29 +536,34 @@ async fn a_flipped_bit_in_either_file_changes_no_generation() {
 
 #[tokio::test]
 async fn the_last_error_survives_and_what_is_held_against_devices_until_a_reboot() {
+    use pool_domain::FailureClass;
+    use pool_domain::charges::{ChargePolicy, Charges, Said};
     use pool_domain::suspicion::{Accusation, SuspicionPolicy, Suspicions};
-    use pool_domain::{Failure, FailureClass};
+    use pool_domain::xid::XidTable;
+    use pool_services::ports::AgainstDevices;
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();
     let a = key("chat", 0);
-    assert_eq!((state.last_error(&a).await, state.suspicions().await), (None, Suspicions::default()));
+    assert_eq!((state.last_error(&a).await, state.against_devices().await), (None, AgainstDevices::default()));
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(1_763_900_000_123);
-    let Failure { class, detail } = Failure::new(FailureClass::Hang, "slot 0 stood still");
-    let error = LastError { class, detail, at };
+    let error = LastError { class: FailureClass::Hang, detail: "slot 0 stood still".into(), at };
     state.note_past(&a, in_trouble(), Some(&error), Tick(1)).await.unwrap();
-    let mut held = Suspicions::default();
+    let (mut suspicions, mut charges) = (Suspicions::default(), Charges::default());
+    charges.hear("GPU-2", Said::Xid(79), &XidTable::default(), Tick(7), &ChargePolicy::default());
+    charges.hear("GPU-3", Said::Xid(54), &XidTable::default(), Tick(8), &ChargePolicy::default());
     for (pool, at) in [("a", 5), ("b", 9)] {
         let accusation = Accusation { pool: pool.parse().unwrap(), class: "driver_error", at: Tick(at) };
-        held.accuse("GPU-1", accusation, &SuspicionPolicy::default());
+        suspicions.accuse("GPU-1", accusation, &SuspicionPolicy::default());
     }
-    state.note_suspicions(&held).await.unwrap();
+    let held = AgainstDevices { suspicions, charges: charges.held().clone() };
+    state.note_against_devices(&held).await.unwrap();
     drop(state);
     let mut state = StateDir::open(dir.path()).unwrap();
-    assert_eq!((state.last_error(&a).await, state.suspicions().await), (Some(error.clone()), held.clone()));
+    assert_eq!((state.last_error(&a).await, state.against_devices().await), (Some(error.clone()), held.clone()));
     fs::write(dir.path().join("devices.json"), "torn").unwrap();
-    assert_eq!(state.suspicions().await, held);
+    assert_eq!(state.against_devices().await, held);
     state.boot_id = "another".into();
-    assert_eq!((state.last_error(&a).await, state.suspicions().await), (Some(error), Suspicions::default()));
+    assert_eq!((state.last_error(&a).await, state.against_devices().await), (Some(error), AgainstDevices::default()));
 }
 
 #[test]

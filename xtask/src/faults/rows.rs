@@ -64,7 +64,15 @@ pub(super) const ROWS: &[Row] = &[
         "told from other SIGKILLs by the cgroup's own counter",
         &["engine-host::oom::an_engine_that_the_kernel_killed_for_memory_ran_out_of_host_memory"],
     ),
-    row("VRAM runs out", "the engine's log tells", &["engine-host::log_patterns::real_logs_tell_their_class"]),
+    row(
+        "VRAM runs out",
+        "the engine's log tells; its next start waits until more is free than it had, and says what would fit",
+        &[
+            "engine-host::log_patterns::real_logs_tell_their_class",
+            "pool-services::shortage::a_start_that_ran_out_of_memory_waits_until_more_is_free_and_says_what_would_fit",
+            "pool-managerd::e2e_nvml_trouble::a_start_that_runs_out_of_memory_waits_until_more_is_free_and_says_what_would_fit",
+        ],
+    ),
     row(
         "VRAM is not given back",
         "the device is fenced until it is",
@@ -98,7 +106,10 @@ pub(super) const ROWS: &[Row] = &[
     row(
         "XID 119 and others that need a reset",
         "drained within 10 s, fenced, used again a minute after something shows that it was reset",
-        &["pool-services::incidents::a_device_that_has_to_be_reset_is_drained_fenced_and_used_again_when_it_was"],
+        &[
+            "pool-services::incidents::a_device_that_has_to_be_reset_is_drained_fenced_and_used_again_when_it_was",
+            "pool-managerd::e2e_nvml_trouble::a_device_that_has_to_be_reset_stays_fenced_though_the_daemon_is_killed_and_its_probation_goes_on",
+        ],
     ),
     row(
         "NVML blocks",
@@ -106,6 +117,18 @@ pub(super) const ROWS: &[Row] = &[
         &[
             "pool-managerd::e2e_nvml::while_the_driver_hangs_the_api_answers_engines_serve_and_starts_wait",
             "gpu-nvml::standin::a_call_that_hangs_makes_its_device_unknown_and_all_others_old_until_it_returns",
+        ],
+    ),
+    row(
+        "XID 119 while NVML blocks",
+        "the engines of that device are drained, others go on; no second call; fenced once the call has returned",
+        &["pool-managerd::e2e_nvml_trouble::xid_119_while_the_driver_hangs_costs_the_accused_gpu_alone"],
+    ),
+    row(
+        "an XID that only the kernel's log tells of",
+        "heard there, and once where the library tells of it too",
+        &[
+            "pool-managerd::e2e_nvml_trouble::an_error_that_only_the_kernel_s_log_tells_of_is_heard_and_one_of_both_once",
         ],
     ),
     row(

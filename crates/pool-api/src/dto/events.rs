@@ -18,10 +18,13 @@ macro_rules! event {
             /// When.
             pub at: String,
             /// The pool.
+            #[serde(default, skip_serializing_if = "String::is_empty")]
             pub pool_id: String,
             /// Its replica.
+            #[serde(default, skip_serializing_if = "String::is_empty")]
             pub replica_id: String,
-            /// The replica's start attempt.
+            /// The replica's start attempt; 0 where it is about no replica.
+            #[serde(default)]
             pub generation: u64,
             $($(#[$doc])* #[serde(default, skip_serializing_if = "Option::is_none")] pub $field: Option<$ty>,)*
         }
@@ -109,8 +112,8 @@ impl EventView {
             event: event.code().to_owned(),
             human: event.human(),
             at: super::to_wire::time(at),
-            pool_id: event.key.pool.to_string(),
-            replica_id: event.key.replica.to_string(),
+            pool_id: event.key.as_ref().map(|key| key.pool.to_string()).unwrap_or_default(),
+            replica_id: event.key.as_ref().map(|key| key.replica.to_string()).unwrap_or_default(),
             generation: event.generation.0,
             engine: spec.map(|s| s.engine.to_string()),
             engine_version: spec.map(|s| s.version.clone()).filter(|v| !v.is_empty()),

@@ -134,7 +134,8 @@ fn count(family: &Counters, labels: &Labels) {
 impl Metrics {
     /// Counts an event.
     pub fn observe(&self, event: &Event) {
-        let key = &event.key;
+        // What happens to a device alone is counted with the devices.
+        let Some(key) = &event.key else { return };
         match &event.kind {
             EventKind::StateChanged { from, to } => {
                 count(&self.transitions, &of(key, &[("from", from), ("to", to)]));

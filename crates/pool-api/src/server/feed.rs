@@ -163,7 +163,7 @@ mod tests {
         assert_eq!((names(&all), all.gap), (vec![1, 2, 3, 4, 5], false));
         assert_eq!(
             all.past[0].frame,
-            "id: e-1\nevent: k0\ndata: {\"event\":\"k0\",\"human\":\"Näh\",\"at\":\"\",\"pool_id\":\"\",\"replica_id\":\"\",\"generation\":0}\n\n"
+            "id: e-1\nevent: k0\ndata: {\"event\":\"k0\",\"human\":\"Näh\",\"at\":\"\",\"generation\":0}\n\n"
         );
         for (after, past, gap) in [
             ("e-3", vec![4, 5], false),

@@ -15,7 +15,7 @@ pub mod vllm;
 use std::fmt;
 use std::str::FromStr;
 
-pub use learnt::{Correction, CorrectionKey};
+pub use learnt::{Correction, CorrectionKey, WORTH_A_TRY};
 pub use llama_cpp::{FlashAttention, LlamaCppSettings, Outputs, estimate, estimate_single, layer_loads, output_load};
 pub use vllm::VllmSettings;
 

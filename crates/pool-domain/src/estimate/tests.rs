@@ -273,11 +273,38 @@ fn what_cannot_be_estimated_says_so() {
 fn what_was_learnt_counts() {
     let estimate = DeviceEstimate { weights: 4000, kv: 1000, compute: 300, runtime: 400, margin: 500 };
     let learnt = Correction::new(5500).and(5600).and(5400);
-    assert_eq!(learnt, Correction { taken: 5600, samples: 3 });
+    assert_eq!(learnt, Correction { taken: 5600, samples: 3, short: 0 });
     assert_eq!(learnt.apply(&estimate), 5600 + learnt::LEARNT_MARGIN);
     assert_eq!(Correction::new(10).apply(&estimate), 5000 + learnt::LEARNT_MARGIN);
     let two = MemoryEstimate { devices: vec![estimate; 2], host: DeviceEstimate::default(), compared: true };
     assert_eq!(two.promises(&[Some(learnt)]), [5600 + learnt::LEARNT_MARGIN, 6200]);
+}
+
+#[test]
+fn an_engine_that_ran_out_is_promised_more_and_tried_only_where_more_is_free() {
+    use learnt::{LEARNT_MARGIN, WORTH_A_TRY};
+    let gib = 1024 * MIB;
+    let once = Correction::default().ran_out(Some(6 * gib), 24 * gib, Some(10 * gib));
+    assert_eq!(once, Correction { taken: 6 * gib, samples: 0, short: 10 * gib });
+    assert!(
+        !once.may_try(10 * gib) && !once.may_try(10 * gib + WORTH_A_TRY - 1) && once.may_try(10 * gib + WORTH_A_TRY)
+    );
+    // Again, with more; and with less, which says nothing new.
+    let twice = once.ran_out(Some(6 * gib + LEARNT_MARGIN), 24 * gib, Some(12 * gib));
+    assert_eq!((twice.taken, twice.short), (6 * gib + LEARNT_MARGIN, 12 * gib));
+    assert_eq!(twice.ran_out(Some(gib), 24 * gib, Some(gib)), twice);
+    // Memory that somebody took meanwhile, and gave back, is memory that came free.
+    assert!(twice.since(4 * gib).may_try(5 * gib));
+    // The next promise still fits on the device.
+    let whole = Correction::default().ran_out(Some(24 * gib), 24 * gib, Some(24 * gib));
+    assert_eq!(whole.taken + LEARNT_MARGIN, 24 * gib);
+    // One that served got along: it is promised more, and tried where it was.
+    let served = Correction::new(6 * gib).ran_out(Some(7 * gib), 24 * gib, None);
+    assert_eq!((served.taken, served.may_try(0)), (7 * gib, true));
+    // Nothing is estimated: nothing stands in for that.
+    assert!(!Correction::default().ran_out(None, 24 * gib, Some(gib)).is_measured());
+    // Ready: it did suffice.
+    assert!(twice.and(gib).may_try(0));
 }
 
 #[test]

@@ -168,3 +168,52 @@ fn what_does_not_fit_is_answered_with_what_would() {
         matches!(remedies(&demand(1, 8192), &DeviceMask::Auto, &devices, &none)[..], [Remedy::Context { tokens }] if tokens > 8192)
     );
 }
+
+/// It was promised what the estimate said, and ran out where `short` were free to it.
+fn ran_out(scale: u64, context: u64, short: u64) -> Demand {
+    let learnt = Correction::default().ran_out(None, 24 * GIB, Some(short));
+    Demand { learnt: Some(learnt), ..demand(scale, context) }
+}
+
+#[test]
+fn a_start_that_ran_out_waits_for_more_than_it_had_or_goes_where_there_is_more() {
+    let devices = [gpu(0, 24), gpu(1, 12)];
+    let first: DeviceMask = "0".parse().unwrap();
+    let there = |used: u64| move |u: &str| if u.ends_with('0') { used * GIB } else { 0 };
+    assert!(devices[0].uuid.ends_with('0') && !devices[1].uuid.ends_with('0'));
+    // It had 10 GiB: the same, or a little more, is not tried again.
+    let again = ran_out(1, 8192, 10 * GIB);
+    let Err(Refusal::Vram(why)) = fit(&again, &first, &devices, &there(14)) else { panic!() };
+    assert_eq!(why, "its engine ran out of GPU memory where 10.0 GiB were free to it, and 10.0 GiB are now");
+    assert!(fit(&again, &first, &devices, &there(13)).is_ok(), "a GiB more came free");
+    // Nor on another that has less; on one that has more it is.
+    assert!(fit(&again, &DeviceMask::Auto, &devices[..1], &there(14)).is_err());
+    let auto = fit(&again, &DeviceMask::Auto, &devices, &there(14)).unwrap();
+    assert_eq!(auto.devices.uuids, [devices[1].uuid.clone()]);
+    // Over several devices, what they have together counts.
+    assert!(fit(&ran_out(1, 8192, 36 * GIB), &DeviceMask::All, &devices, &none).is_err());
+    assert!(fit(&ran_out(1, 8192, 30 * GIB), &DeviceMask::All, &devices, &none).is_ok());
+}
+
+#[test]
+fn what_would_fit_is_told_of_a_start_that_ran_out() {
+    let devices = [gpu(0, 24), gpu(1, 12)];
+    let second: DeviceMask = "1".parse().unwrap();
+    let told = remedies(&ran_out(1, 32_768, 12 * GIB), &second, &devices, &none);
+    let Some(Remedy::Context { tokens }) = told.first() else { panic!("{told:?}") };
+    assert!((256..32_768).contains(tokens), "its estimate was too low, so less than that says: {told:?}");
+    assert!(
+        told.contains(&Remedy::Elsewhere { index: 0 }) && told.contains(&Remedy::Larger { bytes: 12 * GIB }),
+        "{told:?}"
+    );
+    // With half of it in the hands of others, free memory is what may help.
+    let busy = remedies(&ran_out(1, 8192, 7 * GIB), &second, &devices, &|_| 5 * GIB);
+    assert!(busy.contains(&Remedy::Free { bytes: 256 << 20, index: 1 }), "{busy:?}");
+    // Nothing is known of what it takes.
+    let said = Demand { vram: Some(3 * GIB), profile: None, ..ran_out(1, 8192, 12 * GIB) };
+    let words: Vec<String> = remedies(&said, &second, &devices, &none).iter().map(ToString::to_string).collect();
+    assert_eq!(words[0], "devices = \"0\" has more room");
+    assert!(words.last().unwrap().contains("fewer `slots`"), "{words:?}");
+    // Where it may be tried nothing has to be said.
+    assert_eq!(remedies(&said, &DeviceMask::Auto, &devices, &none), []);
+}

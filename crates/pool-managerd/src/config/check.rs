@@ -182,7 +182,13 @@ fn gpu(raw: &RawGpu, raw_node: &RawNode, node: &Node, source: &Source) -> Result
     };
     match raw.backend {
         Backend::Nvml => match &raw.topology {
-            None => Ok(Gpu::Nvml { wait }),
+            None => {
+                let kernel_log = match raw.kernel_log.as_str() {
+                    "off" => None,
+                    text => Some(path(text, source, At::Key(&at("kernel_log")))?),
+                };
+                Ok(Gpu::Nvml { wait, kernel_log })
+            }
             Some(_) => Err(source
                 .error(At::Key(&at("topology")), "a topology is for simulated devices only")
                 .hinting("remove it, or write backend = \"simulated\"")),

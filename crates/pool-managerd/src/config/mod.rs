@@ -124,6 +124,8 @@ pub enum Gpu {
     Nvml {
         /// How long to wait for devices at boot; `None` is for ever.
         wait: Option<Duration>,
+        /// The kernel's log, if it is to be read.
+        kernel_log: Option<PathBuf>,
     },
     /// A topology file.
     Simulated {

@@ -207,6 +207,8 @@ pub struct RawGpu {
     pub topology: Option<String>,
     /// How long to wait for devices at boot; `forever` for services.
     pub wait: String,
+    /// Where the kernel's log is read, in which the driver tells of errors (XIDs) too; `off`: it is not.
+    pub kernel_log: String,
     /// Whether anything follows from what the driver says of a device: errors (XIDs), memory that cannot be corrected, its
     /// verdict that it has to be reset. Without it these are counted, and that is all.
     pub health_checks: bool,
@@ -218,7 +220,14 @@ pub struct RawGpu {
 
 impl Default for RawGpu {
     fn default() -> Self {
-        Self { backend: Backend::Nvml, topology: None, wait: "30s".into(), health_checks: true, xid: BTreeMap::new() }
+        Self {
+            backend: Backend::Nvml,
+            topology: None,
+            wait: "30s".into(),
+            kernel_log: gpu_nvml::KERNEL_LOG.into(),
+            health_checks: true,
+            xid: BTreeMap::new(),
+        }
     }
 }
 

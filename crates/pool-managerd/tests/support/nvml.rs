@@ -75,6 +75,12 @@ impl Node {
         self.change(|s| s.event.push(event(next(s), xid, instance)));
     }
 
+    /// Has the driver report an XID of the first GPU, whoever listens.
+    pub fn report_unheard(&mut self, xid: u64) {
+        let id = self.script.event.iter().map(|e| e.id).max().unwrap_or(0) + 1;
+        self.change(|s| s.event.push(Event { id, device: gpu(1), data: xid, ..Event::default() }));
+    }
+
     /// Has calls about a device not return for as long as the file that is given back exists.
     pub fn hang(&mut self, device: Option<String>) -> PathBuf {
         let file = self.file("hung");

@@ -59,6 +59,7 @@ impl Driver {
             devices: record.devices.clone(),
             listen: Some(record.endpoint.addr),
             bytes: record.bytes.clone(),
+            room: None,
             tensor_split: None,
             context: None,
         });

@@ -3,6 +3,7 @@
 
 mod adopt;
 mod health;
+mod lessons;
 mod memory;
 mod pace;
 mod scribe;
@@ -11,9 +12,9 @@ mod tell;
 mod work;
 
 pub(crate) use adopt::{Found, busy};
+pub(crate) use lessons::correction_key;
 pub(crate) use memory::{Memory, Remembered};
 pub(crate) use pace::{Pace, SpeedBook};
-pub(crate) use work::correction_key;
 
 use scribe::Scribe;
 use staging::Progress;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
+use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::meters::Reading;
 use pool_domain::perf::{PerfHints, PerfKey};
@@ -87,6 +89,8 @@ pub(crate) struct Grant {
     pub(crate) listen: Option<std::net::SocketAddr>,
     /// Bytes on each device, in order.
     pub(crate) bytes: Vec<u64>,
+    /// What was free to it on all of them together; unset where nobody knows any more.
+    pub(crate) room: Option<u64>,
     pub(crate) tensor_split: Option<String>,
     pub(crate) context: Option<u64>,
 }
@@ -265,6 +269,8 @@ pub(crate) struct Driver {
     events: EventSink,
     memory: Memory,
     pace: Pace,
+    /// The newest of what was learnt of its engine's memory, which a disk may not have yet.
+    learnt: Option<(CorrectionKey, Correction)>,
     attempt: Attempt,
     work: CancellationToken,
     scribe: Scribe,
@@ -337,6 +343,7 @@ impl Driver {
             events: parts.events,
             memory: parts.memory,
             pace: parts.pace,
+            learnt: None,
             attempt: Attempt::default(),
             work: CancellationToken::new(),
             last_check: None,
@@ -404,6 +411,9 @@ impl Driver {
                 self.evacuating = false;
                 if matches!(command, Command::Start | Command::Resume) {
                     self.call_off_drain();
+                }
+                if command == Command::ResetBreaker {
+                    self.forget_shortage();
                 }
                 if !self.drains_once_adopted(command) {
                     self.step(Event::Command(command));
@@ -559,6 +569,7 @@ impl Driver {
             let told = |f: &Failure| LastError { class: f.class.clone(), detail: f.detail.clone(), at };
             self.last_error = self.replica.last_failure.as_ref().map(|(_, f)| told(f));
             self.accuse(generation);
+            self.learn_shortage(before.served());
         }
         if self.replica.state.live() {
             self.attempt.held.see(&*self.ports.gpu);

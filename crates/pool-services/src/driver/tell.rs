@@ -31,6 +31,11 @@ impl Before {
     pub(super) fn fails_anew(&self, r: &Replica) -> bool {
         r.last_failure.is_some() && r.last_failure != self.failure
     }
+
+    /// Whether it had become Ready.
+    pub(super) fn served(&self) -> bool {
+        self.state.proof().is_some()
+    }
 }
 
 impl Driver {

@@ -5,15 +5,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use fault_points::{Point, reached};
-use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
-use pool_domain::plan::{Demand, EngineMemory, Split};
 use pool_domain::residency::{self, Listing, Place};
 use pool_domain::{Failure, FailureClass, Generation};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::lessons::correction_key;
 use super::staging::tell_staging;
 use super::{Attempt, Driver, Grant, Holds, Report, Want};
 use crate::planning::demand;
@@ -22,7 +21,6 @@ use crate::ports::{
     Worked,
 };
 use crate::returned;
-use crate::spec::PoolSpec;
 
 /// Between two looks at a starting engine: a fiftieth of the time it has taken so far, within these bounds. A look
 /// costs the engine a request while it loads, and readiness must be seen within 100 ms.
@@ -63,11 +61,15 @@ impl Driver {
         let (ports, spec) = (self.ports.clone(), Arc::clone(&self.spec));
         let (told, progress) = watch::channel(None);
         let (tx, generation) = (self.reports_tx.clone(), self.replica.generation);
+        let learnt = self.learnt.clone();
         self.run_work(async move {
             let staged = async {
                 let model = ports.models.ensure_present(&spec.model, &told).await?;
                 let (models, provisioner) = (&*ports.models, &*ports.provisioner);
-                let demand = demand(models, provisioner, Some(&*ports.ledger), &spec, &model).await?;
+                let mut demand = demand(models, provisioner, Some(&*ports.ledger), &spec, &model).await?;
+                if let Some((_, newest)) = learnt.filter(|(key, _)| *key == correction_key(&spec, &demand)) {
+                    demand.learnt = Some(newest);
+                }
                 Ok((model, demand))
             };
             let staged = tokio::select! {
@@ -100,19 +102,6 @@ impl Driver {
             demand: Arc::clone(self.attempt.demand.as_ref()?),
             external: self.ports.provisioner.external(&self.spec).is_some(),
         })
-    }
-
-    /// Remembers what an engine took whose memory was estimated, for its next start.
-    pub(super) fn learn(&self, taken: Option<u64>) {
-        let (Some(taken), Some(demand)) = (taken, &self.attempt.demand) else { return };
-        let Some(key) = correction_key(&self.spec, demand) else { return };
-        let (ledger, pool) = (Arc::clone(&self.ports.ledger), self.key.pool.clone());
-        let correction = demand.learnt.map_or(Correction::new(taken), |before| before.and(taken));
-        tokio::spawn(async move {
-            if let Err(e) = ledger.learn(&pool, &key, correction).await {
-                tracing::warn!(pool_id = %pool, error = %e, "what the engine took is not remembered");
-            }
-        });
     }
 
     pub(super) fn prepare(&mut self, grant: &Grant) {
@@ -278,17 +267,6 @@ impl Driver {
             }
         });
     }
-}
-
-/// What a learnt figure belongs to; nothing is learnt where nothing is estimated, or of a split.
-pub(crate) fn correction_key(spec: &PoolSpec, demand: &Demand) -> Option<CorrectionKey> {
-    let (EngineMemory::LlamaCpp(settings), Split::Off, None) = (&demand.memory, &demand.split, demand.vram) else {
-        return None;
-    };
-    let model = demand.profile.as_ref().map(|p| p.header_digest.clone()).filter(|d| !d.is_empty())?;
-    // Without a context of its own the planner chooses one, by what is free.
-    (settings.context != 0)
-        .then(|| CorrectionKey { model, settings: format!("{} {settings:?} {:?}", spec.engine, spec.args) })
 }
 
 /// Tells, until nobody listens any more, whenever the engine got somewhere. A process tree is read once a second, since

@@ -78,6 +78,7 @@ pub fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(super::checks_life::HangsAreFound::default()),
         Box::new(super::checks_life::HandoffsAreTrue),
         Box::new(super::checks_reload::ReloadsCutNoLease::default()),
+        Box::new(super::accused::NothingStartsOnTheAccused),
         Box::new(NothingForNothing),
         Box::new(SnapshotsGrow::default()),
     ]
@@ -198,7 +199,7 @@ impl Invariant for ReadyIsProved {
 }
 
 /// Between a grant and the launch, however slow the disk.
-const PREPARED_WITHIN: Duration = Duration::from_secs(30);
+pub(super) const PREPARED_WITHIN: Duration = Duration::from_secs(30);
 
 /// Neither what is promised nor what was promised to living engines is ever more than a device has, nor more than others
 /// leave of it to a start.

@@ -58,7 +58,9 @@ impl Invariant for ReloadsCutNoLease {
             What::Term(pid) | What::Kill(pid) => {
                 let Some(p) = scene.processes.get(pid) else { return Ok(()) };
                 let Some((asked, allowed)) = self.asked.get(&p.launch.key.pool) else { return Ok(()) };
-                let first = p.signalled == Some(entry.at) && p.at < *asked && p.ended.is_none();
+                // What the driver said of its device ends it whatever else is under way.
+                let accused = p.launch.devices.iter().any(|(uuid, _)| scene.accused.may_end(uuid, entry.at));
+                let first = p.signalled == Some(entry.at) && p.at < *asked && p.ended.is_none() && !accused;
                 if first && p.requests > 0 && entry.at < *asked + *allowed {
                     let after = entry.at - *asked;
                     return Err(format!(

@@ -6,9 +6,8 @@ use async_trait::async_trait;
 use pool_domain::estimate::{Correction, CorrectionKey};
 use pool_domain::lifecycle::Past;
 use pool_domain::perf::{Perf, PerfKey, Speeds};
-use pool_domain::suspicion::Suspicions;
 use pool_domain::{Generation, PoolId, ReplicaKey, Tick};
-use pool_services::ports::{EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
+use pool_services::ports::{AgainstDevices, EngineRecord, Handoff, LedgerError, StateLedger, StoredPool};
 use pool_services::snapshot::LastError;
 
 use super::Plant;
@@ -26,7 +25,7 @@ pub(super) struct Facts {
     speeds: BTreeMap<PoolId, Speeds>,
     last_errors: BTreeMap<ReplicaKey, LastError>,
     /// With the boot in which they were noted.
-    suspicions: (u32, Suspicions),
+    against_devices: (u32, AgainstDevices),
     pub(super) stored: BTreeMap<PoolId, StoredPool>,
 }
 
@@ -150,15 +149,15 @@ impl StateLedger for World {
         self.call().await;
         self.lock().facts.last_errors.get(key).cloned()
     }
-    async fn suspicions(&self) -> Suspicions {
+    async fn against_devices(&self) -> AgainstDevices {
         self.call().await;
         let inner = self.lock();
-        let (boot, suspicions) = &inner.facts.suspicions;
-        if *boot == inner.boot { suspicions.clone() } else { Suspicions::default() }
+        let (boot, held) = &inner.facts.against_devices;
+        if *boot == inner.boot { held.clone() } else { AgainstDevices::default() }
     }
-    async fn note_suspicions(&self, suspicions: &Suspicions) -> Result<(), LedgerError> {
+    async fn note_against_devices(&self, held: &AgainstDevices) -> Result<(), LedgerError> {
         let boot = self.lock().boot;
-        self.write(|f| f.suspicions = (boot, suspicions.clone())).await
+        self.write(|f| f.against_devices = (boot, held.clone())).await
     }
     async fn held(&self, pool: &PoolId) -> bool {
         self.call().await;

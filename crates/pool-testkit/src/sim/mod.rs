@@ -5,6 +5,7 @@
 //! To add a promise: write an [`checks::Invariant`] and put it into [`checks::all`]. To add a fault: a field of
 //! [`script::Script`] or an [`schedule::Act`].
 
+mod accused;
 pub mod checks;
 pub mod checks_life;
 pub mod checks_reload;

@@ -15,7 +15,7 @@ use pool_services::admission::SlotGuard;
 use pool_services::planted::Bug;
 use pool_services::{
     Activation, ControlError, Declared, DrainOptions, LeaseRequest, NodeSnapshot, OperationState, PoolControl,
-    PoolManager, PoolSnapshot, PoolSpec, ReloadRequest, Source,
+    PoolManager, PoolSnapshot, PoolSpec, ReloadRequest, ReplicaSnapshot, Source,
 };
 use tokio::sync::Notify;
 
@@ -406,6 +406,11 @@ impl Runner {
             Act::Heal(at) => world.heal(&self.pool(at).0),
             Act::Crash(at) => world.crash(&self.pool(at).0),
             Act::Health(at, n) => world.device(Some(at), |d| d.shown.health = health(n)),
+            Act::Xid(at, xid) => {
+                // Nobody hears what is said while there is no daemon.
+                self.up().await;
+                world.say(at, xid);
+            }
             Act::Present(at, present) => world.device(Some(at), |d| d.present = present),
             Act::Foreign(at, gib) => world.device(Some(at), |d| d.foreign = gib << 30),
             Act::Ports(n) => world.take_ports(self.schedule.ports.clone().take(usize::from(n))),
@@ -458,6 +463,16 @@ impl Runner {
         self.release(1);
     }
 
+    /// A person resets the devices that the driver complained of.
+    async fn reset_devices(&self) {
+        let accused: Vec<String> = self.watch.lock().scene.accused.to_reset().map(str::to_owned).collect();
+        if !accused.is_empty() {
+            self.world.take_out(&accused, true);
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            self.world.take_out(&accused, false);
+        }
+    }
+
     /// The longest that a pool's own numbers allow before it is Ready, with good engines.
     fn patience(&self) -> Duration {
         let of = |p: &SimPool| {
@@ -500,6 +515,7 @@ impl Runner {
     async fn unrest(&self, m: &PoolManager) -> Option<String> {
         let node = m.node().await.unwrap_or_default();
         let mut waiting = Vec::new();
+        let evacuated = self.watch.lock().scene.accused.to_reset().next().is_some();
         for pool in pictures(m).await {
             let Some(spec) = checks::spec_of(&self.schedule, &pool.pool_id) else { continue };
             let wanted = self.wanted.get(&pool.pool_id).copied().flatten();
@@ -508,7 +524,9 @@ impl Runner {
                 if waits {
                     waiting.push(pool.pool_id.clone());
                 }
-                let yields = checks::yields(spec) && r.state == "idle";
+                // One that left an accused device comes back when somebody asks for it.
+                let left = evacuated && spec.activation == Activation::OnDemand;
+                let yields = (checks::yields(spec) || left) && r.state == "idle";
                 let rests = match wanted {
                     Some(true) => r.ready || r.state == "failed" || waits || yields,
                     Some(false) => matches!(r.state, "idle" | "failed"),
@@ -533,6 +551,10 @@ impl Runner {
         let end = self.world.now() + self.patience();
         let mut nap = Duration::from_millis(200);
         while let Some(why) = self.unrest(m).await {
+            // An engine that says so is believed for as long as nothing changes. That they behave now, a person knows.
+            for pool in pictures(m).await.iter().filter(|p| p.replicas.iter().any(ran_out)) {
+                self.ask(&pool.pool_id, Verb::Reset, m.reset_breaker(&pool.pool_id)).await;
+            }
             if self.world.now() > end {
                 self.watch.wrong(what, why);
                 return;
@@ -579,6 +601,7 @@ impl Runner {
         }
         self.calm();
         let m = self.up().await;
+        self.reset_devices().await;
         self.settle(&m, "settles").await;
         for id in self.ids() {
             self.ask(&id, Verb::Preload, m.preload(&id)).await;
@@ -625,6 +648,10 @@ impl Runner {
         world.leave();
         next
     }
+}
+
+fn ran_out(replica: &ReplicaSnapshot) -> bool {
+    replica.reason_code == "vram" && replica.reason.contains("ran out of GPU memory")
 }
 
 async fn pictures(m: &PoolManager) -> Vec<PoolSnapshot> {

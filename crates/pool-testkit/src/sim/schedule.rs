@@ -109,6 +109,8 @@ pub enum Act {
     Crash(usize),
     /// A device's health changes: 0 well, 1 suspect, 2 lost, 3 unknown.
     Health(usize, u8),
+    /// The driver reports this XID of a device.
+    Xid(usize, u64),
     /// A device leaves the bus or returns.
     Present(usize, bool),
     /// Strangers hold so many GiB of a device.
@@ -272,7 +274,9 @@ fn act(rng: &mut Rng, ports: u16) -> Act {
         55..=64 => Act::Sicken(at, rng.u64(..)),
         65..=70 => Act::Heal(at),
         71..=76 => Act::Crash(at),
-        77..=79 => Act::Health(at, rng.u8(0..=3)),
+        77..=78 => Act::Health(at, rng.u8(0..=3)),
+        // Nothing, the engines start again, nothing new starts, they are drained, they are ended.
+        79 => Act::Xid(at, *rng.choice(&[63, 94, 31, 54, 119, 48, 79]).unwrap_or(&63)),
         80..=81 => Act::Present(at, rng.bool()),
         82..=84 => Act::Foreign(at, rng.u64(0..=20)),
         85..=86 => Act::Ports(if rng.bool() { ports } else { rng.u16(0..=ports) }),

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use pool_domain::{Generation, PoolId, ReplicaKey};
 
+use super::accused::Accused;
+
 /// Something that really happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -38,6 +40,17 @@ pub enum What {
     Tampered(PoolId),
     /// A person says that nothing is left on a device.
     Unfenced(String),
+    /// The driver reports an XID of a device.
+    Said(String, u64),
+    /// How a device is now.
+    Device {
+        /// Which.
+        uuid: String,
+        /// It may be used.
+        well: bool,
+        /// It is not there.
+        away: bool,
+    },
     /// Facts can be written at once, or not so.
     DiskWell(bool),
     /// What strangers hold of each device, where the driver tells.
@@ -240,6 +253,8 @@ pub struct Scene {
     pub up: Duration,
     /// It leaves its engines: what it shows is what it saw last.
     pub leaving: bool,
+    /// What was said of devices.
+    pub accused: Accused,
 }
 
 impl Default for Scene {
@@ -258,6 +273,7 @@ impl Default for Scene {
             down: None,
             up: Duration::ZERO,
             leaving: false,
+            accused: Accused::default(),
         }
     }
 }
@@ -335,6 +351,12 @@ impl Scene {
             What::Asked(pool, verb, true) if verb.lifts_hold() && self.written(Duration::ZERO, at) => {
                 self.lifting.remove(pool);
             }
+            What::Said(uuid, xid) if self.accused.said(uuid, *xid, at) => {
+                for p in self.processes.values_mut().filter(|p| p.launch.on(uuid).is_some()) {
+                    p.blameless = false;
+                }
+            }
+            What::Device { uuid, well, away } => self.accused.stands(uuid, *well, *away, self.down.is_none(), at),
             What::DiskWell(true) => self.disk_well = self.disk_well.or(Some(at)),
             What::DiskWell(false) => self.disk_well = None,
             What::Leaving => self.leaving = true,
@@ -342,6 +364,9 @@ impl Scene {
                 self.down = Some(at);
                 let lifting = std::mem::take(&mut self.lifting);
                 self.unwritten = !self.written(Duration::ZERO, at);
+                let mut accused = std::mem::take(&mut self.accused);
+                accused.down(|when| self.written(when, at));
+                self.accused = accused;
                 // The next daemon may find the hold that was lifted.
                 if self.unwritten {
                     lifting.iter().for_each(|pool| self.blame(Some(pool)));
@@ -355,11 +380,13 @@ impl Scene {
             }
             What::Answered(pid) => self.with(*pid, |p| p.known = Some(at)),
             What::Rebooted => {
+                self.accused = Accused::default();
                 for p in self.processes.values_mut() {
                     (p.ended, p.gone, p.requests) = (p.ended.or(Some(at)), p.gone.or(Some(at)), 0);
                 }
             }
             What::Wiped => {
+                self.accused.forgotten();
                 self.blame(None);
                 self.processes.values_mut().for_each(|p| p.disowned |= p.gone.is_none());
             }
@@ -370,6 +397,7 @@ impl Scene {
                 }
             }
             What::Unfenced(uuid) => {
+                self.accused.acquitted(uuid);
                 self.processes.values_mut().for_each(|p| p.disowned |= p.gone.is_none() && p.launch.on(uuid).is_some());
             }
             What::Launching { key, .. } => {
@@ -399,6 +427,7 @@ impl Scene {
         let told = self.told_to_end.get(pool).filter(|told| **told >= began).copied();
         let since = |whose: &Option<PoolId>| self.cured.get(whose).is_some_and(|cured| *cured >= began);
         let ill = [None, Some(pool.clone())].iter().any(|whose| self.ill.contains(whose) || since(whose));
+        let ill = ill || launch.devices.iter().any(|(uuid, _)| self.accused.may_end(uuid, began));
         let process = Process {
             began,
             launch: launch.clone(),
@@ -441,6 +470,8 @@ impl fmt::Display for Entry {
             What::Wiped => f.write_str("the state directory was deleted"),
             What::Tampered(pool) => write!(f, "the records of {pool} were forged"),
             What::Unfenced(uuid) => write!(f, "a person says that nothing is left on {uuid}"),
+            What::Said(uuid, xid) => write!(f, "the driver reports XID {xid} of {uuid}"),
+            What::Device { uuid, well, away } => write!(f, "{uuid}: well {well}, away {away}"),
             What::DiskWell(yes) => write!(f, "the disk is well: {yes}"),
             What::Foreign(of) => write!(f, "strangers hold {of:?}"),
             What::Hangs(pool, yes) => write!(f, "engines of {pool} hang: {yes}"),

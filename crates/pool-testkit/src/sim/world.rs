@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use fastrand::Rng;
+use pool_domain::charges::Said;
 use pool_domain::failure::Exit;
 use pool_domain::plan::EngineMemory;
-use pool_domain::{DeviceSnapshot, Failure, PoolId, ReplicaKey};
+use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, PoolId, ReplicaKey};
 use pool_services::ports::{Holder, Residency};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
@@ -174,6 +175,8 @@ impl World {
 
     /// A life begins, in a runtime of its own: what is under way goes on in it.
     pub fn enter(&self) {
+        // What was said to an earlier daemon is not said again.
+        self.gpus.forget_incidents();
         let mut inner = self.lock();
         inner.origin = Some(Instant::now());
         let under_way: Vec<(u64, Duration)> = inner.pending.iter().map(|(id, (due, _))| (*id, *due)).collect();
@@ -383,9 +386,28 @@ impl World {
 
     /// Engines may be ended for what is wrong with the devices.
     fn judge_devices(&self, inner: &mut Inner) {
+        let stand = |d: &SimDevice| What::Device {
+            uuid: d.shown.uuid.clone(),
+            well: d.present && d.shown.health.admits(),
+            away: !d.present || matches!(d.shown.health, DeviceHealth::Lost(_)),
+        };
+        let stand: Vec<What> = inner.devices.iter().map(stand).collect();
+        stand.into_iter().for_each(|what| self.put(inner, what));
         let ill = inner.blind || inner.devices.iter().any(|d| !d.present || !d.shown.health.admits());
         self.put(inner, if ill { What::Ill(None) } else { What::Well(None) });
         self.tell_gpus(inner);
+    }
+
+    /// The driver reports an XID of a device.
+    pub fn say(&self, at: usize, xid: u64) {
+        let uuid = self.uuid(at);
+        self.record(What::Said(uuid.clone(), xid));
+        self.gpus.say(&uuid, Said::Xid(xid));
+    }
+
+    /// Somebody takes these devices from the bus to reset them, or puts them back.
+    pub fn take_out(&self, uuids: &[String], out: bool) {
+        self.device(None, |d| d.present = !(out && uuids.contains(&d.shown.uuid)));
     }
 
     /// Strangers listen on these ports.
