@@ -6,6 +6,7 @@ mod browser;
 mod ci;
 mod codegen;
 mod deny;
+mod dist;
 mod engine;
 mod error;
 mod estimates;
@@ -93,6 +94,18 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         from: u64,
     },
+    /// Make the Debian package and the tarball of a release build, in target/dist.
+    Dist {
+        /// Version of the Debian package instead of the workspace's.
+        #[arg(long, value_name = "VERSION")]
+        deb_version: Option<String>,
+        /// Package this program instead of building it.
+        #[arg(long, value_name = "FILE")]
+        program: Option<PathBuf>,
+        /// Install, upgrade and purge the packages in a clean root instead (Debian, as root; needs debootstrap).
+        #[arg(long, conflicts_with_all = ["deb_version", "program"])]
+        try_package: bool,
+    },
     /// Check dependencies' bans, licences and sources.
     Deny,
     /// Everything that CI runs.
@@ -114,6 +127,8 @@ fn run(command: Command) -> Result<()> {
         Command::Faults { check } => faults::run(check),
         Command::Test { args } => tests_run::run(&args),
         Command::Soak { seeds, from } => soak::run(seeds, from),
+        Command::Dist { try_package: true, .. } => dist::try_package(),
+        Command::Dist { deb_version, program, .. } => dist::run(deb_version.as_deref(), program.as_deref()),
         Command::Deny => deny::run(),
         Command::Ci => ci::run(),
     }

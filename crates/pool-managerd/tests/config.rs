@@ -197,6 +197,7 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
     ("[node]\nmax_lease_ttl = \"0s\"\n", 2, "node.max_lease_ttl", "outside", "1h"),
     ("[node]\nmax_lease_ttl = \"1y\"\n", 2, "node.max_lease_ttl", "outside", "1h"),
     ("[node]\nshutdown_deadline = \"-5s\"\n", 2, "node.shutdown_deadline", "no duration", "30s"),
+    ("[node]\nshutdown_drain = \"51s\"\n", 2, "node.shutdown_drain", "need 10s of", "shutdown_deadline = \"1m 1s\""),
     ("[node]\nstate_dir = \"\"\n", 2, "node.state_dir", "empty", ""),
     ("[gpu]\nbackend = \"simulated\"\n", 2, "gpu.backend", "need a topology", "two-gpus.toml"),
     (
