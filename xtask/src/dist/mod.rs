@@ -53,19 +53,16 @@ pub(crate) fn run(deb_version: Option<&str>, program: Option<&Path>) -> Result<(
     Ok(())
 }
 
-/// Installs, upgrades and purges the package in a clean root. Builds it first unless it is there.
+/// Installs, upgrades and purges the package of the last build in a clean root. Builds first where there was none.
 pub(crate) fn try_package() -> Result<()> {
     let out = process::root().join("target/dist");
     let version = version()?;
     let deb = |version: &str| out.join(format!("pool-managerd_{version}_{}.deb", deb::architecture()));
     // What is upgraded from: the same program as another file under a lower version.
     let before = format!("{version}~before");
-    if !deb(&version).is_file() {
-        run(None, None)?;
-    }
-    if !deb(&before).is_file() {
-        run(Some(&before), Some(&out.join("build/release/pool-managerd")))?;
-    }
+    let program = out.join("build/release/pool-managerd");
+    run(None, program.is_file().then_some(program.as_path()))?;
+    run(Some(&before), Some(&program))?;
     let mut script = Command::new("bash");
     script.current_dir(process::root()).arg("xtask/assets/try-package.sh").arg(deb(&before)).arg(deb(&version));
     process::run(&mut script)
