@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool: its output is for people")]
 
 mod browser;
+mod charts;
 mod ci;
 mod codegen;
 mod deny;
@@ -67,6 +68,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Lint, render and check the Helm chart; write the manifests beside it.
+    Charts {
+        /// Change nothing; fail when a file is stale.
+        #[arg(long)]
+        check: bool,
+    },
     /// Compare memory estimates with what the real engine says, in docs/estimates.md (needs `engine --from-source`).
     Estimates {
         /// Change nothing; fail when the document is stale or a goal is missed.
@@ -123,6 +130,7 @@ fn run(command: Command) -> Result<()> {
         Command::Tidy => tidy::run(),
         Command::Trace { list_file } => trace::run(list_file.as_deref()),
         Command::Codegen { check } => codegen::run(check),
+        Command::Charts { check } => charts::run(check),
         Command::Estimates { check } => estimates::run(check),
         Command::Faults { check } => faults::run(check),
         Command::Test { args } => tests_run::run(&args),

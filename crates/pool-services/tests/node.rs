@@ -325,7 +325,10 @@ async fn a_shutdown_gives_leases_their_time_and_leaves_no_hold() {
         held.await.unwrap();
         let took = began.elapsed().as_secs();
         assert!((expected..=expected + 2).contains(&took), "{took} s");
-        assert!(!pool_services::ports::StateLedger::held(&*node.ledger, &id).await, "the next daemon would not start it");
+        assert!(
+            !pool_services::ports::StateLedger::held(&*node.ledger, &id).await,
+            "the next daemon would not start it"
+        );
     }
 }
 

@@ -60,8 +60,9 @@ pub(super) fn build(release: &Release, licences: &str) -> Result<PathBuf> {
 }
 
 fn control(release: &Release, program: &[u8]) -> Result<String> {
-    let glibc = glibc(program)
-        .ok_or_else(|| Error::Check(format!("{}: needs no glibc, so NVML cannot be loaded", release.program.display())))?;
+    let glibc = glibc(program).ok_or_else(|| {
+        Error::Check(format!("{}: needs no glibc, so NVML cannot be loaded", release.program.display()))
+    })?;
     let (version, arch) = (&release.deb_version, architecture());
     Ok(format!(
         "Package: pool-managerd\nVersion: {version}\nArchitecture: {arch}\nSection: net\nPriority: optional\n\

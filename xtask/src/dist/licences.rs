@@ -29,7 +29,11 @@ pub(super) fn report() -> Result<String> {
         let crate_name = format!("{} {}", text("name"), text("version"));
         let dir = Path::new(text("manifest_path")).parent().unwrap_or(Path::new("/"));
         let found = texts_in(dir)?;
-        rows.insert(format!("{crate_name}: {}{}", text("license"), if found.is_empty() { " (no text in it)" } else { "" }));
+        rows.insert(format!(
+            "{crate_name}: {}{}",
+            text("license"),
+            if found.is_empty() { " (no text in it)" } else { "" }
+        ));
         for licence in found {
             texts.entry(licence).or_default().insert(crate_name.clone());
         }
