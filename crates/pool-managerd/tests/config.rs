@@ -320,3 +320,23 @@ fn what_lies_outside_of_pools_is_compared_by_key() {
     assert_eq!(digest(base), digest(&format!("# a word\n{}", base.replace(" = ", "="))));
     assert_ne!(digest(base), digest(&format!("{base}slots = 2\n")));
 }
+
+/// The config within the manifests that the chart renders: what Helm writes, the daemon reads.
+#[test]
+fn the_config_of_the_plain_manifests_is_one() {
+    for (preset, pools) in [("shared", 0), ("dedicated", 1)] {
+        let path = format!("{}/../../deploy/kubernetes/{preset}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let manifest = fs::read_to_string(path).unwrap();
+        let lines = manifest.lines().skip_while(|line| !line.starts_with("  pool-managerd.toml: |")).skip(1);
+        let text: Vec<_> =
+            lines.map_while(|line| line.strip_prefix("    ").or((line.is_empty()).then_some(""))).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pool-managerd.toml");
+        fs::write(&file, text.join("\n")).unwrap();
+        let config = config::load(Some(&file), &Overrides::default()).unwrap();
+        assert_eq!(config.pools.len(), pools, "{preset}");
+        assert!(config.auth.is_some() && config.tls.is_some() && !config.node.insecure, "{preset}");
+        assert_eq!((config.node.shutdown_drain.as_secs(), config.node.shutdown_deadline.as_secs()), (60, 70));
+        assert!(config.node.hosts.contains(&"pool-managerd.pool-managerd.svc".to_owned()), "{preset}");
+    }
+}

@@ -42,7 +42,11 @@ pub(crate) fn run(check: bool) -> Result<()> {
     let mut texts = Vec::new();
     for case in &cases {
         match tools.render(case)? {
-            Ok(text) => texts.push(json!({ "name": case.name, "version": case.version, "text": text })),
+            Ok(text) => texts.extend(
+                case.valid_for
+                    .iter()
+                    .map(|v| json!({ "name": format!("{} for {v}", case.name), "version": v, "text": text })),
+            ),
             Err(why) => findings.push(format!("{}: is refused: {why}", case.name)),
         }
     }
@@ -75,7 +79,8 @@ pub(crate) fn run(check: bool) -> Result<()> {
     }
     error::verdict("charts", &findings)?;
     println!(
-        "charts: {} renderings valid for Kubernetes {}, {held} looks at {} traps, {} contradictions refused",
+        "charts: {} renderings, {} times valid for Kubernetes {}, {held} looks at {} traps, {} contradictions refused",
+        cases.len(),
         rendered.len(),
         VERSIONS.join(", "),
         traps::TRAPS.len(),
