@@ -72,9 +72,10 @@ fn replace(path: &Path, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
 }
 
 /// Installs Python packages into a folder of their own.
-fn install(engine: &Path, name: &str, packages: &[&str]) -> Result<()> {
+pub(crate) fn install(engine: &Path, name: &str, packages: &[&str]) -> Result<()> {
     cached(&engine.join(name).join("version"), &packages.join(" "), || {
         let (dir, new) = (engine.join(name), engine.join(format!("{name}.new-{}", std::process::id())));
+        fs::create_dir_all(engine).map_err(error::io(engine))?;
         println!("installing {}", packages.join(" "));
         let mut pip = process::python(["pip", "install", "--quiet", "--disable-pip-version-check"]);
         pip.args(["--root-user-action", "ignore", "--no-deps", "--only-binary", ":all:", "--target"]);

@@ -5,6 +5,7 @@
 mod browser;
 mod charts;
 mod ci;
+mod clients;
 mod codegen;
 mod deny;
 mod dist;
@@ -44,6 +45,8 @@ enum Command {
         #[arg(long)]
         from_source: bool,
     },
+    /// Put OpenAI's Python client and an API tester under target/clients (cached).
+    Clients,
     /// Install a headless Chromium for the dashboard's tests, where it is missing (Debian, as root).
     Browser,
     /// Write a tiny random-weight model that llama.cpp really loads.
@@ -122,6 +125,7 @@ enum Command {
 fn run(command: Command) -> Result<()> {
     match command {
         Command::Engine { from_source } => engine::run(from_source),
+        Command::Clients => clients::run(),
         Command::Browser => browser::run().map(|_| ()),
         Command::TinyGguf { out, target_mb } => {
             let options = tiny_gguf::Options { target_mb, ..tiny_gguf::Options::default() };

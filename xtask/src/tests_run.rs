@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use crate::error::{self, Error, Result};
-use crate::{browser, engine, metadata, process};
+use crate::{browser, clients, engine, metadata, process};
 
 /// The cargo-nextest that CI uses.
 pub(crate) const NEXTEST: &str = "0.9.143";
@@ -22,6 +22,7 @@ pub(crate) fn nextest() -> Result<Command> {
 /// Runs all tests; `args` go to nextest.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     engine::run(false)?;
+    clients::run()?;
     let pages: &[&str] = if browser::run()? { &[] } else { &["--filterset", "not binary(e2e_dashboard)"] };
     process::run(&mut process::cargo(["build", "--package", "pool-managerd", "--bins"]))?;
     without_fault_points()?;

@@ -18,6 +18,7 @@ mod listening;
 mod locks;
 mod log_patterns;
 mod memory_cgroup;
+pub mod preflight;
 mod probe;
 mod provision;
 mod running;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -29,6 +29,15 @@ pub enum Command {
     },
     /// Check the config and the machine, and print what would happen; starts nothing
     Check(ConfigArgs),
+    /// Look whether this machine has what engines need, and print what to do about the rest; starts nothing
+    Doctor {
+        /// Where the config is
+        #[command(flatten)]
+        config: ConfigArgs,
+        /// Answer as JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Print what a model needs on the GPUs of this machine, and what would fit instead; starts nothing
     Plan(PlanArgs),
     /// Print the GPUs of the node: memory, who uses it, health, and what to do
@@ -138,6 +147,11 @@ pub enum Command {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+    /// Write man pages, one for the program and one for each command
+    Man {
+        /// The directory that they go to
+        dir: PathBuf,
     },
 }
 
@@ -294,6 +308,14 @@ pub fn completions(shell: clap_complete::Shell) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+/// Writes the man pages to a directory.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn man_pages(dir: &Path) -> std::io::Result<()> {
+    clap_mangen::generate_to(Cli::command(), dir)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,12 +348,23 @@ mod tests {
             "events chat -f -n 5 --json",
             "logs chat --follow --replica r1 --tail 0",
             "completions bash",
+            "doctor --config a.toml --json",
+            "man /tmp",
         ] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_ok(), "{line}");
         }
         for line in ["", "serv", "drain", "drain chat --deadline -2s", "drain chat --deadline=-2s", "breaker chat"] {
             assert!(Cli::try_parse_from(format!("pool-managerd {line}").split(' ')).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn there_is_a_man_page_of_each_command() {
+        let dir = tempfile::tempdir().unwrap();
+        man_pages(dir.path()).unwrap();
+        let page = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(page("pool-managerd.1").contains("doctor"));
+        assert!(page("pool-managerd-drain.1").contains("on\\-deadline"));
     }
 
     #[test]

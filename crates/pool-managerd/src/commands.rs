@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::cli::{ClientArgs, OnDeadline, Strategy, VerbArgs};
 use crate::exit::{BUG, Exit, REFUSED, USAGE, print};
+use crate::progress::{self, Progress};
 use crate::tables;
 
 /// Where the token to show is looked for.
@@ -205,16 +206,28 @@ pub async fn verb(verb: Verb, args: &VerbArgs) -> Result<(), Exit> {
 
 /// Waits until the operation is over, telling a person how far it is.
 async fn follow(control: &HttpControl, mut operation: Operation, tell: bool) -> Result<Operation, Exit> {
-    let tell = tell && std::io::stderr().is_terminal();
-    let mut told = String::new();
+    let bar = (tell && std::io::stderr().is_terminal()).then(Progress::begin);
     while operation.state == OperationState::Running {
-        if tell && operation.progress != told {
-            told.clone_from(&operation.progress);
-            crate::exit::tell(&format!("{} of {}: {told}\n", operation.verb, operation.pool_id));
-        }
-        operation = control.wait_operation(&operation.id, LOOK).await.map_err(refused)?;
+        let pool = operation.pool_id.clone();
+        let id = operation.id.clone();
+        operation = tokio::select! {
+            biased;
+            told = control.wait_operation(&id, LOOK) => told.map_err(refused)?,
+            () = show(control, &pool, &operation, bar.as_ref()) => operation,
+        };
     }
     Ok(operation)
+}
+
+/// Shows, for as long as it is waited for, how far a pool is. One that cannot be seen is not shown; the operation says why.
+async fn show(control: &HttpControl, pool: &PoolId, operation: &Operation, bar: Option<&Progress>) {
+    let Some(bar) = bar else { return std::future::pending().await };
+    loop {
+        if let Ok(pool) = control.pool(pool).await {
+            bar.show(&pool, operation);
+        }
+        tokio::time::sleep(progress::PICTURE).await;
+    }
 }
 
 /// `breaker reset`

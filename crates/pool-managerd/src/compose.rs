@@ -218,12 +218,17 @@ pub(crate) fn unkept_error(config: &Config, index: usize, unkept: &Unkept) -> Co
 /// # Errors
 /// When this program cannot be found.
 pub fn provisioner(config: &Config) -> Result<Provisioner, Exit> {
-    let mut decls = Vec::new();
-    for (name, engine) in &config.engines {
-        decls.push(declaration(name, engine)?);
-    }
+    let decls = declarations(config)?;
     let stub = StubCommand { program: own_program()?, args: vec![stub_engine::SUBCOMMAND.to_owned()] };
     Ok(Provisioner::new(decls, stub, sim_dir(config)).proving_by(shim()?))
+}
+
+/// The engines that pools may name.
+///
+/// # Errors
+/// When a name is none.
+pub fn declarations(config: &Config) -> Result<Vec<EngineDecl>, Exit> {
+    config.engines.iter().map(|(name, engine)| declaration(name, engine)).collect()
 }
 
 fn declaration(name: &str, engine: &Engine) -> Result<EngineDecl, Exit> {

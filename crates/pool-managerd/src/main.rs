@@ -7,7 +7,9 @@ use clap::Parser;
 use pool_managerd::cli::{BreakerCommand, Cli, Command};
 use pool_managerd::commands::{self, Verb};
 use pool_managerd::exit::{BUG, Exit, USAGE, print};
-use pool_managerd::{check_command, cli, config, demo, fault, follow_commands, plan_command, serve, top};
+use pool_managerd::{
+    check_command, cli, config, demo, doctor_command, fault, follow_commands, plan_command, serve, top,
+};
 
 fn main() -> ExitCode {
     // Both must come before the first thread.
@@ -35,6 +37,9 @@ fn run(command: Command) -> Result<(), Exit> {
     match command {
         Command::Openapi => return print(&(pool_api::server::openapi_json().trim_end().to_owned() + "\n")),
         Command::Completions { shell } => return print(&cli::completions(shell)),
+        Command::Man { dir } => {
+            return cli::man_pages(&dir).map_err(|e| Exit::new(USAGE, format!("{}: {e}", dir.display())));
+        }
         _ => {}
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -56,6 +61,7 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         }
         Command::Demo { listen } => demo::demo(listen).await,
         Command::Check(args) => check_command::check(args.config.as_deref()).await,
+        Command::Doctor { config, json } => doctor_command::doctor(config.config.as_deref(), json).await,
         Command::Plan(args) => plan_command::plan(args).await,
         Command::Devices { watch, client } => commands::devices(watch, &client).await,
         Command::Status { pool, client } => commands::status(pool.as_deref(), &client).await,
@@ -78,6 +84,6 @@ async fn run_async(command: Command) -> Result<(), Exit> {
         Command::Rollback(args) => commands::verb(Verb::Rollback, &args).await,
         Command::Breaker { command: BreakerCommand::Reset(args) } => commands::reset_breaker(&args).await,
         Command::Unfence { device, client } => commands::unfence(&device, &client).await,
-        Command::Openapi | Command::Completions { .. } => Ok(()),
+        Command::Openapi | Command::Completions { .. } | Command::Man { .. } => Ok(()),
     }
 }

@@ -5,6 +5,7 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use pool_api::dto::CapabilitiesView;
 use pool_domain::DeviceSnapshot;
+use pool_services::preflight::{Finding, Outcome};
 use pool_services::{NodeSnapshot, Operation, OperationState, PlanReport, PoolSnapshot, ReplicaSnapshot};
 
 fn table(header: &[&str]) -> Table {
@@ -68,6 +69,25 @@ pub fn capabilities(c: &CapabilitiesView) -> String {
     }
     let pools = if c.pools.is_empty() { "no pools\n".to_owned() } else { done(&pools) };
     format!("{}\n{pools}", done(&engines))
+}
+
+/// A preflight report, with what to do below it.
+#[must_use]
+pub fn findings(findings: &[Finding]) -> String {
+    let mut t = table(&["", "WHAT", "FOUND"]);
+    for f in findings {
+        let mark = match f.outcome {
+            Outcome::Fine => "ok",
+            Outcome::Weak => "!",
+            Outcome::Broken => "NO",
+        };
+        t.add_row([mark, &f.what, &f.found]);
+    }
+    let mut out = done(&t);
+    for f in findings.iter().filter(|f| !f.remedy.is_empty()) {
+        out.push_str(&format!("{}: {}\n", f.what, f.remedy));
+    }
+    out
 }
 
 /// A plan: what each device would hold, and what would change that.

@@ -118,6 +118,41 @@ fn check_says_what_would_happen() {
 }
 
 #[test]
+fn doctor_says_what_is_missing_and_what_would_help() {
+    // What a pool needs is broken, what none needs is not.
+    let pool = |engine: &str| {
+        format!(
+            "[engines.mine]\nkind = \"llama.cpp\"\nmode = \"binary\"\npath = \"/no/llama-server\"\n\
+             [[pool]]\nid = \"a\"\nmodel = \"stub:a\"\nengine = \"{engine}\"\n"
+        )
+    };
+    for (engine, exit, mark) in [("mine", 1, "NO"), ("stub", 0, "!")] {
+        let (dir, file) = site(&simulated(&pool(engine)));
+        let file = file.to_str().unwrap();
+        let output = run(&["doctor", "--config", file]);
+        let text = String::from_utf8(output.stdout.clone()).unwrap();
+        assert_eq!(code(&output), Some(exit), "{text}{}", stderr(&output));
+        let line = text.lines().find(|l| l.contains("engine mine") && l.contains("there is no `llama-server`"));
+        assert!(line.is_some_and(|l| l.starts_with(mark)), "{text}");
+        assert!(text.contains("engine mine: ") && text.contains("llama.cpp/releases"), "{text}");
+        assert!(text.contains("SIMULATED") && text.contains("disk for models"), "{text}");
+        let json = run(&["doctor", "--config", file, "--json"]).stdout;
+        let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+        assert!(json.as_array().unwrap().iter().any(|f| f["what"] == "engine mine" && f["remedy"] != ""), "{json:#}");
+        assert!(!dir.path().join("state").exists(), "doctor leaves nothing behind");
+    }
+    // Without a driver there is nothing to run on, whatever else there is: this library is none.
+    let (dir, file) = site(&format!("{NODE}[gpu]\nbackend = \"nvml\"\n"));
+    fs::write(dir.path().join("libnvidia-ml.so.1"), "").unwrap();
+    let mut doctor = program();
+    doctor.args(["doctor", "--config", file.to_str().unwrap()]).env("LD_LIBRARY_PATH", dir.path());
+    let output = doctor.output().unwrap();
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    assert_eq!(code(&output), Some(69), "{text}");
+    assert!(text.lines().any(|l| l.starts_with("NO") && l.contains("GPU driver")), "{text}");
+}
+
+#[test]
 fn check_tells_of_every_model_that_is_missing() {
     let pool = |id| format!("[[pool]]\nid = \"{id}\"\nmodel = \"/no/such.gguf\"\nengine = \"stub\"\n");
     let (_dir, file) = site(&simulated(&(pool("a") + &pool("b"))));

@@ -100,3 +100,18 @@ fn nothing_is_wider_than_a_phone() {
     drop(browser);
     assert_eq!(daemon.stop(), Some(0));
 }
+
+#[test]
+fn the_reference_shows_the_document_and_asks_nobody_else() {
+    let daemon = Daemon::start(POOLS);
+    let browser = Browser::start(1280, 1000);
+    browser.open(&format!("http://{}/docs", daemon.addr()));
+    browser.until("#reference", "/v1/pools/{id}/drain");
+    // One that is tried on the page.
+    browser.click("[id$='-livez'] .opblock-summary-control");
+    browser.click("[id$='-livez'] .try-out__btn");
+    browser.click("[id$='-livez'] .execute");
+    browser.until("[id$='-livez'] .live-responses-table .response-col_status", "200");
+    let complaints = browser.complaints();
+    assert!(complaints.is_empty(), "{complaints:#?}");
+}

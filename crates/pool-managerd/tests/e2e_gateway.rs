@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::thread;
 
 use serde_json::{Value, json};
-use support::{Answer, Daemon, PATIENCE, alive, eventually, request, request_with, signal};
+use support::{Answer, Daemon, Engines, PATIENCE, alive, eventually, request, request_with, signal};
 
 const POOLS: &str = r#"
 [[pool]]
@@ -285,6 +285,34 @@ fn how_far_a_start_is_comes_as_comments_for_who_asks() {
         &json!({ "model": "chat", "stream": true }),
     );
     assert!(refused.rest().contains("data: {\"error\":"), "a refusal of the engine is an event");
+}
+
+#[test]
+fn who_asks_how_far_a_start_is_and_goes_away_is_noticed_while_the_engine_is_silent() {
+    let mut daemon = started(
+        r#"
+[[pool]]
+id = "mute"
+model = "stub:mute"
+engine = "stub"
+slots = 2
+activation = "preload"
+"#,
+    );
+    daemon.until("mute", |p| p["ready"] == true);
+    let engines = Engines::of(&daemon);
+    let body = json!({ "model": "mute", "stream": true, "max_tokens": 4000, "messages": [{ "role": "user", "content": "hi" }] });
+    let mut stream = Stream::open(daemon.addr(), "/v1/chat/completions", "X-Pool-Progress: true\r\n", &body);
+    stream.next("data: ");
+    let engine = engines.running()[0];
+    signal(engine, "STOP");
+    daemon.until("mute", |p| p["active_leases"] == 1);
+    drop(stream);
+    let after = daemon.until("mute", |p| p["active_leases"] == 0);
+    // Not because the engine was found to hang, which comes later.
+    assert_eq!((&after["ready"], &after["replicas"][0]["generation"]), (&true.into(), &1.into()), "{after:#}");
+    signal(engine, "CONT");
+    assert_eq!(daemon.stop(), Some(0));
 }
 
 #[test]

@@ -43,6 +43,15 @@ fn a_crash_loop_is_visible_everywhere() {
 }
 
 #[test]
+fn how_far_an_engine_has_loaded_is_told_while_it_loads() {
+    let daemon = Daemon::start(&stub("slow", r#""--load-ms", "100000""#, ""));
+    let loads = daemon.until("slow", |p| p["replicas"][0]["loaded_percent"].as_u64().is_some_and(|n| n > 0));
+    assert_eq!((&loads["state"], loads["ready"] == true), (&"starting".into(), false), "{loads:#}");
+    assert!(loads["reason"].as_str().unwrap().starts_with("the engine has loaded "), "{loads:#}");
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
 fn healthy_but_not_decoding_is_never_ready_and_another_model_is_the_wrong_server() {
     let health = "[pool.health]\nstartup_stall = \"1s\"\nstartup_max = \"2s\"";
     let config =

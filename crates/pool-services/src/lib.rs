@@ -26,6 +26,7 @@ pub mod planning;
 #[cfg(feature = "planted-bugs")]
 pub mod planted;
 pub mod ports;
+pub mod preflight;
 pub mod registry;
 mod remember;
 mod returned;

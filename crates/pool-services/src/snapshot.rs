@@ -72,6 +72,8 @@ pub struct ReplicaSnapshot {
     pub context: Option<u64>,
     /// How far its model has come, while that is being made present.
     pub staging: Option<Staging>,
+    /// Percent of its model that the engine has loaded, while it loads and where it tells.
+    pub loaded_percent: Option<u8>,
 }
 
 impl ReplicaSnapshot {
@@ -105,6 +107,7 @@ impl ReplicaSnapshot {
             vram_reserved: 0,
             context: None,
             staging: None,
+            loaded_percent: None,
         }
     }
 }

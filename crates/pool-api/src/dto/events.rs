@@ -191,3 +191,15 @@ impl EventView {
         }
     }
 }
+
+/// A server-sent event: its fields, as a browser's `EventSource` gives them.
+#[cfg(feature = "server")]
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub struct EventFrame {
+    /// Where to go on, as `Last-Event-ID`.
+    pub id: Option<String>,
+    /// What it is. `gap` says that something in between is not kept any more.
+    pub event: Option<String>,
+    /// Of an event the JSON of an `EventView`, of a log one line.
+    pub data: String,
+}

@@ -103,6 +103,7 @@ impl TryFrom<ReplicaView> for ReplicaSnapshot {
             vram_reserved: r.vram_reserved_bytes,
             context: r.context,
             staging: r.staging.map(Into::into),
+            loaded_percent: r.loaded_percent,
         })
     }
 }

@@ -16,6 +16,8 @@ use crate::spec::OnDeadlineText;
 
 pub use declare::{ConfigReloadView, Keys, PoolChangeView, ReloadBody, SpecView, declared, keys, merge, patch};
 pub use device::{DetailsView, DeviceView, EccView, MigView, PeerView, ProcessView, RemapView, XidView};
+#[cfg(feature = "server")]
+pub use events::EventFrame;
 pub use events::EventView;
 pub use from_wire::DtoError;
 pub use leases::{EndpointView, LeaseBody, LeaseView, RenewBody};
@@ -127,6 +129,8 @@ dtos! {
         context: Option<u64>,
         /// How far its model has come, while that is being made present.
         staging: Option<StagingView>,
+        /// Percent of its model that the engine has loaded, while it loads and where it tells.
+        loaded_percent: Option<u8>,
     }
     /// One pool. Where a value belongs to a replica, it is that of the one that speaks for the pool: the first Ready
     /// one, else the first.

@@ -66,6 +66,7 @@ impl From<&ReplicaSnapshot> for ReplicaView {
             vram_reserved_bytes: r.vram_reserved,
             context: r.context,
             staging: r.staging.as_ref().map(Into::into),
+            loaded_percent: r.loaded_percent,
         }
     }
 }

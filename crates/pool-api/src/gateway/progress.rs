@@ -1,7 +1,9 @@
 //! For clients that ask for it: a stream that begins at once, with comments that tell how far the start of the engine is,
 //! and goes on with the engine's answer. Comments are nothing to who reads events.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context as Poller, Poll};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -13,6 +15,7 @@ use http_body_util::channel::{Channel, SendError, Sender};
 use http_body_util::{BodyExt, Collected, Limited};
 use hyper::body::Frame;
 use pool_domain::PoolId;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Ask, Context, Payload, Way, send};
 use crate::dto::{Code, Problem};
@@ -25,12 +28,36 @@ const REFUSAL: usize = 64 * 1024;
 /// An answer that begins now.
 pub(super) fn answer(context: Arc<Context>, ask: Ask, payload: Payload, pool: PoolId, head: Parts) -> Response {
     let (sender, body) = Channel::<Bytes, hyper::Error>::new(1);
-    tokio::spawn(run(context, ask, payload, pool, head, sender));
-    let mut response = Response::new(Body::new(body));
+    let gone = CancellationToken::new();
+    let read = Read { body, _gone: gone.clone().drop_guard() };
+    tokio::spawn(async move {
+        tokio::select! {
+            biased;
+            // Whoever reads is gone, and an engine that is silent for minutes would not show it.
+            () = gone.cancelled() => {}
+            () = run(context, ask, payload, pool, head, sender) => {}
+        }
+    });
+    let mut response = Response::new(Body::new(read));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     response
+}
+
+/// The body of the answer, which tells when nobody reads it any more.
+struct Read {
+    body: Channel<Bytes, hyper::Error>,
+    _gone: DropGuard,
+}
+
+impl hyper::body::Body for Read {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Poller<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
 }
 
 async fn run(
@@ -45,7 +72,6 @@ async fn run(
     let sent = tokio::select! {
         biased;
         sent = send::send(&context, &ask, &payload, &way, &head) => sent,
-        // Whoever reads is gone.
         _ = comments(&context, &pool, &mut sender) => return,
     };
     let response = match sent {

@@ -14,7 +14,7 @@ use subtle::ConstantTimeEq;
 use thiserror::Error;
 use tokio::sync::watch;
 
-use super::dashboard;
+use super::pages;
 use super::{AppState, Via};
 use crate::dto::{Code, Problem};
 use crate::gateway::{self, Dialect};
@@ -199,12 +199,11 @@ pub(super) enum Need {
 /// What a request needs. What nobody thought of needs `admin`.
 pub(super) fn need(method: &Method, path: &str) -> Need {
     use Scope::{Lease, Read};
-    const OPEN: &[&str] =
-        &["/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/openapi.json", "/docs"];
+    const OPEN: &[&str] = &["/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/openapi.json"];
     let looks = matches!(*method, Method::GET | Method::HEAD);
     let posts = *method == Method::POST;
     let of_leases = path.starts_with("/v1/leases") || (path.starts_with("/v1/pools/") && path.ends_with("/leases"));
-    if looks && (OPEN.contains(&path) || dashboard::has(path)) {
+    if looks && (OPEN.contains(&path) || pages::has(path)) {
         Need::Nothing
     } else if looks && (of_leases || path == "/v1/models") || posts && ["/v1/plan", "/v1/placements"].contains(&path) {
         Need::AnyOf(&[Read, Lease])

@@ -24,7 +24,7 @@ use crate::dto::{Code, LeaseBody, LeaseView, Problem, RenewBody};
     (status = 409, description = "CONFLICT: the idempotency key stands for another wish, or for a lease that is over",
         body = Problem, content_type = "application/problem+json"),
     (status = 429, description = "POOL_SATURATED", body = Problem, content_type = "application/problem+json"),
-    (status = 503, description = "POOL_UNREADY, POOL_DRAINING or POOL_UNAVAILABLE", body = Problem,
+    (status = 503, description = "POOL_UNREADY, POOL_DRAINING, POOL_UNAVAILABLE, INSUFFICIENT_VRAM or UNAVAILABLE", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn lease(State(s): App, caller: Caller, Pool(id): Pool, Body(mut b): Body<LeaseBody>) -> Answer {
     if let Some(own) = &caller.tenant {

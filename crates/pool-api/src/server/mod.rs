@@ -1,7 +1,6 @@
 //! The router: handlers over a `PoolControl`, behind a guard that looks at Host and Origin of every request.
 
 mod auth;
-mod dashboard;
 mod extract;
 mod feed;
 mod guard;
@@ -11,6 +10,7 @@ mod leases;
 mod listen;
 mod openapi;
 mod overview;
+mod pages;
 mod specs;
 mod streams;
 pub mod tls;
@@ -237,7 +237,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/v1/events", get(streams::events))
         .route("/v1/pools/{id}/logs", get(streams::logs))
         .merge(gateway_routes())
-        .merge(dashboard::routes())
+        .merge(pages::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))

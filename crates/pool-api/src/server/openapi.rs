@@ -1,10 +1,14 @@
 //! The OpenAPI document, generated from the handlers.
 
+mod complete;
+
 use axum::http::header;
 use axum::response::IntoResponse;
-use utoipa::OpenApi;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
+use utoipa::{Modify, OpenApi};
 
 use super::{handlers, health, leases, overview, specs, streams};
+use crate::dto::EventView;
 use crate::gateway::{self, docs};
 
 #[derive(OpenApi)]
@@ -15,6 +19,10 @@ use crate::gateway::{self, docs};
                        RFC 3339, lengths milliseconds, sizes bytes.",
         license(name = "MIT OR Apache-2.0")
     ),
+    modifiers(&Token),
+    // Nothing, or a token: whether one is asked for says the daemon's config.
+    security((), ("token" = [])),
+    components(schemas(EventView)),
     paths(
         health::livez,
         health::readyz,
@@ -62,10 +70,24 @@ use crate::gateway::{self, docs};
 )]
 struct Document;
 
+/// How a request shows its token.
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let mut scheme = Http::new(HttpAuthScheme::Bearer);
+        scheme.description =
+            Some("Where the daemon has `[auth]`: a token of its file, with the scope that the route needs".into());
+        document.components.get_or_insert_default().add_security_scheme("token", SecurityScheme::Http(scheme));
+    }
+}
+
 /// The document as pretty JSON, the same on every run.
 #[must_use]
 pub fn openapi_json() -> String {
-    Document::openapi().to_pretty_json().unwrap_or_default()
+    let mut document = serde_json::to_value(Document::openapi()).unwrap_or_default();
+    complete::complete(&mut document);
+    serde_json::to_string_pretty(&document).unwrap_or_default()
 }
 
 /// This document.

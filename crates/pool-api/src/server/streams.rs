@@ -22,7 +22,7 @@ use super::extract::{Answer, Params, Pool, invalid_params};
 use super::feed::{Listening, Told};
 use super::handlers::App;
 use super::{AppState, Caller};
-use crate::dto::{Code, EventView, Problem};
+use crate::dto::{Code, EventFrame, Problem};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// After this long a silence a comment shows that the daemon is there.
@@ -97,7 +97,7 @@ pub(super) struct EventParams {
     ("tail" = Option<usize>, Query, description = "How many events of the past come first; none with follow, else all that are kept"),
     ("pool_id" = Option<String>, Query, description = "Only of this pool"),
     ("Last-Event-ID" = Option<String>, Header, description = "The last event that is known")), responses(
-    (status = 200, description = "Server-sent events, each with one EventView", body = EventView, content_type = "text/event-stream"),
+    (status = 200, description = "Server-sent events, each with one EventView", body = EventFrame, content_type = "text/event-stream"),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 503, description = "UNAVAILABLE: too many listen", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn events(
@@ -184,7 +184,7 @@ impl Place {
     ("tail" = Option<usize>, Query, description = "How many lines of the past come first; 200 unless told otherwise"),
     ("replica" = Option<String>, Query, description = "Of this replica; unless told otherwise the first that is ready, else the first"),
     ("Last-Event-ID" = Option<String>, Header, description = "The last line that is known")), responses(
-    (status = 200, description = "Server-sent events, each with one line", body = String, content_type = "text/event-stream"),
+    (status = 200, description = "Server-sent events, each with one line", body = EventFrame, content_type = "text/event-stream"),
     (status = 400, description = "INVALID_PARAMS", body = Problem, content_type = "application/problem+json"),
     (status = 404, description = "POOL_NOT_FOUND", body = Problem, content_type = "application/problem+json")))]
 pub(super) async fn logs(State(s): App, Pool(id): Pool, Params(q): Params<LogParams>, headers: HeaderMap) -> Answer {

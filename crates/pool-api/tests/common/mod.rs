@@ -70,6 +70,7 @@ pub(crate) fn replica(n: u16) -> ReplicaSnapshot {
         vram_reserved: 5,
         context: Some(8192),
         staging: Some(Staging { step: StagingStep::Fetching, done: 3, total: Some(7), rate: 2 }),
+        loaded_percent: Some(42),
     }
 }
 

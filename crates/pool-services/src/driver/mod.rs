@@ -168,6 +168,8 @@ pub(crate) struct Holds {
 pub(crate) enum Report {
     Fact(Fact),
     Staging(Staging),
+    /// Percent of its model that the engine says it has loaded.
+    Loaded(u8),
     Staged(ResolvedModel, Arc<Demand>),
     Proved(Proof, Holds),
     Preflighted,
@@ -181,6 +183,8 @@ pub(crate) enum Report {
 struct Attempt {
     /// How far its model has come.
     staging: Option<Progress>,
+    /// Percent that the engine says it has loaded.
+    loaded: Option<u8>,
     model: Option<ResolvedModel>,
     demand: Option<Arc<Demand>>,
     /// What it holds on its one device, as far as that is known.
@@ -455,6 +459,10 @@ impl Driver {
             Report::Fact(fact) => fact,
             Report::Staging(staging) => {
                 self.progressed(staging);
+                return;
+            }
+            Report::Loaded(percent) => {
+                self.attempt.loaded = Some(percent);
                 return;
             }
             Report::Staged(model, demand) => {

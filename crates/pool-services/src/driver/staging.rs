@@ -76,6 +76,11 @@ impl Driver {
         }
     }
 
+    /// Percent of its model that the engine says it has loaded, while it loads.
+    pub(super) fn loaded(&self) -> Option<u8> {
+        self.attempt.loaded.filter(|_| matches!(self.replica.state, State::Starting { .. }))
+    }
+
     pub(super) fn staging(&self) -> Option<Staging> {
         let progress = self.attempt.staging.filter(|_| matches!(self.replica.state, State::Staging { .. }))?;
         Some(progress.now)

@@ -137,6 +137,10 @@ impl Driver {
         if let Some(staging) = &staging {
             reason = staging::words(staging);
         }
+        let loaded_percent = self.loaded();
+        if let Some(percent) = loaded_percent {
+            reason = format!("the engine has loaded {percent} %");
+        }
         let (prepared, grant) = (self.attempt.prepared.as_ref(), self.attempt.grant.as_ref());
         let live = r.state.live()
             && match self.process() {
@@ -171,6 +175,7 @@ impl Driver {
             consecutive_failures: r.state.misses(),
             last_check_at: self.last_check,
             staging,
+            loaded_percent,
             context: grant.filter(|_| live).and_then(|g| g.context),
             vram_reserved: grant.filter(|_| r.state.holds_reservation()).map_or(0, |g| g.bytes.iter().sum()),
         }

@@ -301,12 +301,24 @@ async fn tell_progress(
 ) {
     let mut seen = None;
     loop {
-        let now = (look(engine, |e| e.progress()).await, loading.load(Ordering::Relaxed));
+        let share = loading.load(Ordering::Relaxed);
+        let now = (look(engine, |e| e.progress()).await, share);
+        if seen.is_some_and(|(_, before)| before != share)
+            && tx.send((generation, Report::Loaded(percent(f32::from_bits(share))))).await.is_err()
+        {
+            return;
+        }
         if seen.replace(now) != Some(now) && tx.send((generation, Report::Fact(Fact::Progress))).await.is_err() {
             return;
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
+}
+
+/// Of a share from 0 to 1, whatever an engine says.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within 0 to 100")]
+fn percent(share: f32) -> u8 {
+    (share.clamp(0.0, 1.0) * 100.0) as u8
 }
 
 /// Looks at the engine's processes without holding up other tasks. `None` only when the runtime is ending.
