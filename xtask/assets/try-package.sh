@@ -102,6 +102,7 @@ in_root id pool-managerd
 [ "$(in_root stat -c %U:%a /var/lib/pool-managerd)" = pool-managerd:700 ] || fail "the state is not the service's alone"
 [ "$(in_root stat -c %U:%G:%a /etc/pool-managerd)" = root:pool-managerd:750 ] || fail "tokens would be for everybody to see"
 in_root test -s /usr/share/bash-completion/completions/pool-managerd || fail "no completions"
+in_root test -s /usr/share/man/man1/pool-managerd-serve.1.gz || in_root grep -q man /etc/dpkg/dpkg.cfg.d/* || fail "no man page"
 in_root test -s /usr/share/doc/pool-managerd/copyright || fail "no copyright"
 in_root sh -c 'zcat /usr/share/doc/pool-managerd/LICENCES.txt.gz' | grep -c '^tokio ' >/dev/null || fail "no report of licences"
 start

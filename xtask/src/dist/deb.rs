@@ -1,7 +1,7 @@
 //! The Debian package, by dpkg-deb.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use super::Release;
@@ -28,7 +28,7 @@ pub(super) fn build(release: &Release, licences: &str) -> Result<PathBuf> {
     for (to, shell) in COMPLETIONS {
         stage.put(&format!("usr/{to}"), told(&release.program, &["completions", shell])?.as_bytes(), 0o644)?;
     }
-    for (to, page) in man_pages(&release.program)? {
+    for (to, page) in man_pages(release)? {
         stage.put_gz(&format!("usr/{to}"), page.as_bytes())?;
     }
     let doc = "usr/share/doc/pool-managerd";
@@ -93,19 +93,18 @@ fn glibc(program: &[u8]) -> Option<(u32, u32)> {
         .max()
 }
 
-/// Man pages as the program prints them, where it can: path below the prefix, and contents.
-pub(super) fn man_pages(program: &Path) -> Result<Vec<(String, String)>> {
-    let asked = Command::new(program).arg("man").env_clear().output();
-    let asked = asked.map_err(|source| Error::Start { command: "pool-managerd man".to_owned(), source })?;
-    let page = String::from_utf8_lossy(&asked.stdout).into_owned();
-    if !asked.status.success() {
-        eprintln!("warning: the program has no man page to print: the packages lack one");
-        return Ok(Vec::new());
+/// Man pages as the program writes them: path below the prefix, and contents.
+pub(super) fn man_pages(release: &Release) -> Result<Vec<(String, String)>> {
+    let dir = Stage::new(release.out.join("stage/man"))?;
+    process::run(Command::new(&release.program).arg("man").arg(dir.root()).env_clear())?;
+    let mut pages = Vec::new();
+    for entry in fs::read_dir(dir.root()).map_err(error::io(dir.root()))? {
+        let path = entry.map_err(error::io(dir.root()))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        pages.push((format!("share/man/man1/{name}"), fs::read_to_string(&path).map_err(error::io(&path))?));
     }
-    if !page.contains(".TH") {
-        return Err(Error::Check("`pool-managerd man` printed no man page".to_owned()));
-    }
-    Ok(vec![("share/man/man1/pool-managerd.1".to_owned(), page)])
+    pages.sort();
+    Ok(pages)
 }
 
 #[cfg(test)]

@@ -78,7 +78,7 @@ pub(super) fn tarball(release: &Release, licences: &str) -> Result<PathBuf> {
     for (to, shell) in COMPLETIONS {
         stage.put(to, told(&release.program, &["completions", shell])?.as_bytes(), 0o644)?;
     }
-    for (to, page) in super::deb::man_pages(&release.program)? {
+    for (to, page) in super::deb::man_pages(release)? {
         stage.put(&to, page.as_bytes(), 0o644)?;
     }
     stage.put("share/doc/pool-managerd/LICENCES.txt", licences.as_bytes(), 0o644)?;
