@@ -46,8 +46,8 @@ def serves(port):
         return False
 
 
-def wait_for(what, seen, pause=POLL):
-    end = time.monotonic() + PATIENCE
+def wait_for(what, seen, pause=POLL, patience=PATIENCE):
+    end = time.monotonic() + patience
     while not (found := seen()):
         if time.monotonic() > end:
             raise RuntimeError(f"{what} never came")

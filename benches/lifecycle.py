@@ -104,12 +104,12 @@ def poll_until_200(port, path, process, pause):
 class Daemon:
     """The daemon in a directory of its own."""
 
-    def __init__(self, binary, pools, engine="", roots="/nonexistent"):
+    def __init__(self, binary, pools, engine="", roots="/nonexistent", node=""):
         self.dir = Path(tempfile.mkdtemp(prefix="pool-managerd-bench-"))
         self.port = free_port()
         (self.dir / "gpus.toml").write_text(TOPOLOGY)
         config = (
-            f'[node]\nlisten = "127.0.0.1:{self.port}"\nstate_dir = "state"\nengine_ports = "{free_range()}"\n'
+            f'[node]\nlisten = "127.0.0.1:{self.port}"\nstate_dir = "state"\nengine_ports = "{free_range()}"\n{node}'
             f'[gpu]\nbackend = "simulated"\ntopology = "gpus.toml"\n'
             f'[models]\nroots = ["{roots}"]\n{engine}{pools}'
         )
