@@ -289,7 +289,7 @@ fn how_far_a_start_is_comes_as_comments_for_who_asks() {
 
 #[test]
 fn who_asks_how_far_a_start_is_and_goes_away_is_noticed_while_the_engine_is_silent() {
-    let mut daemon = started(
+    let daemon = started(
         r#"
 [[pool]]
 id = "mute"
