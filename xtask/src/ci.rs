@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::{codegen, deny, faults, process, tests_run, tidy, trace};
+use crate::{charts, codegen, deny, faults, process, tests_run, tidy, trace};
 
 type Step = (&'static str, fn() -> Result<()>);
 
@@ -17,6 +17,7 @@ const STEPS: &[Step] = &[
         process::run(doc.env("RUSTDOCFLAGS", "--deny warnings"))
     }),
     ("codegen", || codegen::run(true)),
+    ("charts", || charts::run(true)),
     ("tidy", tidy::run),
     ("trace", || trace::run(None)),
     ("deny", deny::run),

@@ -54,7 +54,7 @@ pub(crate) fn run(from_source: bool) -> Result<()> {
 }
 
 /// Does `make` unless `stamp` says that it was done for this very `key`.
-fn cached(stamp: &Path, key: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
+pub(crate) fn cached(stamp: &Path, key: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
     if fs::read_to_string(stamp).is_ok_and(|old| old == key) {
         return Ok(());
     }

@@ -3,10 +3,12 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command-line tool: its output is for people")]
 
 mod browser;
+mod charts;
 mod ci;
 mod clients;
 mod codegen;
 mod deny;
+mod dist;
 mod engine;
 mod error;
 mod estimates;
@@ -69,6 +71,12 @@ enum Command {
         #[arg(long)]
         check: bool,
     },
+    /// Lint, render and check the Helm chart; write the manifests beside it.
+    Charts {
+        /// Change nothing; fail when a file is stale.
+        #[arg(long)]
+        check: bool,
+    },
     /// Compare memory estimates with what the real engine says, in docs/estimates.md (needs `engine --from-source`).
     Estimates {
         /// Change nothing; fail when the document is stale or a goal is missed.
@@ -96,6 +104,18 @@ enum Command {
         #[arg(long, default_value_t = 0)]
         from: u64,
     },
+    /// Make the Debian package and the tarball of a release build, in target/dist.
+    Dist {
+        /// Version of the Debian package instead of the workspace's.
+        #[arg(long, value_name = "VERSION")]
+        deb_version: Option<String>,
+        /// Package this program instead of building it.
+        #[arg(long, value_name = "FILE")]
+        program: Option<PathBuf>,
+        /// Install, upgrade and purge the packages in a clean root instead (Debian, as root; needs debootstrap).
+        #[arg(long, conflicts_with_all = ["deb_version", "program"])]
+        try_package: bool,
+    },
     /// Check dependencies' bans, licences and sources.
     Deny,
     /// Everything that CI runs.
@@ -114,10 +134,13 @@ fn run(command: Command) -> Result<()> {
         Command::Tidy => tidy::run(),
         Command::Trace { list_file } => trace::run(list_file.as_deref()),
         Command::Codegen { check } => codegen::run(check),
+        Command::Charts { check } => charts::run(check),
         Command::Estimates { check } => estimates::run(check),
         Command::Faults { check } => faults::run(check),
         Command::Test { args } => tests_run::run(&args),
         Command::Soak { seeds, from } => soak::run(seeds, from),
+        Command::Dist { try_package: true, .. } => dist::try_package(),
+        Command::Dist { deb_version, program, .. } => dist::run(deb_version.as_deref(), program.as_deref()),
         Command::Deny => deny::run(),
         Command::Ci => ci::run(),
     }

@@ -57,10 +57,17 @@ fn read(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
     Ok(bytes)
 }
 
+/// Whether a file of this mode and owner is the daemon's alone. One that root gave to the daemon's group is, too: a daemon that is
+/// not root gets its secrets so, from packages and in pods.
+fn closed(mode: u32, owner: u32, daemon: u32) -> bool {
+    let others = if owner == 0 && daemon != 0 { 0o037 } else { 0o077 };
+    mode & others == 0
+}
+
 /// What only the daemon may read.
 fn secret(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
-    let mode = fs::metadata(path).map(|m| m.mode()).unwrap_or_default();
-    if mode & 0o077 != 0 {
+    let (mode, owner) = fs::metadata(path).map(|m| (m.mode(), m.uid())).unwrap_or_default();
+    if !closed(mode, owner, rustix::process::geteuid().as_raw()) {
         let (mode, path) = (mode & 0o777, path.display());
         return Err(Exit::new(CONFIG, format!("{what} {path}: others may read it (mode {mode:o})"))
             .hinting(format!("chmod 600 {path}")));
@@ -151,6 +158,30 @@ impl Keeper {
         }
         if let Some((tls, tx)) = &self.tls {
             told("certificates", certificates(tls).map(|c| drop(tx.send_replace(c))));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::closed;
+
+    #[test]
+    fn a_secret_is_the_daemon_s_alone_or_root_s_gift_to_its_group() {
+        const ROOT: u32 = 0;
+        const DAEMON: u32 = 65_532;
+        for (mode, owner, daemon, expected) in [
+            (0o600, DAEMON, DAEMON, true),
+            (0o640, DAEMON, DAEMON, false),
+            (0o440, ROOT, DAEMON, true),
+            (0o640, ROOT, DAEMON, true),
+            (0o660, ROOT, DAEMON, false),
+            (0o444, ROOT, DAEMON, false),
+            (0o440, ROOT, ROOT, false),
+            (0o440, DAEMON, ROOT, false),
+            (0o100_400, ROOT, ROOT, true),
+        ] {
+            assert_eq!(closed(mode, owner, daemon), expected, "{mode:o} of {owner} for {daemon}");
         }
     }
 }

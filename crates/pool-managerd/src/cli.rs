@@ -9,7 +9,7 @@ use crate::config::Overrides;
 
 /// Keeps pools of inference engines running on the GPUs of this machine.
 #[derive(Debug, Parser)]
-#[command(name = "pool-managerd", version, arg_required_else_help = true, subcommand_required = true)]
+#[command(name = "pool-managerd", version = crate::build_info::VERSION, arg_required_else_help = true, subcommand_required = true)]
 pub struct Cli {
     /// What to do
     #[command(subcommand)]

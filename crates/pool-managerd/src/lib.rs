@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+pub mod build_info;
 pub mod check_command;
 pub mod cli;
 pub mod commands;

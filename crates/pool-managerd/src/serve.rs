@@ -18,12 +18,12 @@ use tokio::sync::Notify;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, OnExit, Profile};
+use crate::config::{Config, Node, OnExit, Profile};
 use crate::exit::{BUG, CONFIG, Exit};
 use crate::late::LateControl;
 use crate::logs::LogFiles;
 use crate::reread::{LateConfig, Rereader};
-use crate::{access, compose, limits, logging, notify, socket, tell};
+use crate::{access, build_info, compose, limits, logging, notify, socket, tell};
 
 /// Time for requests that still run, and for the last log lines, once the engines are gone.
 const GOODBYE: Duration = Duration::from_secs(1);
@@ -67,7 +67,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let api = tokio::spawn(serve_api(doors, Arc::clone(&app.state), closing.clone()));
     let renew = Arc::new(Notify::new());
     tokio::spawn(keys.keeper.run(Arc::clone(&renew)));
-    tracing::info!(%addr, version = env!("CARGO_PKG_VERSION"), profile = config.node.profile.code(), "the API listens");
+    tracing::info!(%addr, version = build_info::VERSION, profile = config.node.profile.code(), "the API listens");
 
     let mut gpus = compose::begin_gpus(&config)?;
     // Engines of an earlier daemon do not wait for devices that may be long in coming, and are never left alone.
@@ -119,7 +119,7 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     watchdog.cancel();
     notify::stopping(deadline + GOODBYE);
     let in_time = tokio::select! {
-        in_time = end(&manager, config.node.on_exit, deadline) => in_time,
+        in_time = end(&manager, &config.node) => in_time,
         // A signal that is repeated changes nothing.
         () = signals.ignore() => false,
     };
@@ -139,10 +139,10 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     }
 }
 
-async fn end(manager: &PoolManager, on_exit: OnExit, deadline: Duration) -> bool {
-    match on_exit {
-        OnExit::Keep => manager.leave(deadline).await,
-        OnExit::Stop | OnExit::Bound => manager.shutdown(deadline).await,
+async fn end(manager: &PoolManager, node: &Node) -> bool {
+    match node.on_exit {
+        OnExit::Keep => manager.leave(node.shutdown_deadline).await,
+        OnExit::Stop | OnExit::Bound => manager.shutdown_drained(node.shutdown_drain, node.shutdown_deadline).await,
     }
 }
 

@@ -198,6 +198,7 @@ const BAD: &[(&str, usize, &str, &str, &str)] = &[
     ("[node]\nmax_lease_ttl = \"0s\"\n", 2, "node.max_lease_ttl", "outside", "1h"),
     ("[node]\nmax_lease_ttl = \"1y\"\n", 2, "node.max_lease_ttl", "outside", "1h"),
     ("[node]\nshutdown_deadline = \"-5s\"\n", 2, "node.shutdown_deadline", "no duration", "30s"),
+    ("[node]\nshutdown_drain = \"51s\"\n", 2, "node.shutdown_drain", "need 10s of", "shutdown_deadline = \"1m 1s\""),
     ("[node]\nstate_dir = \"\"\n", 2, "node.state_dir", "empty", ""),
     ("[gpu]\nbackend = \"simulated\"\n", 2, "gpu.backend", "need a topology", "two-gpus.toml"),
     (
@@ -319,4 +320,24 @@ fn what_lies_outside_of_pools_is_compared_by_key() {
     let digest = |text: &str| load(text.as_bytes()).unwrap().pools[0].source.digest().unwrap().to_owned();
     assert_eq!(digest(base), digest(&format!("# a word\n{}", base.replace(" = ", "="))));
     assert_ne!(digest(base), digest(&format!("{base}slots = 2\n")));
+}
+
+/// The config within the manifests that the chart renders: what Helm writes, the daemon reads.
+#[test]
+fn the_config_of_the_plain_manifests_is_one() {
+    for (preset, pools) in [("shared", 0), ("dedicated", 1)] {
+        let path = format!("{}/../../deploy/kubernetes/{preset}.yaml", env!("CARGO_MANIFEST_DIR"));
+        let manifest = fs::read_to_string(path).unwrap();
+        let lines = manifest.lines().skip_while(|line| !line.starts_with("  pool-managerd.toml: |")).skip(1);
+        let text: Vec<_> =
+            lines.map_while(|line| line.strip_prefix("    ").or((line.is_empty()).then_some(""))).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pool-managerd.toml");
+        fs::write(&file, text.join("\n")).unwrap();
+        let config = config::load(Some(&file), &Overrides::default()).unwrap();
+        assert_eq!(config.pools.len(), pools, "{preset}");
+        assert!(config.auth.is_some() && config.tls.is_some() && !config.node.insecure, "{preset}");
+        assert_eq!((config.node.shutdown_drain.as_secs(), config.node.shutdown_deadline.as_secs()), (60, 70));
+        assert!(config.node.hosts.contains(&"pool-managerd.pool-managerd.svc".to_owned()), "{preset}");
+    }
 }

@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use support::{Daemon, Engines};
@@ -17,8 +17,11 @@ fn target(below: &str) -> PathBuf {
 fn python() -> Command {
     let mut command = Command::new("python3");
     command.env("PYTHONPATH", target("clients/python")).env("PYTHONDONTWRITEBYTECODE", "1");
-    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients"));
     command
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(name)
 }
 
 /// Runs it to its end, and shows what it said when it found something.
@@ -46,7 +49,7 @@ fn openai_s_python_client_works_on_a_cold_pool_of_the_real_engine() {
         bin = bin.display(),
     ));
     let _engines = Engines::of(&daemon);
-    passes(python().arg("openai_client.py").arg(format!("http://{}", daemon.addr())));
+    passes(python().arg(script("openai_client.py")).arg(format!("http://{}", daemon.addr())));
     assert_eq!(daemon.stop(), Some(0));
 }
 
@@ -67,9 +70,14 @@ activation = "preload"
     let _engines = Engines::of(&daemon);
     daemon.until("chat", |p| p["ready"] == true);
     let addr = daemon.addr();
+    // It keeps notes where it runs.
+    let notes = tempfile::tempdir().unwrap();
     passes(
         python()
-            .args(["-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run", "--no-color"])
+            .current_dir(notes.path())
+            .args(["-m", "schemathesis.cli", "--config-file"])
+            .arg(script("schemathesis.toml"))
+            .args(["run", "--no-color"])
             .arg(format!("http://{addr}/openapi.json"))
             .args(["--phases", "examples,coverage,fuzzing", "--max-examples", "6", "--workers", "1"])
             // The same requests in every run; without these two it looks elsewhere each time.

@@ -142,3 +142,25 @@ fn two_pools_drain_at_once_and_a_third_serves_on() {
     assert_eq!((&third["ready"], &third["active_leases"]), (&json!(true), &json!(1)), "{third:#}");
     assert_eq!(daemon.stop(), Some(0));
 }
+
+#[test]
+fn a_daemon_that_is_asked_to_stop_lets_what_runs_end_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let ports = support::engine_ports();
+    let node = format!("[node]\nstate_dir = \"state\"\nengine_ports = \"{ports}\"\nshutdown_drain = \"50s\"\n");
+    support::write_config(dir.path(), &format!("{}\n{}", "", pool("activation = \"preload\"")));
+    let file = dir.path().join("pool-managerd.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, node + &text[text.find("[gpu]").unwrap()..]).unwrap();
+    let mut daemon = Daemon::start_in_place(dir);
+    daemon.until("chat", |p| p["ready"] == true);
+    let lease = daemon.post("/v1/pools/chat/leases", "{}").json();
+    daemon.signal("TERM");
+    let draining = daemon.until("chat", |p| p["draining"] == true);
+    assert_eq!((&draining["live"], &draining["active_leases"]), (&json!(true), &json!(1)), "{draining:#}");
+    assert_eq!((daemon.get("/readyz").status, daemon.get("/livez").status), (503, 200));
+    let refused = daemon.post("/v1/pools/chat/leases", "{}");
+    assert_eq!(refused.status, 503, "{refused:?}");
+    assert_eq!(daemon.delete(&format!("/v1/leases/{}", lease["lease_id"].as_str().unwrap())).status, 204);
+    assert_eq!(daemon.wait(), Some(0), "within the test's time, not the drain's");
+}

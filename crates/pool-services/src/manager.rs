@@ -100,13 +100,18 @@ impl PoolManager {
     /// Stops every engine and waits until nothing is left, at most `deadline`. What is left then is killed. Says whether
     /// nothing was: what is Fenced is not waited for, and may be left.
     pub async fn shutdown(&self, deadline: Duration) -> bool {
+        self.shutdown_drained(Duration::ZERO, deadline).await
+    }
+
+    /// The same, but leases that run have `drain` of that time to end by themselves; new ones are refused at once.
+    pub async fn shutdown_drained(&self, drain: Duration, deadline: Duration) -> bool {
         self.inner.strays.hurry();
         // Not `stop`: that would leave a hold behind.
-        let in_time = self.end(Wish::Shutdown, deadline).await;
+        let in_time = self.end(Wish::Shutdown { drain }, deadline).await;
         if !in_time {
             self.inner.last_call.cancel();
             // Nothing is waited for any more, but the signals have to be sent.
-            let _ = self.end(Wish::Shutdown, LAST_CALL).await;
+            let _ = self.end(Wish::Shutdown { drain: Duration::ZERO }, LAST_CALL).await;
         }
         let fenced = |handle: &PoolHandle| handle.facts.borrow().snapshot.replicas.iter().any(|r| r.state == "fenced");
         in_time && !self.inner.strays.left() && !self.table().values().any(fenced)
@@ -132,7 +137,7 @@ impl PoolManager {
             }
             self.inner.memories.close();
             self.inner.memories.wait().await;
-            if matches!(wish, Wish::Shutdown) {
+            if matches!(wish, Wish::Shutdown { .. }) {
                 self.inner.strays.end().await;
             }
         };

@@ -302,6 +302,37 @@ async fn drain_with_three_stuck_leases_ends_in_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shutdown_gives_leases_their_time_and_leaves_no_hold() {
+    const DRAIN: Duration = Duration::from_secs(60);
+    for (held, expected) in [(Duration::from_secs(20), 20), (LONG, 60)] {
+        let node = FakeNode::default();
+        let (m, _events) = node.manage(vec![spec("chat"), spec("idle")]).await;
+        let id: PoolId = "chat".parse().unwrap();
+        until(&m, &id, PoolSnapshot::ready).await;
+        let (_, guard) = m.allocate_lease(&id).unwrap();
+        let began = Instant::now();
+        let asked = m.clone();
+        let ends = tokio::spawn(async move { asked.shutdown_drained(DRAIN, LONG).await });
+        until(&m, &id, PoolSnapshot::draining).await;
+        assert!(matches!(m.allocate_lease(&id), Err(ControlError::Draining)));
+        let held = tokio::spawn(async move {
+            let end = began + held;
+            while guard.valid() && Instant::now() < end {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+        assert!(ends.await.unwrap());
+        held.await.unwrap();
+        let took = began.elapsed().as_secs();
+        assert!((expected..=expected + 2).contains(&took), "{took} s");
+        assert!(
+            !pool_services::ports::StateLedger::held(&*node.ledger, &id).await,
+            "the next daemon would not start it"
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn resume_cancels_a_running_drain_and_abort_gives_up() {
     let node = FakeNode::default();
     let (m, _events) = node.manage(vec![spec("chat")]).await;

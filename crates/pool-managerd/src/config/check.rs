@@ -21,6 +21,8 @@ use super::{
     At, Config, ConfigError, Engine, EngineKind, EngineMode, Gpu, LogFormat, Node, Overrides, Profile, Step, models,
 };
 
+/// Of an orderly stop, after leases: what a drain takes at most once its time is up, and then some.
+const TO_END: Duration = Duration::from_secs(10);
 const LATER: &str = "is not supported yet";
 
 pub(crate) fn check(raw: RawConfig, source: Source, overrides: &Overrides) -> Result<Config, ConfigError> {
@@ -139,6 +141,7 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
         return Err(source
             .error(At::Key(&at("engine_ports")), format!("the range holds the port of the API, {}", listen.port())));
     }
+    let shutdown_deadline = duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?;
     Ok(Node {
         profile: raw.profile,
         listen,
@@ -160,7 +163,8 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
         engine_keys: raw.engine_keys == EngineKeys::Always || !engine_listen.is_loopback(),
         engine_ports,
         on_exit: raw.on_exit,
-        shutdown_deadline: duration(&raw.shutdown_deadline, source, At::Key(&at("shutdown_deadline")))?,
+        shutdown_deadline,
+        shutdown_drain: shutdown_drain(&raw.shutdown_drain, shutdown_deadline, source)?,
         max_lease_ttl: max_lease_ttl(&raw.max_lease_ttl, source)?,
         gateway_wait: duration(&raw.gateway_wait, source, At::Key(&at("gateway_wait")))?,
         min_ready_time: duration(&raw.min_ready_time, source, At::Key(&at("min_ready_time")))?,
@@ -169,6 +173,17 @@ fn node(whole: &RawConfig, source: &Source, overrides: &Overrides) -> Result<Nod
             Profile::Cloud => LogFormat::Json,
         }),
     })
+}
+
+fn shutdown_drain(text: &str, deadline: Duration, source: &Source) -> Result<Duration, ConfigError> {
+    let at = [Step::Key("node"), Step::Key("shutdown_drain")];
+    let drain = duration(text, source, At::Key(&at))?;
+    if drain.is_zero() || drain + TO_END <= deadline {
+        return Ok(drain);
+    }
+    let why = format!("engines need {} of shutdown_deadline to end", humantime::format_duration(TO_END));
+    let needed = humantime::format_duration(drain + TO_END);
+    Err(source.error(At::Key(&at), why).hinting(format!("write less, or shutdown_deadline = \"{needed}\"")))
 }
 
 fn gpu(raw: &RawGpu, raw_node: &RawNode, node: &Node, source: &Source) -> Result<Gpu, ConfigError> {

