@@ -10,8 +10,10 @@ use tokio::time::Instant;
 /// How much of the beginning is looked at: of embeddings some engines tell the tokens first, and Anthropic's streams begin
 /// with the prompt's.
 const HEAD: usize = 4 * 1024;
-/// How much of the end is kept.
-const TAIL: usize = 2 * 1024;
+/// How much of the end is kept: a thousand streams at once keep as much each.
+const TAIL: usize = 1024;
+/// How much more may come before the rest is moved.
+const SLACK: usize = 512;
 
 /// What was told, and what was seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,7 +48,7 @@ struct Timings {
 /// Listens to one answer.
 #[derive(Debug, Default)]
 pub(super) struct Ear {
-    /// The last bytes, twice as many at most as are looked at, so that most are copied once.
+    /// The last bytes, and a few more than are looked at, so that not every part moves them.
     tail: Vec<u8>,
     /// When the first part came, and the newest.
     times: Option<(Instant, Instant)>,
@@ -65,9 +67,13 @@ impl Ear {
         }
         self.times = Some((self.times.map_or(now, |(first, _)| first), now));
         let new = &part[part.len().saturating_sub(TAIL)..];
-        if self.tail.len() + new.len() > 2 * TAIL {
+        if self.tail.len() + new.len() > TAIL + SLACK {
             let kept = TAIL.saturating_sub(new.len()).min(self.tail.len());
             self.tail.drain(..self.tail.len() - kept);
+        }
+        if self.tail.capacity() < TAIL + SLACK {
+            // Once, and no more than that: growing would double it.
+            self.tail.reserve_exact(TAIL + SLACK - self.tail.len());
         }
         self.tail.extend_from_slice(new);
         first
@@ -194,7 +200,7 @@ mod tests {
         assert!(ear.hear(b"a") && !ear.hear(b"b"));
         for size in [1, 100, 2_000, 3_000, 50_000, 7, 1_999] {
             ear.hear(&vec![b'x'; size]);
-            assert!(ear.tail.len() <= 2 * TAIL, "{}", ear.tail.len());
+            assert!(ear.tail.len() >= TAIL.min(size) && ear.tail.capacity() <= TAIL + SLACK, "{}", ear.tail.capacity());
         }
     }
 
