@@ -4,7 +4,7 @@
 
     cargo build --release && python3 benches/hostile.py
 
-The daemon has its 4,096 connections and a listener for probes. One caller asks, one call after the other and each on a
+The daemon has its usual limits and a listener for probes. One caller asks, one call after the other and each on a
 connection of its own, first alone, then beside the half-open connections, then beside the readers: `GET /v1/pools`, a
 lease and its release, a chat completion of one token, and `/livez` of the probes' listener. Readers are streams of 100,000
 tokens at full speed of which not a byte is read, so that every buffer between engine and client is full.

@@ -187,6 +187,7 @@ async fn main() {
             metrics: Arc::new(Metrics::default()),
             flags: Arc::new(Flags::default()),
             gateway: Gateway::new(Arc::new(manager.clone()), Duration::ZERO),
+            seal: None,
             access: Access::Open,
             feed: History::begin(String::new()).1,
             logs: Arc::new(NoLogs),

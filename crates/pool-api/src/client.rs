@@ -415,7 +415,13 @@ impl PoolControl for HttpControl {
         self.convert(self.read::<LeaseView>(&bytes)?)
     }
 
-    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+    /// The daemon knows from the token whose it is.
+    async fn renew_for(
+        &self,
+        lease_id: &str,
+        ttl: Option<Duration>,
+        _: pool_domain::Holder,
+    ) -> Result<Lease, ControlError> {
         let (path, body) = (format!("/v1/leases/{}/renew", segment(lease_id)), RenewBody { ttl_ms: ttl.map(millis) });
         let bytes = self.post(&path, &body, lease_id).await?;
         self.convert(self.read::<LeaseView>(&bytes)?)

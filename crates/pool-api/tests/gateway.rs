@@ -51,7 +51,7 @@ impl Routing for Script {
             slot: Some(self.admission.acquire().map_err(|_| ControlError::Draining)?),
         })
     }
-    async fn follow(&self, lease: &str) -> Result<(Lease, Route), ControlError> {
+    async fn follow(&self, lease: &str, _: &pool_domain::Holder) -> Result<(Lease, Route), ControlError> {
         Err(ControlError::LeaseNotFound(lease.to_owned()))
     }
     fn tell(&self, _: &ReplicaKey, _: Generation, kind: EventKind) {

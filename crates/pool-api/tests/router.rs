@@ -208,6 +208,25 @@ async fn known_hosts_and_origins_pass() {
 }
 
 #[tokio::test]
+async fn a_page_elsewhere_that_sends_no_origin_gets_nothing_but_a_link_followed() {
+    for (path, site, status) in [
+        ("/v1/events", "cross-site", 403),
+        ("/v1/node", "same-site", 403),
+        ("/v1/node", "same-origin", 200),
+        ("/v1/node", "none", 200),
+        ("/", "cross-site", 200),
+    ] {
+        let mut r = request("GET", path);
+        r.headers_mut().insert("sec-fetch-site", site.parse().unwrap());
+        assert_eq!(send(Fake::default(), r).await.status(), status, "{path} {site}");
+    }
+    let mut listed = request("GET", "/v1/node");
+    listed.headers_mut().insert("sec-fetch-site", "cross-site".parse().unwrap());
+    listed.headers_mut().insert(header::ORIGIN, "https://ui.lan".parse().unwrap());
+    assert_eq!(send(Fake::default(), listed).await.status(), 200);
+}
+
+#[tokio::test]
 async fn the_page_may_do_nothing_but_ask_this_daemon() {
     for (path, kind) in [("/", "text/html"), ("/dashboard.css", "text/css"), ("/dashboard.js", "text/javascript")] {
         let response = send(Fake::default(), request("GET", path)).await;

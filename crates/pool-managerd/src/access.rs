@@ -3,13 +3,14 @@
 
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use pool_api::server::tls::{ServerConfig, server_config};
 use pool_api::server::{Access, Tokens};
+use rustix::fs::OFlags;
 use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -45,10 +46,17 @@ pub(crate) fn open(config: &Config) -> Result<Keys, Exit> {
     })
 }
 
-fn read(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
+fn read(path: &Path, what: &str, for_us_alone: bool) -> Result<Vec<u8>, Exit> {
     let failed = |e: std::io::Error| Exit::new(CONFIG, format!("{what} {}: {e}", path.display()));
-    let file = File::open(path).map_err(failed)?;
+    // A pipe that nobody writes to would hold up the daemon; what is then read is what was looked at.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(failed)?;
     let told = file.metadata().map_err(failed)?;
+    if for_us_alone && !closed(told.mode(), told.uid(), rustix::process::geteuid().as_raw()) {
+        let (mode, path) = (told.mode() & 0o777, path.display());
+        return Err(Exit::new(CONFIG, format!("{what} {path}: others may read it (mode {mode:o})"))
+            .hinting(format!("chmod 600 {path}")));
+    }
     if !told.is_file() || told.len() > MAX_BYTES {
         return Err(Exit::new(CONFIG, format!("{what} {}: is no file of at most 256 KiB", path.display())));
     }
@@ -64,22 +72,11 @@ fn closed(mode: u32, owner: u32, daemon: u32) -> bool {
     mode & others == 0
 }
 
-/// What only the daemon may read.
-fn secret(path: &Path, what: &str) -> Result<Vec<u8>, Exit> {
-    let (mode, owner) = fs::metadata(path).map(|m| (m.mode(), m.uid())).unwrap_or_default();
-    if !closed(mode, owner, rustix::process::geteuid().as_raw()) {
-        let (mode, path) = (mode & 0o777, path.display());
-        return Err(Exit::new(CONFIG, format!("{what} {path}: others may read it (mode {mode:o})"))
-            .hinting(format!("chmod 600 {path}")));
-    }
-    read(path, what)
-}
-
 fn tokens(auth: &Auth) -> Result<Tokens, Exit> {
     const WHAT: &str = "[auth] tokens_file";
     let mut text = String::new();
     if let Some(file) = &auth.file {
-        let bytes = secret(file, WHAT)?;
+        let bytes = read(file, WHAT, true)?;
         text = String::from_utf8(bytes)
             .map_err(|_| Exit::new(CONFIG, format!("{WHAT} {}: is no text", file.display())))?;
     }
@@ -96,8 +93,8 @@ fn tokens(auth: &Auth) -> Result<Tokens, Exit> {
 }
 
 fn certificates(tls: &Tls) -> Result<Arc<ServerConfig>, Exit> {
-    let chain = read(&tls.cert, "[tls] cert")?;
-    let key = secret(&tls.key, "[tls] key")?;
+    let chain = read(&tls.cert, "[tls] cert", false)?;
+    let key = read(&tls.key, "[tls] key", true)?;
     let (cert, key_file) = (tls.cert.display(), tls.key.display());
     server_config(&chain, &key).map_err(|e| Exit::new(CONFIG, format!("[tls] {cert}, {key_file}: {e}")))
 }

@@ -106,8 +106,8 @@ impl PoolControl for LateControl {
         request.wait = wait;
         manager.lease(id, request).await
     }
-    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
-        self.get()?.renew(lease_id, ttl).await
+    async fn renew_for(&self, lease_id: &str, ttl: Option<Duration>, holder: Holder) -> Result<Lease, ControlError> {
+        self.get()?.renew_for(lease_id, ttl, holder).await
     }
     async fn leases(&self) -> Result<Vec<Lease>, ControlError> {
         self.get()?.leases().await
@@ -125,8 +125,8 @@ impl Routing for LateControl {
     async fn route(&self, pool: &PoolId, wait: Duration, holder: &Holder) -> Result<Route, ControlError> {
         self.get()?.route(pool, wait, holder).await
     }
-    async fn follow(&self, lease_id: &str) -> Result<(Lease, Route), ControlError> {
-        self.get()?.follow(lease_id).await
+    async fn follow(&self, lease_id: &str, holder: &Holder) -> Result<(Lease, Route), ControlError> {
+        self.get()?.follow(lease_id, holder).await
     }
     fn tell(&self, key: &ReplicaKey, generation: Generation, kind: EventKind) {
         if let Ok(manager) = self.get() {

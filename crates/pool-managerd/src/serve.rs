@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use pool_api::gateway::Gateway;
 use pool_api::metrics::Metrics;
-use pool_api::server::{self, Access, AppState, Door, Flags, History, NodeInfo, router};
+use pool_api::server::{self, Access, AppState, Door, Flags, History, NodeInfo, SealKey, router};
 use pool_services::PoolManager;
 use pool_services::ports::StateLedger;
 use tokio::net::TcpListener;
@@ -54,7 +54,8 @@ pub async fn serve(config: Config, on_start: impl FnOnce(Started)) -> Result<(),
     let keys = access::open(&config)?;
     let (listener, addr) = bind(config.node.listen).await?;
     let closing = CancellationToken::new();
-    let app = app(&config, keys.access, state.runtime_dir(), closing.clone());
+    let seal = state.seal_key().map_err(|e| Exit::new(BUG, format!("no random bytes: {e}")))?;
+    let app = app(&config, keys.access, state.runtime_dir(), seal, closing.clone());
     let mut doors = vec![Door::Tcp(listener, keys.tls)];
     doors.extend(socket::bind(&config)?);
     warn_of_exposure(&config);
@@ -163,7 +164,7 @@ struct App {
     history: History,
 }
 
-fn app(config: &Config, access: Access, runtime_dir: PathBuf, closing: CancellationToken) -> App {
+fn app(config: &Config, access: Access, runtime_dir: PathBuf, seal: [u8; 32], closing: CancellationToken) -> App {
     let (history, feed) = History::begin(format!("{:08x}", RandomState::new().hash_one(std::process::id()) >> 32));
 
     let (late, reread) = (Arc::new(LateControl::default()), Arc::new(LateConfig::default()));
@@ -182,6 +183,7 @@ fn app(config: &Config, access: Access, runtime_dir: PathBuf, closing: Cancellat
         flags: Arc::new(Flags::default()),
         gateway: Gateway::new(Arc::clone(&late) as Arc<_>, config.node.gateway_wait),
         access,
+        seal: Some(SealKey::new(seal)),
         feed,
         logs: Arc::new(LogFiles { runtime_dir }),
         closing,

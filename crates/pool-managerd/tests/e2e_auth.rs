@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
-use support::{Daemon, binary, eventually, request_with, write_config};
+use support::{Daemon, Engines, binary, eventually, request_with, write_config};
 
 const ADMIN: &str = "admin-0123456789abcdef0123456789abcdef";
 const USER: &str = "user-0123456789abcdef0123456789abcdef0";
@@ -41,6 +41,71 @@ fn tls(dir: &Path, name: &str) {
 
 fn bearer(token: &str) -> String {
     format!("Authorization: Bearer {token}\r\n")
+}
+
+#[test]
+fn a_lease_comes_back_after_a_restart_for_its_tenant_alone_and_nobody_makes_one_up() {
+    const OTHER: &str = "other-0123456789abcdef0123456789abcdef";
+    let dir = tempfile::tempdir().unwrap();
+    secret(
+        dir.path(),
+        "tokens",
+        &format!("# rotated; by hand\n{ADMIN} admin\n{USER} lease acme\n{OTHER} lease other\n"),
+    );
+    write_config(dir.path(), &format!("[auth]\ntokens_file = \"tokens\"\n{POOL}"));
+    let daemon = Daemon::start_in_place(dir);
+    let engines = Engines::of(&daemon);
+    let ask = |daemon: &Daemon, method: &str, path: &str, token: &str, body: Option<&str>| {
+        request_with(daemon.addr(), method, path, &bearer(token), body)
+    };
+    eventually(|| (ask(&daemon, "GET", "/v1/pools/chat", ADMIN, None).status == 200).then_some(()));
+    let leased = ask(&daemon, "POST", "/v1/pools/chat/leases", USER, Some(r#"{"wait_ms":60000,"ttl_ms":600000}"#));
+    assert_eq!(leased.status, 201, "{leased:?}");
+    let id = leased.json()["lease_id"].as_str().unwrap().to_owned();
+    // What somebody made of it who may lease, too.
+    let (name, seal) = id.rsplit_once('.').unwrap();
+    let next = format!("{}7", name.strip_suffix(|c: char| c.is_ascii_digit()).unwrap());
+    let made_up = [name.to_owned(), format!("{next}.{seal}"), next, id.replace("-r0-", "-r1-")];
+    let refuses = |daemon: &Daemon| {
+        for id in &made_up {
+            for token in [USER, OTHER] {
+                let answer = ask(daemon, "POST", &format!("/v1/leases/{id}/renew"), token, Some("{}"));
+                assert_eq!(answer.status, 404, "{id}: {answer:?}");
+            }
+        }
+        let answer = ask(daemon, "POST", &format!("/v1/leases/{id}/renew"), OTHER, Some("{}"));
+        assert_eq!(answer.status, 404, "another tenant's: {answer:?}");
+    };
+    refuses(&daemon);
+
+    let daemon = Daemon::start_in_place(daemon.kill(&engines));
+    eventually(|| (ask(&daemon, "GET", "/v1/pools/chat", ADMIN, None).json()["ready"] == true).then_some(()));
+    refuses(&daemon);
+    let back = ask(&daemon, "POST", &format!("/v1/leases/{id}/renew"), USER, Some(r#"{"ttl_ms":600000}"#));
+    assert_eq!((back.status, back.json()["tenant_id"].as_str()), (200, Some("acme")), "{back:?}");
+    assert_eq!(back.json()["lease_id"], id);
+    refuses(&daemon);
+    assert_eq!(ask(&daemon, "GET", "/v1/leases", USER, None).json().as_array().unwrap().len(), 1);
+    assert_eq!(ask(&daemon, "POST", &format!("/v1/leases/{id}/renew"), USER, Some("{}")).status, 200);
+    let body = r#"{"model":"chat","prompt":"a","max_tokens":1}"#;
+    let headers = format!("{}X-Pool-Lease: {id}\r\n", bearer(USER));
+    assert_eq!(request_with(daemon.addr(), "POST", "/v1/completions", &headers, Some(body)).status, 200);
+    assert_eq!(ask(&daemon, "DELETE", &format!("/v1/leases/{id}"), USER, None).status, 204);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn secrets_in_a_pipe_are_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = std::process::Command::new("mkfifo").arg("-m600").arg(dir.path().join("tokens")).status().unwrap();
+    assert!(made.success());
+    let file = write_config(dir.path(), &format!("[auth]\ntokens_file = \"tokens\"\n{POOL}"));
+    for command in ["check", "serve"] {
+        let out = binary().args([command, "--config"]).arg(&file).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(78), "{said}");
+        assert!(said.contains("is no file of at most 256 KiB"), "{said}");
+    }
 }
 
 #[test]

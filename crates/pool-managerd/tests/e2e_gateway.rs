@@ -278,6 +278,15 @@ fn how_far_a_start_is_comes_as_comments_for_who_asks() {
     let rest = stream.rest();
     assert!(rest.contains(": chat starting") || rest.contains(": chat warming"), "{rest}");
     assert!(rest.contains("data: [DONE]"), "{rest}");
+    // Who asks for no events gets none.
+    let whole = request_with(
+        daemon.addr(),
+        "POST",
+        "/v1/chat/completions",
+        "X-Pool-Progress: true\r\n",
+        Some(&chat(2, false).to_string()),
+    );
+    assert_eq!((whole.status, whole.json()["object"].as_str()), (200, Some("chat.completion")), "{whole:?}");
     let refused = Stream::open(
         daemon.addr(),
         "/v1/chat/completions",

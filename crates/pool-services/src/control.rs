@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use async_trait::async_trait;
 use pool_domain::lifecycle::OnDeadline;
 use pool_domain::rollout::Strategy;
-use pool_domain::{DeviceMask, PoolId, ReplicaKey};
+use pool_domain::{DeviceMask, Holder, PoolId, ReplicaKey};
 use thiserror::Error;
 
 use crate::declared::Declared;
@@ -219,7 +219,11 @@ pub trait PoolControl: fmt::Debug + Send + Sync {
     async fn lease(&self, id: &PoolId, request: LeaseRequest) -> Result<Lease, ControlError>;
     /// Let a lease go on from now for `ttl`, or for as long as before. One that an earlier daemon granted goes on, too, if
     /// its engine still serves and there is a slot.
-    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError>;
+    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+        self.renew_for(lease_id, ttl, Holder::default()).await
+    }
+    /// The same; a lease of before a restart of the daemon, which does not know whose it was, goes on as this holder's.
+    async fn renew_for(&self, lease_id: &str, ttl: Option<Duration>, holder: Holder) -> Result<Lease, ControlError>;
     /// Every lease that is held, but for guards within the process.
     async fn leases(&self) -> Result<Vec<Lease>, ControlError>;
     /// What would be started where for this pool, or for one like it; starts nothing.

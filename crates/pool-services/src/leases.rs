@@ -147,10 +147,15 @@ impl PoolManager {
         handle.desk.lease(request).await
     }
 
-    pub(crate) async fn renew_lease(&self, lease: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+    pub(crate) async fn renew_lease(
+        &self,
+        lease: &str,
+        ttl: Option<Duration>,
+        holder: Holder,
+    ) -> Result<Lease, ControlError> {
         let (handle, id) = self.desk_of(lease)?;
         ttl.map_or(Ok(()), |ttl| check_ttl(ttl, self.inner.max_lease_ttl))?;
-        handle.desk.renew(id, ttl).await
+        handle.desk.renew(id, ttl, holder).await
     }
 
     pub(crate) async fn release_lease(&self, lease: &str) -> Result<(), ControlError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use pool_domain::lifecycle::State;
-use pool_domain::{PoolId, Tick};
+use pool_domain::{Holder, PoolId, Tick};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -452,8 +452,8 @@ impl PoolControl for PoolManager {
         self.take_lease(id, request).await
     }
 
-    async fn renew(&self, lease_id: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
-        self.renew_lease(lease_id, ttl).await
+    async fn renew_for(&self, lease_id: &str, ttl: Option<Duration>, holder: Holder) -> Result<Lease, ControlError> {
+        self.renew_lease(lease_id, ttl, holder).await
     }
 
     async fn leases(&self) -> Result<Vec<Lease>, ControlError> {

@@ -70,7 +70,7 @@ pub trait Routing: fmt::Debug + Send + Sync {
     /// the future gives up the place.
     async fn route(&self, pool: &PoolId, wait: Duration, holder: &Holder) -> Result<Route, ControlError>;
     /// The way to the engine of a lease, which goes on from now for as long as it was to last.
-    async fn follow(&self, lease_id: &str) -> Result<(Lease, Route), ControlError>;
+    async fn follow(&self, lease_id: &str, holder: &Holder) -> Result<(Lease, Route), ControlError>;
     /// Tells what happened on the way.
     fn tell(&self, key: &ReplicaKey, generation: Generation, kind: EventKind);
 }
@@ -136,8 +136,8 @@ impl Routing for PoolManager {
         }
     }
 
-    async fn follow(&self, lease_id: &str) -> Result<(Lease, Route), ControlError> {
-        let lease = self.renew_lease(lease_id, None).await?;
+    async fn follow(&self, lease_id: &str, holder: &Holder) -> Result<(Lease, Route), ControlError> {
+        let lease = self.renew_lease(lease_id, None, holder.clone()).await?;
         let key = ReplicaKey { pool: lease.pool_id.clone(), replica: lease.replica_id };
         let roster = self.handle(&lease.pool_id)?.roster();
         let seat = seat_of(&roster.seats, &key).ok_or_else(|| ControlError::LeaseNotFound(lease_id.to_owned()))?;

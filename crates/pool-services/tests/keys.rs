@@ -22,7 +22,7 @@ async fn whoever_gets_a_slot_gets_the_key_of_the_engine_behind_it_and_lists_do_n
     assert_eq!(key.reveal(), "key-0");
     let route = m.route(&id, Duration::ZERO, &Holder::default()).await.unwrap();
     assert_eq!(route.api_key.as_ref(), Some(&key));
-    assert_eq!(m.follow(&lease.id).await.unwrap().1.api_key.as_ref(), Some(&key));
+    assert_eq!(m.follow(&lease.id, &Default::default()).await.unwrap().1.api_key.as_ref(), Some(&key));
     assert_eq!(m.renew(&lease.id, None).await.unwrap().api_key.as_ref(), Some(&key));
     assert_eq!(m.leases().await.unwrap()[0].api_key, None);
     assert_eq!(node.ledger.handoffs()[0].api_key.as_ref(), Some(&key));

@@ -103,11 +103,11 @@ async fn a_lease_is_followed_to_its_engine_as_long_as_it_lasts() {
     until(&m, &id("chat"), PoolSnapshot::ready).await;
     let lease = m.lease(&id("chat"), LeaseRequest::lasting(WAIT)).await.unwrap();
     tokio::time::sleep(WAIT / 2).await;
-    let (renewed, way) = m.follow(&lease.id).await.unwrap();
+    let (renewed, way) = m.follow(&lease.id, &Default::default()).await.unwrap();
     assert_eq!((renewed.id, &way.endpoint, way.slot.is_none()), (lease.id.clone(), &lease.endpoint, true));
     assert!(renewed.expires_at > lease.expires_at, "it goes on while it is used");
     assert_eq!(m.pool(&id("chat")).await.unwrap().replicas[0].active_leases, 1);
     m.release(&lease.id).await.unwrap();
-    assert!(matches!(m.follow(&lease.id).await, Err(ControlError::LeaseNotFound(_))));
-    assert!(matches!(m.follow("nothing").await, Err(ControlError::LeaseNotFound(_))));
+    assert!(matches!(m.follow(&lease.id, &Default::default()).await, Err(ControlError::LeaseNotFound(_))));
+    assert!(matches!(m.follow("nothing", &Default::default()).await, Err(ControlError::LeaseNotFound(_))));
 }

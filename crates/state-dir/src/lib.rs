@@ -22,6 +22,7 @@ mod files;
 mod lock_dir;
 mod past;
 mod record;
+mod seal;
 mod speed;
 mod stored;
 
@@ -131,6 +132,14 @@ impl StateDir {
     #[must_use]
     pub fn runtime_dir(&self) -> PathBuf {
         self.paths.root.join("run")
+    }
+
+    /// What the names of leases are sealed with.
+    ///
+    /// # Errors
+    /// When the kernel gives nothing random.
+    pub fn seal_key(&self) -> io::Result<[u8; 32]> {
+        seal::key(&self.paths.root)
     }
 
     /// Where the locks of engines lie. Not below the state directory, and never removed.

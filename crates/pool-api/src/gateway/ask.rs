@@ -137,6 +137,16 @@ impl Payload {
         Ok(Self { data, trailers, _room: taken })
     }
 
+    /// Whether it asks for events.
+    pub(super) fn streams(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Streams {
+            #[serde(default)]
+            stream: bool,
+        }
+        serde_json::from_slice(&self.data).is_ok_and(|told: Streams| told.stream)
+    }
+
     /// The model that it names.
     pub(super) fn model(&self) -> Result<Cow<'_, str>, Problem> {
         // serde reads a struct from a list, too.

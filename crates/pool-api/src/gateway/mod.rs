@@ -160,15 +160,17 @@ async fn serve(context: &Arc<Context>, caller: &Caller, request: Request) -> Res
     let payload = Payload::read(&head.headers, body, &context.gateway().room).await.map_err(|p| context.refuse(p))?;
     let way = match &ask.lease {
         Some(lease) => {
-            context.state.own_lease(caller, lease).await.map_err(|p| context.refuse(p))?;
-            Way::Lease(lease.clone())
+            let (name, _) = context.state.own_lease(caller, lease).await.map_err(|p| context.refuse(p))?;
+            Way::Lease(name)
         }
         None => {
             let model = payload.model().map_err(|p| context.refuse(p))?;
             Way::Pool(pool_of(context, &model)?)
         }
     };
+    // Comments are nothing only to who reads events.
     if ask.progress
+        && payload.streams()
         && let Way::Pool(pool) = &way
     {
         return Ok(progress::answer(Arc::clone(context), ask, payload, pool.clone(), head));

@@ -66,7 +66,7 @@ async fn route(context: &Context, ask: &Ask, way: &Way) -> Result<Route, Control
     let left = ask.wait.saturating_sub(context.began.elapsed());
     match way {
         Way::Pool(pool) => context.gateway().routing.route(pool, left, &context.holder).await,
-        Way::Lease(lease) => context.gateway().routing.follow(lease).await.map(|(_, route)| route),
+        Way::Lease(lease) => context.gateway().routing.follow(lease, &context.holder).await.map(|(_, route)| route),
     }
 }
 

@@ -92,8 +92,8 @@ impl Tokens {
     /// The first line that is not of that form; or when there is none.
     pub fn parse(text: &str) -> Result<Self, TokensError> {
         let mut tokens = Vec::new();
-        let lines =
-            text.lines().enumerate().flat_map(|(n, line)| line.split(';').map(move |part| (n + 1, part.trim())));
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with('#'));
+        let lines = lines.flat_map(|(n, line)| line.split(';').map(move |part| (n + 1, part.trim())));
         for (line, text) in lines.filter(|(_, text)| !text.is_empty() && !text.starts_with('#')) {
             let wrong = |why| TokensError::Line { line, why };
             let mut words = text.split_whitespace();
@@ -173,6 +173,11 @@ impl Caller {
         }
     }
 
+    /// Whether it may do everything.
+    pub(crate) fn may_all(&self) -> bool {
+        self.may(&[Scope::Admin])
+    }
+
     /// The tenant to whom what it sees and does is kept; none for who may do everything.
     #[must_use]
     pub fn kept_to(&self) -> Option<&Arc<str>> {
@@ -202,7 +207,9 @@ pub(super) fn need(method: &Method, path: &str) -> Need {
     const OPEN: &[&str] = &["/livez", "/readyz", "/startupz", "/v2/health/live", "/v2/health/ready", "/openapi.json"];
     let looks = matches!(*method, Method::GET | Method::HEAD);
     let posts = *method == Method::POST;
-    let of_leases = path.starts_with("/v1/leases") || (path.starts_with("/v1/pools/") && path.ends_with("/leases"));
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    let of_leases = matches!(*parts, ["v1", "leases"] | ["v1", "leases", _] | ["v1", "leases", _, "renew"])
+        || matches!(*parts, ["v1", "pools", _, "leases"]);
     if looks && (OPEN.contains(&path) || pages::has(path)) {
         Need::Nothing
     } else if looks && (of_leases || path == "/v1/models") || posts && ["/v1/plan", "/v1/placements"].contains(&path) {
@@ -346,6 +353,10 @@ mod tests {
             ("PUT", "/v1/pools/a/leases", Need::AnyOf(&[])),
             ("POST", "/v1/pools/a/leases", Need::AnyOf(&[Lease])),
             ("DELETE", "/v1/leases/x", Need::AnyOf(&[Lease])),
+            ("DELETE", "/v1/pools/leases", Need::AnyOf(&[])),
+            ("GET", "/v1/pools/leases", Need::AnyOf(&[Read])),
+            ("POST", "/v1/leases/x/renew", Need::AnyOf(&[Lease])),
+            ("POST", "/v1/leasesx", Need::AnyOf(&[])),
             ("DELETE", "/v1/pools/a", Need::AnyOf(&[])),
             ("POST", "/v1/chat/completions", Need::AnyOf(&[Lease])),
             ("POST", "/v1/pools/a/drain", Need::AnyOf(&[])),

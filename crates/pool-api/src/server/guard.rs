@@ -5,12 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, Method, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::listen::HEAD_BYTES;
-use super::{AppState, Via};
+use super::{AppState, Via, pages};
 use crate::dto::{Code, Problem};
 
 fn forbidden(detail: &str, hint: &str) -> Response {
@@ -94,6 +94,13 @@ pub(super) async fn check(State(state): State<Arc<AppState>>, request: Request, 
     };
     if !request.headers().get_all(header::ORIGIN).iter().all(known) {
         return forbidden("the request's Origin is not allowed", "name the origin in [node] origins");
+    }
+    // A page elsewhere that only wants the request made sends no Origin, but browsers say where it comes from.
+    let headers = request.headers();
+    let from = headers.get("sec-fetch-site").map_or(&b""[..], HeaderValue::as_bytes);
+    let led_here = request.method() == Method::GET && pages::has(request.uri().path());
+    if [&b"cross-site"[..], b"same-site"].contains(&from) && !headers.contains_key(header::ORIGIN) && !led_here {
+        return forbidden("the request comes from a page elsewhere", "name the page's origin in [node] origins");
     }
     next.run(request).await
 }

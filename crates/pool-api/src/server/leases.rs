@@ -39,8 +39,9 @@ pub(super) async fn lease(State(s): App, caller: Caller, Pool(id): Pool, Body(mu
     }
     let request = b.request(&id).map_err(|e| invalid_params(e.to_string()))?;
     let lease = s.control.lease(&id, request).await?;
-    let location = format!("/v1/leases/{}", lease.id);
-    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(LeaseView::from(&lease))).into_response())
+    let shown = s.shown_lease(&caller, &lease);
+    let location = format!("/v1/leases/{}", shown.lease_id);
+    Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(shown)).into_response())
 }
 
 /// Let a lease go on. One of before a restart of the daemon goes on, too, while its engine serves and a slot is there for
@@ -57,9 +58,9 @@ pub(super) async fn renew(
     Id(id): Id,
     Body(b): Body<RenewBody>,
 ) -> Result<Json<LeaseView>, Problem> {
-    s.own_lease(&caller, &id).await?;
-    let lease = s.control.renew(&id, b.ttl_ms.map(Duration::from_millis)).await?;
-    Ok(Json((&lease).into()))
+    let (name, holder) = s.own_lease(&caller, &id).await?;
+    let lease = s.control.renew_for(&name, b.ttl_ms.map(Duration::from_millis), holder).await?;
+    Ok(Json(s.shown_lease(&caller, &lease)))
 }
 
 /// Every lease that is held; with a token of a tenant, those of the tenant.
@@ -67,7 +68,7 @@ pub(super) async fn renew(
 pub(super) async fn leases(State(s): App, caller: Caller) -> Result<Json<Vec<LeaseView>>, Problem> {
     let all = s.control.leases().await?;
     let shown = |l: &&Lease| caller.kept_to().is_none_or(|own| l.holder.tenant_id.as_ref() == Some(own));
-    Ok(Json(all.iter().filter(shown).map(Into::into).collect()))
+    Ok(Json(all.iter().filter(shown).map(|lease| s.shown_lease(&caller, lease)).collect()))
 }
 
 /// Give a slot back; releasing what is over is fine.
@@ -76,7 +77,7 @@ pub(super) async fn leases(State(s): App, caller: Caller) -> Result<Json<Vec<Lea
     (status = 404, description = "LEASE_NOT_FOUND: it never was", body = Problem,
         content_type = "application/problem+json")))]
 pub(super) async fn release(State(s): App, caller: Caller, Id(id): Id) -> Result<StatusCode, Problem> {
-    s.own_lease(&caller, &id).await?;
-    s.control.release(&id).await?;
+    let (name, _) = s.own_lease(&caller, &id).await?;
+    s.control.release(&name).await?;
     Ok(StatusCode::NO_CONTENT)
 }

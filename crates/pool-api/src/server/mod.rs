@@ -11,6 +11,7 @@ mod listen;
 mod openapi;
 mod overview;
 mod pages;
+mod seal;
 mod specs;
 mod streams;
 pub mod tls;
@@ -25,11 +26,12 @@ use axum::extract::DefaultBodyLimit;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use pool_services::PoolControl;
+use pool_domain::Holder;
+use pool_services::{Lease, PoolControl};
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::dto::{Code, EngineView, Problem};
+use crate::dto::{Code, EngineView, LeaseView, Problem};
 use crate::gateway::{self, Gateway};
 use crate::metrics::Metrics;
 use crate::spec::Defaults;
@@ -38,6 +40,7 @@ pub use auth::{Access, Caller, MIN_TOKEN, Scope, Tokens, TokensError};
 pub use feed::{Feed, History};
 pub use listen::{Door, serve};
 pub use openapi::openapi_json;
+pub use seal::SealKey;
 pub use specs::Reconfigure;
 pub use streams::{LogPart, Logs};
 
@@ -108,6 +111,8 @@ pub struct AppState {
     pub gateway: Gateway,
     /// Who may do what.
     pub access: Access,
+    /// What the names of leases are sealed with; without it anybody who may lease can bring one back.
+    pub seal: Option<SealKey>,
     /// What happens.
     pub feed: Feed,
     /// What engines write.
@@ -126,12 +131,44 @@ impl AppState {
         }
     }
 
-    /// Whether the caller may use this lease. One of another tenant is as if it was not there.
-    pub(crate) async fn own_lease(&self, caller: &Caller, lease: &str) -> Result<(), Problem> {
-        let Some(tenant) = caller.kept_to() else { return Ok(()) };
-        let all = self.control.leases().await?;
-        let foreign = all.iter().any(|l| l.id == lease && l.holder.tenant_id.as_ref() != Some(tenant));
-        if foreign { Err(pool_services::ControlError::LeaseNotFound(lease.to_owned()).into()) } else { Ok(()) }
+    /// Tenants that tokens are of.
+    fn tenants(&self) -> Vec<Arc<str>> {
+        match &self.access {
+            Access::Tokens(tokens) => tokens.borrow().tenants().map(Arc::from).collect(),
+            Access::Open => Vec::new(),
+        }
+    }
+
+    /// A lease as it is told to who asks: its name has a seal, by which it is known again after a restart.
+    pub(crate) fn shown_lease(&self, caller: &Caller, lease: &Lease) -> LeaseView {
+        let mut view = LeaseView::from(lease);
+        if let Some(key) = &self.seal {
+            let of_a_token = lease.holder.tenant_id.as_ref().filter(|t| self.tenants().contains(t));
+            view.lease_id = key.sealed(&lease.id, of_a_token.or(caller.tenant.as_ref()).map(|t| &**t));
+        }
+        view
+    }
+
+    /// The lease that a request names, and for whom it goes on should the daemon not know of it. One that the caller may
+    /// not use is as if it was not there, and so is one whose name somebody made up.
+    pub(crate) async fn own_lease(&self, caller: &Caller, text: &str) -> Result<(String, Holder), Problem> {
+        let unknown = || pool_services::ControlError::LeaseNotFound(text.to_owned()).into();
+        let (name, seal) = seal::split(text);
+        let tenants = self.tenants();
+        let owner = self.seal.as_ref().zip(seal).and_then(|(key, seal)| match caller.kept_to() {
+            Some(own) => key.owner((name, seal), [Some(own)]),
+            None => key.owner((name, seal), std::iter::once(None).chain(tenants.iter().map(Some))),
+        });
+        if owner.is_none() && self.seal.is_some() && !caller.may_all() {
+            return Err(unknown());
+        }
+        if let Some(tenant) = caller.kept_to() {
+            let all = self.control.leases().await?;
+            if all.iter().any(|l| l.id == name && l.holder.tenant_id.as_ref() != Some(tenant)) {
+                return Err(unknown());
+            }
+        }
+        Ok((name.to_owned(), Holder { tenant_id: owner.flatten(), ..Holder::default() }))
     }
 }
 

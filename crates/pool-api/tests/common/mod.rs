@@ -287,7 +287,12 @@ impl PoolControl for Fake {
             expires_at: UNIX_EPOCH + Duration::from_secs(1_700_000_000) + request.ttl,
         })
     }
-    async fn renew(&self, lease: &str, ttl: Option<Duration>) -> Result<Lease, ControlError> {
+    async fn renew_for(
+        &self,
+        lease: &str,
+        ttl: Option<Duration>,
+        _: pool_domain::Holder,
+    ) -> Result<Lease, ControlError> {
         self.release(lease).await?;
         self.lease(&id("chat"), LeaseRequest::lasting(ttl.unwrap_or(Duration::from_secs(9)))).await
     }
@@ -355,7 +360,7 @@ impl Routing for NoEngines {
     async fn route(&self, pool: &PoolId, _: Duration, _: &Holder) -> Result<Route, ControlError> {
         Err(ControlError::PoolNotFound(pool.to_string()))
     }
-    async fn follow(&self, lease: &str) -> Result<(Lease, Route), ControlError> {
+    async fn follow(&self, lease: &str, _: &pool_domain::Holder) -> Result<(Lease, Route), ControlError> {
         Err(ControlError::LeaseNotFound(lease.to_owned()))
     }
     fn tell(&self, _: &ReplicaKey, _: Generation, _: EventKind) {}
@@ -408,6 +413,7 @@ pub(crate) fn state(fake: Fake) -> Arc<AppState> {
         flags: Arc::new(flags),
         gateway: Gateway::new(Arc::new(NoEngines), Duration::from_secs(1)),
         access: Access::Open,
+        seal: None,
         feed: attended(),
         logs: Arc::new(FakeLogs),
         closing: CancellationToken::new(),

@@ -143,12 +143,12 @@ impl LeaseBook {
                 let all = self.waiting.len();
                 (0..all).filter_map(|_| self.refuse(0, Refusal::Dismissed)).collect()
             }
-            Event::Renew { lease, at, current, ttl } => vec![self.renew(lease, at, current, ttl, now)],
-            Event::Reclaim { lease, at, ttl } => {
+            Event::Renew { lease, at, current, ttl, holder } => vec![self.renew(lease, at, current, ttl, holder, now)],
+            Event::Reclaim { lease, at, ttl, holder } => {
                 if self.held.contains_key(&lease) {
                     return vec![Action::Unwanted(at)];
                 }
-                self.hold(lease, at, ttl, super::Holder::default(), None, now);
+                self.hold(lease, at, ttl, holder, None, now);
                 vec![Action::Recognised(lease)]
             }
             Event::Release { lease, at, current } => self.release(lease, at, current, now),
@@ -223,7 +223,15 @@ impl LeaseBook {
         self.held.insert(lease, Held { lease, at, slot, holder, ttl, since: now, until: now + ttl, key });
     }
 
-    fn renew(&mut self, lease: Mark, at: At, current: Option<Generation>, ttl: Option<Duration>, now: Tick) -> Action {
+    fn renew(
+        &mut self,
+        lease: Mark,
+        at: At,
+        current: Option<Generation>,
+        ttl: Option<Duration>,
+        holder: super::Holder,
+        now: Tick,
+    ) -> Action {
         if let Some(held) = self.held.get_mut(&lease) {
             held.ttl = ttl.unwrap_or(held.ttl).min(self.limits.max_ttl);
             held.until = now + held.ttl;
@@ -235,7 +243,7 @@ impl LeaseBook {
         match current {
             Some(g) if g == at.generation && !self.strangers.is_over(lease) => {
                 if self.strangers.take(at) {
-                    self.hold(lease, at, ttl.unwrap_or(self.limits.max_ttl), super::Holder::default(), None, now);
+                    self.hold(lease, at, ttl.unwrap_or(self.limits.max_ttl), holder, None, now);
                     Action::Recognised(lease)
                 } else {
                     Action::NeedsSlot

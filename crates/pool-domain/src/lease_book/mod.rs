@@ -163,6 +163,8 @@ pub enum Event {
         current: Option<Generation>,
         /// For how long; unset = as long as before.
         ttl: Option<Duration>,
+        /// For whom, where it is of an earlier run: that is not known here.
+        holder: Holder,
     },
     /// A slot was taken for a lease of an earlier run that is to go on.
     Reclaim {
@@ -172,6 +174,8 @@ pub enum Event {
         at: At,
         /// For how long.
         ttl: Duration,
+        /// For whom.
+        holder: Holder,
     },
     /// A lease is given back.
     Release {

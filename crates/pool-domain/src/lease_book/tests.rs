@@ -42,7 +42,7 @@ fn release(lease: Mark) -> Event {
 }
 
 fn renew(lease: Mark, ttl: Option<Duration>) -> Event {
-    Event::Renew { lease, at: at(1), current: Some(Generation(1)), ttl }
+    Event::Renew { lease, at: at(1), current: Some(Generation(1)), ttl, holder: Holder::default() }
 }
 
 #[test]
@@ -189,9 +189,21 @@ fn slots_of_an_adopted_engine_are_taken_until_it_is_idle_after_the_grace_or_they
     assert_eq!(b.step(Event::Timer, Tick(3_600_000)), freed(1), "no lease of before lasts longer");
 
     assert_eq!(b.step(renew(foreign(3), None), Tick(3_600_000)), [Action::NeedsSlot]);
-    let older = Event::Renew { lease: foreign(4), at: at(1), current: Some(Generation(2)), ttl: None };
+    let older = Event::Renew {
+        lease: foreign(4),
+        at: at(1),
+        current: Some(Generation(2)),
+        ttl: None,
+        holder: Holder::default(),
+    };
     assert_eq!(b.step(older, Tick(3_600_000)), [Action::Over]);
-    let newer = Event::Renew { lease: foreign(4), at: at(3), current: Some(Generation(2)), ttl: None };
+    let newer = Event::Renew {
+        lease: foreign(4),
+        at: at(3),
+        current: Some(Generation(2)),
+        ttl: None,
+        holder: Holder::default(),
+    };
     assert_eq!(b.step(newer, Tick(3_600_000)), [Action::Unknown]);
     assert_eq!(b.step(renew(mark(1), None), Tick(3_600_000)), [Action::Unknown], "ours, and never granted");
 }
@@ -400,7 +412,7 @@ impl World {
                 self.step(Event::Ask(Ask { ttl, ..ask }));
             }
             6..=8 => self.step(Event::Release { lease, at: its, current }),
-            9 => self.step(Event::Renew { lease, at: its, current, ttl: None }),
+            9 => self.step(Event::Renew { lease, at: its, current, ttl: None, holder: Holder::default() }),
             10 => {
                 if let Some(&ticket) = self.queue.get(usize::try_from(dice.below(6)).unwrap()) {
                     self.queue.retain(|t| *t != ticket);

@@ -22,7 +22,7 @@ pub(super) type Guarded = (ReplicaKey, SlotGuard);
 pub(super) enum DeskCommand {
     Lease { request: LeaseRequest, answer: oneshot::Sender<Granted<Lease>> },
     Guard { wait: Duration, holder: Holder, answer: oneshot::Sender<Granted<Guarded>> },
-    Renew { id: LeaseId, ttl: Option<Duration>, answer: oneshot::Sender<Granted<Lease>> },
+    Renew { id: LeaseId, ttl: Option<Duration>, holder: Holder, answer: oneshot::Sender<Granted<Lease>> },
     Release { id: LeaseId, answer: oneshot::Sender<Granted<()>> },
     List { answer: oneshot::Sender<Vec<Lease>> },
     Adopted { at: At, guards: Vec<SlotGuard> },
@@ -99,8 +99,8 @@ impl Desk {
         self.ask(|_, _| {}, |answer| DeskCommand::Guard { wait, holder, answer }).await
     }
 
-    pub(crate) async fn renew(&self, id: LeaseId, ttl: Option<Duration>) -> Granted<Lease> {
-        self.ask(|_, _| {}, |answer| DeskCommand::Renew { id, ttl, answer }).await
+    pub(crate) async fn renew(&self, id: LeaseId, ttl: Option<Duration>, holder: Holder) -> Granted<Lease> {
+        self.ask(|_, _| {}, |answer| DeskCommand::Renew { id, ttl, holder, answer }).await
     }
 
     pub(crate) async fn release(&self, id: LeaseId) -> Granted<()> {

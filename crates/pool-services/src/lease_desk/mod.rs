@@ -180,7 +180,7 @@ impl Clerk {
                     key: None,
                 });
             }
-            DeskCommand::Renew { id, ttl, answer } => drop(answer.send(self.renew(&id, ttl))),
+            DeskCommand::Renew { id, ttl, holder, answer } => drop(answer.send(self.renew(&id, ttl, holder))),
             DeskCommand::Release { id, answer } => {
                 let at = At { replica: id.replica, generation: id.generation };
                 let event = Event::Release { lease: id.mark, at, current: self.current(id.replica) };
@@ -224,18 +224,18 @@ impl Clerk {
         }
     }
 
-    fn renew(&mut self, id: &LeaseId, ttl: Option<std::time::Duration>) -> Granted<Lease> {
+    fn renew(&mut self, id: &LeaseId, ttl: Option<std::time::Duration>, holder: Holder) -> Granted<Lease> {
         let at = At { replica: id.replica, generation: id.generation };
         // What is not in the book says nothing of how long it lasted.
         let ttl = if self.book.held(id.mark).is_some() { ttl } else { ttl.or(Some(DEFAULT_TTL)) };
         let current = self.current(id.replica);
-        let left = self.step(Event::Renew { lease: id.mark, at, current, ttl });
+        let left = self.step(Event::Renew { lease: id.mark, at, current, ttl, holder: holder.clone() });
         if left.contains(&Left::NeedsSlot)
             && let Some(guard) = self.admission(id.replica).and_then(|a| a.acquire().ok())
             && guard.is_of(id.generation)
         {
             self.in_hand = Some(guard);
-            self.step(Event::Reclaim { lease: id.mark, at, ttl: ttl.unwrap_or(DEFAULT_TTL) });
+            self.step(Event::Reclaim { lease: id.mark, at, ttl: ttl.unwrap_or(DEFAULT_TTL), holder });
         }
         let lease = self.lease(id.mark).ok_or_else(|| ControlError::LeaseNotFound(id.to_string()))?;
         self.tell(Some(at), EventKind::LeaseRenewed { holder: lease.holder.clone() });
