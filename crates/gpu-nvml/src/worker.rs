@@ -112,17 +112,25 @@ struct Session<'nvml> {
 impl<'nvml> Session<'nvml> {
     /// The first look, which may take as long as the opening.
     fn first(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
-        self.look(pulse)?;
-        // Counted, but every one of them is kept from us.
-        if self.shared.last().devices.is_empty() { Err(NvmlError::NoPermission) } else { Ok(()) }
+        let now = self.see(pulse)?;
+        if now.devices.iter().all(convert::is_nameless) {
+            return Err(self.sampler.why_none());
+        }
+        self.shared.publish(|_| now);
+        Ok(())
     }
 
     fn look(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
+        let now = self.see(pulse)?;
+        self.shared.publish(|_| now);
+        Ok(())
+    }
+
+    fn see(&mut self, pulse: &Pulse<'_>) -> Result<Inventory, NvmlError> {
         let before = self.shared.last();
         let now = self.sampler.inventory(self.nvml, &before.devices, pulse)?;
         pulse.rests();
-        self.shared.publish(|_| now);
-        Ok(())
+        Ok(now)
     }
 
     /// Looks at the devices and answers, until it fails as a whole or nobody wants it any more.
