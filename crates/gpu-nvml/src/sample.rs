@@ -65,6 +65,11 @@ impl Sampler {
         self.changed
     }
 
+    /// The UUIDs that were found last.
+    pub(crate) fn known(&self) -> impl Iterator<Item = &str> {
+        self.order.iter().flatten().map(String::as_str)
+    }
+
     /// Why there is none, if there is none.
     pub(crate) fn why_none(&self) -> NvmlError {
         self.left_out.clone().unwrap_or(NvmlError::NoDevice)

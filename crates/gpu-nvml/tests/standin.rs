@@ -308,6 +308,38 @@ async fn say_until_heard(site: &mut Site, gpus: &NvmlGpus, xid: u64) {
 }
 
 #[tokio::test]
+async fn no_device_is_published_before_its_events_are_heard() {
+    let mut site = Site::of("mixed-24-12.toml");
+    let hung = site.file("hung");
+    fs::write(&hung, "").unwrap();
+    let call = "nvmlDeviceRegisterEvents".to_owned();
+    site.change(|s| s.block.push(Block { call, device: Some(gpu(1)), while_file: hung.clone() }));
+    let gpus = site.start();
+    // It is inside that call.
+    while fs::read_to_string(&hung).unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(*gpus.opening().borrow(), Opening::Trying(None));
+    assert!(gpus.inventory().borrow().devices.is_empty());
+    fs::remove_file(&hung).unwrap();
+    until(&gpus, well).await;
+    assert_eq!(*gpus.opening().borrow(), Opening::Done);
+}
+
+#[tokio::test]
+async fn events_that_could_not_be_asked_for_are_asked_for_again_and_it_is_said_meanwhile() {
+    let mut site = Site::of("mixed-24-12.toml");
+    site.change(|s| s.gpu(&gpu(1)).errors = [("nvmlDeviceRegisterEvents".to_owned(), 999)].into());
+    let gpus = site.start();
+    let i = until(&gpus, |i| i.devices.len() == 2).await;
+    assert!(find(&i, &gpu(1)).details.unheard.as_deref().unwrap().contains("internal"), "{i:#?}");
+    assert_eq!((find(&i, &gpu(2)).details.unheard.as_ref(), well(&i)), (None, true), "it is used all the same");
+    site.change(|s| s.gpu(&gpu(1)).errors.clear());
+    until(&gpus, |i| find(i, &gpu(1)).details.unheard.is_none()).await;
+    say_until_heard(&mut site, &gpus, 94).await;
+}
+
+#[tokio::test]
 async fn a_gpu_that_leaves_without_a_word_is_lost_and_one_that_comes_back_is_not() {
     let mut site = Site::of("eight-nvlink.toml");
     let gpus = site.start();
