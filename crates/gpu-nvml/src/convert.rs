@@ -89,6 +89,67 @@ pub(crate) fn failed(before: &[DeviceSnapshot], uuid: &str, error: &Raw) -> Vec<
     before.iter().filter(of_it).map(|d| with_health(d, health(error))).collect()
 }
 
+/// A GPU that is counted and has not said who it is.
+#[derive(Debug)]
+pub(crate) struct Silent {
+    /// Its place as NVML counts.
+    pub(crate) index: u32,
+    /// As NVML writes it, if it told that at least.
+    pub(crate) bus_id: Option<String>,
+    /// What its error means for it.
+    pub(crate) health: DeviceHealth,
+}
+
+/// Before what stands for the UUID of a GPU that has not told its own.
+const NAMELESS: &str = "GPU-unknown-";
+
+/// Whether it stands for a GPU that has not said who it is.
+pub(crate) fn is_nameless(device: &DeviceSnapshot) -> bool {
+    device.uuid.starts_with(NAMELESS)
+}
+
+/// What stands for the GPUs that have not said who they are, so that no other gets their numbers. One that was known before
+/// and is not among those of `now` is one of them already.
+pub(crate) fn nameless(before: &[DeviceSnapshot], now: &[DeviceSnapshot], silent: Vec<Silent>) -> Vec<DeviceSnapshot> {
+    let here = |uuid: &str| now.iter().any(|d| d.uuid == uuid);
+    let mut missed: Vec<_> =
+        before.iter().filter(|d| d.mig.is_none() && !is_nameless(d) && !here(&d.uuid)).map(|d| &d.pci_bus_id).collect();
+    let (told, not): (Vec<_>, Vec<_>) = silent.into_iter().partition(|s| s.bus_id.is_some());
+    // Those that tell where they are come first: the others may be any.
+    let unexplained = told.into_iter().chain(not).filter(|s| {
+        let bus = s.bus_id.as_deref().map(bus_id);
+        let same = missed.iter().position(|id| bus.is_none() || **id == bus);
+        same.map(|at| missed.remove(at)).is_none()
+    });
+    let stands_for = |s: Silent| {
+        let bus = s.bus_id.as_deref().map(bus_id);
+        let place = bus.unwrap_or_else(|| s.index.to_string());
+        let whole = snapshot(Reading {
+            uuid: format!("{NAMELESS}{place}"),
+            name: Some("GPU that does not answer".to_owned()),
+            bus_id: s.bus_id,
+            compute_capability: None,
+            numa_node: None,
+            memory: Ok(Memory::default()),
+            utilisation: None,
+            mig: None,
+            mig_parent: false,
+            details: DeviceDetails::default(),
+        });
+        DeviceSnapshot { index: s.index, ..with_health(&whole, s.health) }
+    };
+    unexplained.map(stands_for).collect()
+}
+
+/// What is said of a node with such GPUs.
+pub(crate) fn unread(nameless: &[DeviceSnapshot]) -> Option<String> {
+    let mut why: Vec<&str> = nameless.iter().map(|d| d.health.reason()).collect();
+    why.sort_unstable();
+    why.dedup();
+    let count = nameless.len();
+    (count > 0).then(|| format!("{count} of the GPUs that the driver counts cannot be used: {}", why.join("; ")))
+}
+
 /// NVML writes eight domain digits and capitals, everybody else four and none.
 pub(crate) fn bus_id(nvml: &str) -> String {
     let lower = nvml.to_ascii_lowercase();
@@ -107,6 +168,13 @@ pub(crate) fn profile(name: &str) -> String {
 pub(crate) fn number(devices: Vec<DeviceSnapshot>) -> Vec<DeviceSnapshot> {
     let (mut gpus, mut slices): (Vec<_>, Vec<_>) = devices.into_iter().partition(|d| d.mig.is_none());
     gpus.sort_by(|a, b| a.pci_bus_id.cmp(&b.pci_bus_id));
+    // Of one that tells nothing at all, only its place among the others is known.
+    let (mut placeless, mut gpus): (Vec<_>, Vec<_>) =
+        gpus.into_iter().partition(|d| is_nameless(d) && d.pci_bus_id.is_none());
+    placeless.sort_by_key(|d| d.index);
+    for gpu in placeless {
+        gpus.insert(gpus.len().min(gpu.index as usize), gpu);
+    }
     slices.sort_by_key(|d| d.mig.as_ref().map(|m| m.index));
     let mut all = Vec::with_capacity(gpus.len() + slices.len());
     for (index, gpu) in (0_u32..).zip(gpus) {
@@ -125,7 +193,7 @@ pub(crate) fn keep_lost(before: &[DeviceSnapshot], mut now: Vec<DeviceSnapshot>)
     let missing = |uuid: &str| !now.iter().any(|d| d.uuid == uuid);
     let lost: Vec<DeviceSnapshot> = before
         .iter()
-        .filter(|d| missing(&d.uuid) && d.mig.as_ref().is_none_or(|m| missing(&m.parent)))
+        .filter(|d| !is_nameless(d) && missing(&d.uuid) && d.mig.as_ref().is_none_or(|m| missing(&m.parent)))
         .map(|d| with_health(d, DeviceHealth::Lost("the driver no longer lists it".to_owned())))
         .collect();
     now.extend(lost);
@@ -280,6 +348,32 @@ mod tests {
         assert_eq!(now.iter().find(|d| d.uuid == "GPU-a").map(|d| (d.vram_total, d.vram_free)), Some((100, 0)));
         // It is back.
         assert_eq!(keep_lost(&now, vec![a.clone(), b.clone()]), [a, b]);
+    }
+
+    #[test]
+    fn one_that_never_said_who_it_is_keeps_its_number_and_one_that_was_known_is_not_counted_twice() {
+        let (a, c) = (snapshot(reading("GPU-a", "00000000:41:00.0")), snapshot(reading("GPU-c", "00000000:C1:00.0")));
+        let silent = |index, bus: Option<&str>| Silent {
+            index,
+            bus_id: bus.map(str::to_owned),
+            health: DeviceHealth::Lost("off the bus".into()),
+        };
+        let all = |before: &[DeviceSnapshot], now: Vec<DeviceSnapshot>, silent| {
+            let nameless = nameless(before, &now, silent);
+            let problem = unread(&nameless);
+            (number(keep_lost(before, now.into_iter().chain(nameless).collect())), problem)
+        };
+        let (first, problem) = all(&[], vec![c.clone()], vec![silent(0, None), silent(2, Some("00000000:E1:00.0"))]);
+        assert_eq!(uuids(&first), [("GPU-unknown-0", 0), ("GPU-c", 1), ("GPU-unknown-0000:e1:00.0", 2)]);
+        assert!(problem.unwrap().starts_with("2 of the GPUs"));
+        assert_eq!((first[0].verdict, first[0].vram_free), (Verdict::RebootNode, 0));
+        // Now it says who it is.
+        let (known, problem) = all(&first, vec![a.clone(), c.clone()], Vec::new());
+        assert_eq!((uuids(&known), problem), (vec![("GPU-a", 0), ("GPU-c", 1)], None));
+        // And is silent again: it is missed by its name.
+        let (missed, problem) = all(&known, vec![c], vec![silent(0, None)]);
+        assert_eq!((uuids(&missed), problem), (vec![("GPU-a", 0), ("GPU-c", 1)], None));
+        assert_eq!(missed[0].health.code(), "lost");
     }
 
     #[test]

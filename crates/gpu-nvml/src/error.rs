@@ -22,6 +22,14 @@ pub enum NvmlError {
     /// The driver works, but there is nothing to drive.
     #[error("the NVIDIA driver reports no GPU")]
     NoDevice,
+    /// The driver counts GPUs, and none of them can be used.
+    #[error("the NVIDIA driver counts {count} GPU(s), none of which can be used: {why}")]
+    Unusable {
+        /// How many.
+        count: u32,
+        /// What it says of the last of them.
+        why: String,
+    },
     /// The driver did not answer.
     #[error("the NVIDIA driver did not answer")]
     Silent,
@@ -57,6 +65,10 @@ impl NvmlError {
             Self::NoDevice => {
                 "check that `nvidia-smi -L` lists a GPU and that it is passed into this container or machine, or use \
                  `[gpu] backend = \"simulated\"`"
+            }
+            Self::Unusable { .. } => {
+                "look for `NVRM` in `dmesg`; such a GPU often needs a reset (`nvidia-smi --gpu-reset`) or a reboot of \
+                 the node"
             }
             Self::Silent => "look for `NVRM: Xid` in `dmesg`; a GPU in this state often needs a reboot",
             Self::Other(_) => "check that `nvidia-smi` works for the user of the daemon",

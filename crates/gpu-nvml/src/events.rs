@@ -32,11 +32,12 @@ pub(crate) struct Ears<'nvml> {
 }
 
 impl<'nvml> Ears<'nvml> {
-    /// Hears of these GPUs whatever can be told of each. One that tells nothing is left out.
+    /// Hears of these GPUs whatever can be told of each. One that has nothing to tell is left out; one that should and fails
+    /// is named with why.
     pub(crate) fn new<'d>(
         nvml: &'nvml Nvml,
         gpus: impl Iterator<Item = (&'d Device<'nvml>, &'d str)>,
-    ) -> Result<Self, Raw>
+    ) -> Result<(Self, BTreeMap<String, String>), Raw>
     where
         'nvml: 'd,
     {
@@ -45,14 +46,23 @@ impl<'nvml> Ears<'nvml> {
             | RECOVERY
             | (EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR | EventTypes::MIG_CONFIG_CHANGE)
                 .bits();
-        let mut heard = BTreeMap::new();
+        let (mut heard, mut unheard) = (BTreeMap::new(), BTreeMap::new());
         for (device, uuid) in gpus {
-            let can = raw::supported_events(device).unwrap_or(0) & wanted;
-            if can != 0 && raw::register(device, can, &set).is_ok() {
-                heard.insert(raw::key(device), uuid.to_owned());
+            let registered = raw::supported_events(device).and_then(|kinds| match kinds & wanted {
+                0 => Err(Raw::NotSupported),
+                can => raw::register(device, can, &set),
+            });
+            match registered {
+                Ok(()) => {
+                    heard.insert(raw::key(device), uuid.to_owned());
+                }
+                Err(Raw::NotSupported | Raw::FunctionNotFound | Raw::FailedToLoadSymbol(_)) => {}
+                Err(error) => {
+                    unheard.insert(uuid.to_owned(), error.to_string());
+                }
             }
         }
-        Ok(Self { set, gpus: heard })
+        Ok((Self { set, gpus: heard }, unheard))
     }
 
     /// The GPUs it hears of.

@@ -10,6 +10,7 @@
 mod convert;
 mod error;
 mod events;
+mod hearing;
 mod kernel_log;
 mod open;
 mod peers;

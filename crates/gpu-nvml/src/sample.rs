@@ -11,10 +11,10 @@ use nvml_wrapper::structs::device::FieldId;
 use nvml_wrapper::sys_exports::field_id;
 use nvml_wrapper::{Device, Nvml};
 use pool_domain::device::{DeviceProcess, Ecc, MigSlice, Peer, Remap};
-use pool_domain::{DeviceDetails, DeviceSnapshot};
+use pool_domain::{DeviceDetails, DeviceHealth, DeviceSnapshot};
 use pool_services::ports::{Holder, Inventory, Residency};
 
-use crate::convert::{self, Memory, Reading};
+use crate::convert::{self, Memory, Reading, Silent};
 use crate::error::NvmlError;
 use crate::watcher::{About, Pulse};
 use crate::{peers, raw};
@@ -38,6 +38,8 @@ pub(crate) struct Sampler {
     versions: Option<(Option<String>, Option<String>)>,
     /// The GPUs are other ones than they were.
     changed: bool,
+    /// Why a place was left out when the devices were looked at last.
+    left_out: Option<NvmlError>,
 }
 
 /// A GPU as it was found.
@@ -46,10 +48,31 @@ struct Found<'nvml> {
     uuid: String,
 }
 
+/// What is at NVML's places.
+#[derive(Default)]
+struct Places<'nvml> {
+    /// GPUs that answer.
+    found: Vec<Found<'nvml>>,
+    /// Those that did before, by UUID.
+    failed: Vec<(String, Raw)>,
+    /// Those that may never have said who they are.
+    silent: Vec<Silent>,
+}
+
 impl Sampler {
     /// Whether the GPUs are other ones than when this was asked last.
     pub(crate) fn changed(&self) -> bool {
         self.changed
+    }
+
+    /// The UUIDs that were found last.
+    pub(crate) fn known(&self) -> impl Iterator<Item = &str> {
+        self.order.iter().flatten().map(String::as_str)
+    }
+
+    /// Why there is none, if there is none.
+    pub(crate) fn why_none(&self) -> NvmlError {
+        self.left_out.clone().unwrap_or(NvmlError::NoDevice)
     }
 
     /// The inventory of now, given the devices known so far.
@@ -59,9 +82,9 @@ impl Sampler {
         before: &[DeviceSnapshot],
         pulse: &Pulse<'_>,
     ) -> Result<Inventory, NvmlError> {
-        let (gpus, failed) = self.find(nvml, pulse)?;
+        let Places { found, failed, silent } = self.find(nvml, pulse)?;
         let mut now = Vec::new();
-        for gpu in &gpus {
+        for gpu in &found {
             pulse.calls(About::Device(gpu.uuid.clone()));
             self.read_gpu(gpu, &mut now)?;
         }
@@ -69,9 +92,12 @@ impl Sampler {
         for (uuid, error) in failed {
             now.extend(convert::failed(before, &uuid, &error));
         }
+        let nameless = convert::nameless(before, &now, silent);
+        let problem = convert::unread(&nameless);
+        now.extend(nameless);
         let devices = convert::number(convert::keep_lost(before, now));
         let (driver, cuda) = self.versions.get_or_insert_with(|| versions(nvml)).clone();
-        let problem = devices.is_empty().then(|| NvmlError::NoDevice.to_string());
+        let problem = if devices.is_empty() { Some(self.why_none().to_string()) } else { problem };
         Ok(Inventory { simulated: false, driver, cuda, devices, problem })
     }
 
@@ -87,9 +113,10 @@ impl Sampler {
 
     /// Who holds memory, and whether every device told. A lost one holds nobody's.
     fn holders(&mut self, nvml: &Nvml, pulse: &Pulse<'_>) -> Result<(Vec<Holder>, bool), Raw> {
-        let (gpus, failed) = self.find(nvml, pulse)?;
-        let (mut holders, mut whole) = (Vec::new(), failed.is_empty());
-        for gpu in &gpus {
+        let Places { found, failed, silent } = self.find(nvml, pulse)?;
+        let lost = |s: &Silent| matches!(s.health, DeviceHealth::Lost(_));
+        let (mut holders, mut whole) = (Vec::new(), failed.is_empty() && silent.iter().all(lost));
+        for gpu in &found {
             pulse.calls(About::Device(gpu.uuid.clone()));
             match holders_on(gpu) {
                 Ok(found) => holders.extend(found),
@@ -107,47 +134,58 @@ impl Sampler {
         nvml: &'nvml Nvml,
         pulse: &Pulse<'_>,
     ) -> Result<Vec<(Device<'nvml>, String)>, Raw> {
-        let (found, _) = self.find(nvml, pulse)?;
+        let places = self.find(nvml, pulse)?;
         self.changed = false;
-        Ok(found.into_iter().map(|f| (f.device, f.uuid)).collect())
+        Ok(places.found.into_iter().map(|f| (f.device, f.uuid)).collect())
     }
 
-    /// The GPUs that answer, and those of which every question fails, with how.
-    #[expect(clippy::type_complexity, reason = "it has one caller's shape")]
-    fn find<'nvml>(
-        &mut self,
-        nvml: &'nvml Nvml,
-        pulse: &Pulse<'_>,
-    ) -> Result<(Vec<Found<'nvml>>, Vec<(String, Raw)>), Raw> {
+    /// Looks at every place that NVML counts.
+    fn find<'nvml>(&mut self, nvml: &'nvml Nvml, pulse: &Pulse<'_>) -> Result<Places<'nvml>, Raw> {
         pulse.calls(About::Driver);
         let count = nvml.device_count()?;
-        let (mut found, mut failed, mut order) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut places, mut order) = (Places::default(), Vec::new());
+        let (mut kept_from_us, mut unusable) = (None, None);
         for index in 0..count {
             let known = self.order.get(index as usize).cloned().flatten();
             pulse.calls(known.clone().map_or(About::Driver, About::Device));
-            match nvml.device_by_index(index).and_then(|d| d.uuid().map(|uuid| (d, uuid))) {
-                Ok((device, uuid)) => {
-                    order.push(Some(uuid.clone()));
-                    found.push(Found { device, uuid });
+            let (bus_id, error) = match at(nvml, index) {
+                Ok(found) => {
+                    order.push(Some(found.uuid.clone()));
+                    places.found.push(found);
+                    continue;
                 }
-                Err(error) if of_the_driver(&error) => return Err(error),
-                // Counted, but kept from us (another container's), or gone: it is missed by its UUID.
-                Err(Raw::NoPermission | Raw::OperatingSystem | Raw::GpuLost | Raw::NotFound | Raw::InvalidArg) => {
+                Err(failed) => failed,
+            };
+            match error {
+                error if of_the_driver(&error) => return Err(error),
+                // Counted, but kept from us (another container's), or gone while it was asked.
+                Raw::NoPermission | Raw::OperatingSystem | Raw::NotFound | Raw::InvalidArg => {
+                    kept_from_us = Some(NvmlError::from(error));
                     order.push(None);
                 }
-                Err(error) => {
-                    failed.extend(known.clone().map(|uuid| (uuid, error)));
+                error => {
+                    unusable = Some(NvmlError::Unusable { count, why: error.to_string() });
+                    // One that fell off the bus may come back as another.
+                    let known = known.filter(|_| !matches!(error, Raw::GpuLost));
+                    match &known {
+                        Some(uuid) => places.failed.push((uuid.clone(), error)),
+                        None => places.silent.push(Silent { index, bus_id, health: convert::health(&error) }),
+                    }
                     order.push(known);
                 }
             }
         }
+        self.left_out = unusable.or(kept_from_us);
         if order != self.order {
             self.order = order;
             self.changed = true;
-            self.peers =
-                peers::matrix(nvml, pulse, &found.iter().map(|f| (&f.device, f.uuid.as_str())).collect::<Vec<_>>());
+            self.peers = peers::matrix(
+                nvml,
+                pulse,
+                &places.found.iter().map(|f| (&f.device, f.uuid.as_str())).collect::<Vec<_>>(),
+            );
         }
-        Ok((found, failed))
+        Ok(places)
     }
 
     fn read_gpu(&mut self, gpu: &Found<'_>, now: &mut Vec<DeviceSnapshot>) -> Result<(), Raw> {
@@ -194,6 +232,15 @@ impl Sampler {
             }));
         }
         Ok(())
+    }
+}
+
+/// The GPU at a place, or its bus id, if it tells that, and what it fails with.
+fn at(nvml: &Nvml, index: u32) -> Result<Found<'_>, (Option<String>, Raw)> {
+    let device = nvml.device_by_index(index).map_err(|error| (None, error))?;
+    match device.uuid() {
+        Ok(uuid) => Ok(Found { device, uuid }),
+        Err(error) => Err((device.pci_info().ok().map(|p| p.bus_id), error)),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The thread that owns NVML.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 
 use crate::error::NvmlError;
 use crate::events::{self, Ears};
+use crate::hearing::Hearing;
 use crate::open::open;
 use crate::sample::Sampler;
 use crate::shared::Shared;
@@ -54,13 +55,17 @@ pub(crate) fn run(
         let error = match opened {
             Err(error) => error,
             Ok(nvml) => {
-                let mut session = Session { nvml: &nvml, shared, asked, options, sampler: Sampler::default() };
+                let deaf = AtomicBool::new(true);
+                let (ears, heard) = mpsc::channel();
+                let hearing = Hearing::new(ears, &deaf, options.open_again);
+                let sampler = Sampler::default();
+                let mut session = Session { nvml: &nvml, shared, asked, options, sampler, hearing };
                 match session.first(&opening) {
                     Err(error) => error,
                     Ok(()) => {
                         shared.set_opening(Opening::Done);
                         pause = first;
-                        match session.run(beat, nudge) {
+                        match session.run(beat, nudge, heard, &deaf) {
                             Ended::Unwanted => return,
                             Ended::Failed(error) => error,
                         }
@@ -107,29 +112,45 @@ struct Session<'nvml> {
     asked: &'nvml Receiver<Question>,
     options: &'nvml Options,
     sampler: Sampler,
+    hearing: Hearing<'nvml>,
 }
 
 impl<'nvml> Session<'nvml> {
     /// The first look, which may take as long as the opening.
     fn first(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
-        self.look(pulse)?;
-        // Counted, but every one of them is kept from us.
-        if self.shared.last().devices.is_empty() { Err(NvmlError::NoPermission) } else { Ok(()) }
-    }
-
-    fn look(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
-        let before = self.shared.last();
-        let now = self.sampler.inventory(self.nvml, &before.devices, pulse)?;
-        pulse.rests();
+        let now = self.see(pulse)?;
+        if now.devices.iter().all(convert::is_nameless) {
+            return Err(self.sampler.why_none());
+        }
         self.shared.publish(|_| now);
         Ok(())
     }
 
+    fn look(&mut self, pulse: &Pulse<'_>) -> Result<(), NvmlError> {
+        let now = self.see(pulse)?;
+        self.shared.publish(|_| now);
+        Ok(())
+    }
+
+    fn see(&mut self, pulse: &Pulse<'_>) -> Result<Inventory, NvmlError> {
+        let before = self.shared.last();
+        let mut now = self.sampler.inventory(self.nvml, &before.devices, pulse)?;
+        // Before anybody knows of a device, and starts something there.
+        self.hearing.see_to(self.nvml, &mut self.sampler, pulse);
+        self.hearing.note(&mut now.devices);
+        pulse.rests();
+        Ok(now)
+    }
+
     /// Looks at the devices and answers, until it fails as a whole or nobody wants it any more.
-    fn run(&mut self, beat: &Sender<Beat>, nudge: &Sender<Question>) -> Ended {
-        let (ears, heard) = mpsc::channel();
-        let deaf = AtomicBool::new(true);
-        let (nvml, shared, deaf) = (self.nvml, self.shared, &deaf);
+    fn run(
+        &mut self,
+        beat: &Sender<Beat>,
+        nudge: &Sender<Question>,
+        heard: Receiver<Ears<'nvml>>,
+        deaf: &AtomicBool,
+    ) -> Ended {
+        let (nvml, shared) = (self.nvml, self.shared);
         let pulse = Pulse::new(beat, self.options.answer_within);
         // The end waits for the events' thread, which may be inside a wait: the library must outlive both.
         thread::scope(|scope| {
@@ -139,19 +160,15 @@ impl<'nvml> Session<'nvml> {
             if let Err(error) = listening {
                 return Ended::Failed(NvmlError::Other(format!("its thread did not start: {error}")));
             }
-            let ended = self.rounds(&pulse, &ears, deaf);
-            drop(ears);
+            let ended = self.rounds(&pulse);
+            self.hearing.end();
             pulse.calls(About::Driver);
             ended
         })
     }
 
-    fn rounds(&mut self, pulse: &Pulse<'_>, ears: &Sender<Ears<'nvml>>, deaf: &AtomicBool) -> Ended {
+    fn rounds(&mut self, pulse: &Pulse<'_>) -> Ended {
         loop {
-            if let Err(error) = self.hear(pulse, ears, deaf) {
-                deaf.store(true, Ordering::Relaxed);
-                tracing::debug!(%error, "events of the GPUs are not heard");
-            }
             pulse.rests();
             let asks = match self.asked.recv_timeout(self.options.sample_every) {
                 // The one who asked may have stopped waiting while a call blocked.
@@ -167,23 +184,5 @@ impl<'nvml> Session<'nvml> {
                 let _ = reply.send(self.sampler.residency(self.nvml, pulse));
             }
         }
-    }
-
-    /// Sees to it that every GPU is heard of.
-    fn hear(&mut self, pulse: &Pulse<'_>, ears: &Sender<Ears<'nvml>>, deaf: &AtomicBool) -> Result<(), NvmlError> {
-        let anew = deaf.swap(false, Ordering::Relaxed);
-        if !anew && !self.sampler.changed() {
-            return Ok(());
-        }
-        let gpus = self.sampler.gpus(self.nvml, pulse)?;
-        let each = gpus.iter().map(|(device, uuid)| {
-            pulse.calls(About::Device(uuid.clone()));
-            (device, uuid.as_str())
-        });
-        let new = Ears::new(self.nvml, each)?;
-        tracing::debug!(gpus = new.gpus().count(), "events of the GPUs are heard");
-        // Who listens ends only after this end does.
-        let _ = ears.send(new);
-        Ok(())
     }
 }

@@ -204,6 +204,40 @@ async fn every_failure_to_open_has_its_own_reason() {
 }
 
 #[tokio::test]
+async fn a_gpu_that_fails_from_the_first_is_told_of_and_no_other_gets_its_number() {
+    let mut site = Site::of("eight-nvlink.toml");
+    for (error, health, words) in [(15, "lost", "fell off"), (16, "fenced", "reset"), (999, "unknown", "internal")] {
+        site.change(|s| s.gpu(&gpu(2)).errors = [(EVERY_CALL.to_owned(), error)].into());
+        let gpus = site.start();
+        let i = until(&gpus, |i| i.devices.len() == 8).await;
+        assert_eq!((find(&i, &gpu(1)).index, find(&i, &gpu(3)).index), (0, 2), "{i:#?}");
+        let silent = &i.devices[1];
+        assert_eq!((silent.uuid.as_str(), silent.health.code()), ("GPU-unknown-1", health), "{i:#?}");
+        let problem = i.problem.unwrap();
+        assert!(problem.contains("1 of the GPUs") && problem.contains(words), "{problem}");
+        site.change(|s| s.gpu(&gpu(2)).errors.clear());
+        let i = until(&gpus, well).await;
+        assert_eq!((i.devices.len(), find(&i, &gpu(2)).index), (8, 1));
+    }
+}
+
+#[tokio::test]
+async fn when_no_gpu_can_be_used_it_is_said_why_and_never_taken_for_a_permission() {
+    let mut site = Site::of("mixed-24-12.toml");
+    for (error, words) in [(15, "fell off"), (16, "reset"), (23, "23"), (999, "internal")] {
+        site.change(|s| s.device.iter_mut().for_each(|d| d.errors = [(EVERY_CALL.to_owned(), error)].into()));
+        let gpus = site.start();
+        match opening(&gpus, |o| matches!(o, Opening::Trying(Some(_)))).await {
+            Opening::Trying(Some(NvmlError::Unusable { count: 2, why })) => assert!(why.contains(words), "{why}"),
+            other => panic!("{error}: {other:?}"),
+        }
+        site.change(|s| s.device.iter_mut().for_each(|d| d.errors.clear()));
+        opening(&gpus, |o| *o == Opening::Done).await;
+        until(&gpus, well).await;
+    }
+}
+
+#[tokio::test]
 async fn a_call_that_hangs_makes_its_device_unknown_and_all_others_old_until_it_returns() {
     let mut site = Site::of("eight-nvlink.toml");
     let gpus = site.start();
@@ -271,6 +305,38 @@ async fn say_until_heard(site: &mut Site, gpus: &NvmlGpus, xid: u64) {
         site.change(|s| s.event.push(Event { id, device: gpu(1), data: xid, ..Event::default() }));
         let _ = tokio::time::timeout(Duration::from_millis(500), heard.changed()).await;
     }
+}
+
+#[tokio::test]
+async fn no_device_is_published_before_its_events_are_heard() {
+    let mut site = Site::of("mixed-24-12.toml");
+    let hung = site.file("hung");
+    fs::write(&hung, "").unwrap();
+    let call = "nvmlDeviceRegisterEvents".to_owned();
+    site.change(|s| s.block.push(Block { call, device: Some(gpu(1)), while_file: hung.clone() }));
+    let gpus = site.start();
+    // It is inside that call.
+    while fs::read_to_string(&hung).unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(*gpus.opening().borrow(), Opening::Trying(None));
+    assert!(gpus.inventory().borrow().devices.is_empty());
+    fs::remove_file(&hung).unwrap();
+    until(&gpus, well).await;
+    assert_eq!(*gpus.opening().borrow(), Opening::Done);
+}
+
+#[tokio::test]
+async fn events_that_could_not_be_asked_for_are_asked_for_again_and_it_is_said_meanwhile() {
+    let mut site = Site::of("mixed-24-12.toml");
+    site.change(|s| s.gpu(&gpu(1)).errors = [("nvmlDeviceRegisterEvents".to_owned(), 999)].into());
+    let gpus = site.start();
+    let i = until(&gpus, |i| i.devices.len() == 2).await;
+    assert!(find(&i, &gpu(1)).details.unheard.as_deref().unwrap().contains("internal"), "{i:#?}");
+    assert_eq!((find(&i, &gpu(2)).details.unheard.as_ref(), well(&i)), (None, true), "it is used all the same");
+    site.change(|s| s.gpu(&gpu(1)).errors.clear());
+    until(&gpus, |i| find(i, &gpu(1)).details.unheard.is_none()).await;
+    say_until_heard(&mut site, &gpus, 94).await;
 }
 
 #[tokio::test]

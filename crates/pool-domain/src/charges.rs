@@ -164,7 +164,11 @@ impl Charges {
         };
         match self.charges.get_mut(device) {
             // What is worse stands.
-            Some(old) if old.fate > fate => old.at = now,
+            Some(old) if old.fate > fate => {
+                old.at = now;
+                // Who is accused on probation has not stood it.
+                old.until = old.until.map(|until| until.max(now + policy.probation).max(new.until.unwrap_or(now)));
+            }
             _ => {
                 self.charges.insert(device.to_owned(), new);
             }
@@ -285,7 +289,11 @@ fn now_told(device: &DeviceSnapshot) -> Option<Standing> {
     } else {
         None
     };
-    judged.into_iter().chain(rows).max_by_key(|s| (s.fate, s.verdict))
+    let unusable = match &device.health {
+        DeviceHealth::Fenced(why) => Some(standing(Fate::Drain, why, Verdict::ResetDevice)),
+        _ => None,
+    };
+    unusable.into_iter().chain(judged).chain(rows).max_by_key(|s| (s.fate, s.verdict))
 }
 
 #[cfg(test)]

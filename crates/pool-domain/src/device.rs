@@ -181,6 +181,8 @@ pub struct DeviceDetails {
     pub clock_limits: Option<Vec<String>>,
     /// Retries on its bus since the driver was loaded.
     pub pcie_replays: Option<u64>,
+    /// Set: errors that the driver reports of it are not heard, and why.
+    pub unheard: Option<String>,
     /// The other GPUs of the node, as this one reaches them.
     pub peers: Vec<Peer>,
     /// GPU instance and compute instance of a slice.

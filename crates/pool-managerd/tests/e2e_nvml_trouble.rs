@@ -7,7 +7,7 @@ mod support;
 use std::fs;
 use std::io::Write;
 
-use nvml_standin::script::{Process, Size};
+use nvml_standin::script::{EVERY_CALL, Process, Size};
 use serde_json::Value;
 use support::nvml::{Node, device_when, gpu};
 use support::{Daemon, Engines, eventually, request};
@@ -66,6 +66,21 @@ fn a_start_that_runs_out_of_memory_waits_until_more_is_free_and_says_what_would_
     node.change(|s| s.gpu(&gpu(1)).process.clear());
     assert_eq!(ready(&daemon, "chat")["proof"], "vram");
     assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn a_sole_gpu_that_fails_from_the_first_is_no_matter_of_permissions() {
+    for (code, words) in [(15, "fell off"), (16, "reset")] {
+        let mut node = Node::of("h100-seven-slices.toml");
+        node.change(|s| {
+            s.gpu(&gpu(1)).errors.insert(EVERY_CALL.into(), code);
+        });
+        let mut daemon = node.start_with("wait = \"1ms\"\n", "");
+        assert_eq!(daemon.wait(), Some(69));
+        let log = daemon.log_so_far();
+        assert!(log.contains("none of which can be used") && log.contains(words), "{log}");
+        assert!(!log.contains("refused access"), "{log}");
+    }
 }
 
 #[test]

@@ -143,6 +143,8 @@ pub struct DetailsView {
     pub clock_limits: Option<Vec<String>>,
     /// Retries on its bus since the driver was loaded.
     pub pcie_replays: Option<u64>,
+    /// Set: errors that the driver reports of it are not heard, and why.
+    pub unheard: Option<String>,
     /// The other GPUs of the node.
     pub peers: Vec<PeerView>,
     /// Of a slice: its GPU instance.
@@ -239,6 +241,7 @@ impl From<&DeviceDetails> for DetailsView {
             memory_utilisation_percent: d.memory_utilisation,
             clock_limits: d.clock_limits.clone(),
             pcie_replays: d.pcie_replays,
+            unheard: d.unheard.clone(),
             peers: d.peers.iter().map(Into::into).collect(),
             gpu_instance: d.instance.map(|(gi, _)| gi),
             compute_instance: d.instance.map(|(_, ci)| ci),
@@ -263,6 +266,7 @@ impl From<DetailsView> for DeviceDetails {
             memory_utilisation: d.memory_utilisation_percent,
             clock_limits: d.clock_limits,
             pcie_replays: d.pcie_replays,
+            unheard: d.unheard,
             peers: d.peers.into_iter().map(Into::into).collect(),
             instance: d.gpu_instance.zip(d.compute_instance),
             processes: d.processes.into_iter().map(Into::into).collect(),

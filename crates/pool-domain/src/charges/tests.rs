@@ -173,7 +173,42 @@ fn one_that_is_not_listed_is_gone_after_a_second_look() {
     assert!(charges.gone(A, false, at(4), &policy()));
 }
 
+#[test]
+fn a_device_whose_driver_says_that_it_has_to_be_reset_is_drained() {
+    let fenced = DeviceSnapshot { health: DeviceHealth::Fenced("reset it".into()), ..well() };
+    assert_eq!(stands(&Charges::default(), &fenced), Some((Fate::Drain, Verdict::ResetDevice)));
+}
+
+#[test]
+fn an_accusation_on_probation_begins_it_anew_even_if_it_is_a_lighter_one() {
+    let mut charges = accused(119);
+    charges.see(&[lost()], &XidTable::default(), at(1), &policy());
+    charges.see(&[well()], &XidTable::default(), at(2), &policy());
+    charges.hear(A, Said::Xid(12_345), &XidTable::default(), at(52), &policy());
+    assert!(charges.see(&[well()], &XidTable::default(), at(62), &policy()).is_empty());
+    assert!(charges.see(&[well()], &XidTable::default(), at(171), &policy()).is_empty());
+    assert_eq!(charges.see(&[well()], &XidTable::default(), at(172), &policy()), [A]);
+}
+
 proptest! {
+    /// Whatever was said and seen before: nobody uses a device sooner than a probation after the last accusation.
+    #[test]
+    fn an_accusation_is_never_forgotten_within_a_probation(
+        said in prop::collection::vec((prop::sample::select(vec![54_u64, 79, 119]), 0u8..3, 0u64..90), 1..20),
+    ) {
+        let (mut charges, mut now, mut last) = (Charges::default(), 0, 0);
+        for (xid, sight, pause) in said {
+            now += pause;
+            let seen = match sight { 0 => well(), 1 => lost(), _ => judged(1) };
+            let again = charges.see(&[seen], &XidTable::default(), at(now), &policy());
+            prop_assert!(again.is_empty() || now - last >= 60, "{} {}", last, now);
+            charges.hear(A, Said::Xid(xid), &XidTable::default(), at(now), &policy());
+            last = now;
+        }
+        charges.see(&[well()], &XidTable::default(), at(now + 59), &policy());
+        prop_assert!(charges.standing(&well()).is_some());
+    }
+
     /// Whatever is said and seen: once it was gone and is back and well, and nothing more is said, it is used again.
     #[test]
     fn nothing_is_held_against_a_device_for_ever(said in prop::collection::vec((0u64..200, 0u8..4), 0..50)) {
