@@ -118,7 +118,7 @@ impl Driver {
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
-            taken: self.attempt.taken,
+            taken: self.attempt.taken.clone(),
             pids: self.process().into_iter().chain(self.attempt.held.pids.iter().copied()).collect(),
             next_start: next_start(&self.replica.state),
             accused: self.accused,

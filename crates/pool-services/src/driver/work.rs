@@ -1,5 +1,6 @@
 //! The work of an attempt, each piece in a task of its own that reports with its generation.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -414,8 +415,11 @@ async fn residency(
             }
             Err(failure) => return Err(failure),
         };
-        let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
-        let taken = (devices.len() == 1 && taken > 0).then_some(taken);
-        return Ok((code, Holds { taken, pids: ours.iter().map(|h| h.pid).collect() }));
+        let mut on = BTreeMap::<String, u64>::new();
+        for h in ours.iter().filter(|h| h.bytes > 0) {
+            let bytes = on.entry(h.uuid.clone()).or_default();
+            *bytes = bytes.saturating_add(h.bytes);
+        }
+        return Ok((code, Holds { on, pids: ours.iter().map(|h| h.pid).collect() }));
     }
 }
