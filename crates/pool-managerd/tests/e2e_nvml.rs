@@ -240,13 +240,34 @@ fn while_the_driver_hangs_the_api_answers_engines_serve_and_starts_wait() {
     untouched(&daemon, &here);
     untouched(&daemon, &there);
     daemon.post("/v1/pools/there/stop", "");
-    // Whether its memory is back nobody can say.
-    daemon.until("there", |p| p["replicas"][0]["reason_code"] == "memory" || p["state"] == "fenced");
+    // Whether its memory is back nobody can say, and nothing is held against its device.
+    daemon.until("there", |p| p["replicas"][0]["reason_code"] == "memory");
     std::fs::remove_file(hung).unwrap();
     device_when(&daemon, &gpu(1), |d| d["health"] == "ok");
     daemon.until("there", |p| p["state"] == "idle");
     daemon.post("/v1/pools/there/preload", "");
     again(&daemon, "there");
+    untouched(&daemon, &here);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn an_engine_that_loads_while_the_driver_hangs_about_another_gpu_waits_for_its_proof() {
+    let mut node = Node::of("mixed-24-12.toml");
+    let late = node.pool("late", "1", Some("2 GiB"), "vram = \"3 GiB\"");
+    let late =
+        late.replace("\"--vram\"", "\"--load-ms\", \"1500\", \"--vram\"").replace("\"preload\"", "\"on_demand\"");
+    let daemon = node.start(&(node.pool("here", "0", Some("2 GiB"), "vram = \"3 GiB\"") + &late));
+    let here = ready(&daemon, "here");
+    daemon.post("/v1/pools/late/preload", "");
+    daemon.until("late", |p| p["state"] == "starting" && p["live"] == true);
+    let hung = node.hang(Some(gpu(1)));
+    let waits = daemon.until("late", |p| p["reason"].as_str().is_some_and(|r| r.contains("waits for the driver")));
+    assert_eq!((&waits["state"], &waits["last_error"]), (&"warming".into(), &Value::Null), "{waits:#}");
+    std::fs::remove_file(hung).unwrap();
+    let proved = ready(&daemon, "late");
+    assert_eq!((generation(&proved), &proved["proof"]), (1, &"vram".into()), "{proved:#}");
+    device_when(&daemon, &gpu(2), |d| d["health"] == "ok");
     untouched(&daemon, &here);
     assert_eq!(daemon.stop(), Some(0));
 }

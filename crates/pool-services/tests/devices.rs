@@ -262,6 +262,34 @@ async fn what_an_engine_takes_beyond_its_promise_later_is_ours_and_promised_to_n
     assert!(m.pool(&big).await.unwrap().ready());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_driver_that_does_not_answer_ends_no_start_and_fences_no_device() {
+    let node = FakeNode::default();
+    provable(&node, 0, &[]);
+    node.engines.script(|s| s.load = Duration::from_secs(5));
+    let (m, mut events) = node.manage(vec![on_first("big")]).await;
+    let big: PoolId = "big".parse().unwrap();
+    let pid = until(&m, &big, |s| s.replicas[0].live).await.replicas[0].pid.unwrap();
+    let silent = || node.gpus.set_residency(Residency::Unknown("the driver does not answer".into()));
+    silent();
+    until(&m, &big, |s| s.replicas[0].reason.contains("waits for the driver to prove its memory")).await;
+    // Longer than any start may take.
+    tokio::time::sleep(Duration::from_secs(2 * 3600)).await;
+    assert_eq!(state(&m.pool(&big).await.unwrap()), "warming");
+    provable(&node, 1, &[(pid, 1)]);
+    let ready = until(&m, &big, PoolSnapshot::ready).await;
+    assert_eq!((ready.last_error(), node.engines.launches().len()), (None, 1));
+    silent();
+    m.stop(&big).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2 * 3600)).await;
+    let waits = m.pool(&big).await.unwrap();
+    assert_eq!((state(&waits), waits.replicas[0].reason_code), ("stopping", "memory"), "{waits:?}");
+    provable(&node, 0, &[]);
+    until(&m, &big, |s| state(s) == "idle").await;
+    let told = told(&mut events);
+    assert!(!told.contains(&"fenced") && !told.contains(&"device_suspected"), "{told:?}");
+}
+
 /// From now on the device is empty, and whoever is launched later is listed there.
 fn it_comes_back(node: &FakeNode) {
     let next = u32::try_from(node.engines.launches().len()).unwrap();

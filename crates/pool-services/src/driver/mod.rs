@@ -25,7 +25,9 @@ use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
+use pool_domain::lifecycle::{
+    Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, StopStage, Wait,
+};
 use pool_domain::meters::Reading;
 use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
@@ -193,6 +195,8 @@ pub(crate) enum Report {
     Loaded(u8),
     Staged(ResolvedModel, Arc<Demand>),
     Proved(Proof, Holds),
+    /// The driver does not answer, for this reason.
+    Unprovable(String),
     Preflighted,
     Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
@@ -215,6 +219,8 @@ struct Attempt {
     demand: Option<Arc<Demand>>,
     /// What it was seen to hold, by device, as far as that is known.
     taken: BTreeMap<String, u64>,
+    /// Why nobody can say whether it holds its memory.
+    unprovable: Option<String>,
     /// What it had taken when it was ended for taking more than its plan.
     outgrew: Option<u64>,
     want: Option<Want>,
@@ -502,6 +508,8 @@ impl Driver {
             return;
         }
         let fact = match report {
+            // Whoever ends the daemon is not kept waiting by a driver that hangs.
+            Report::Fact(Fact::MemoryUnknown) if self.ends_in_memory() => return,
             Report::Fact(fact) => fact,
             Report::Staging(staging) => {
                 self.progressed(staging);
@@ -520,6 +528,10 @@ impl Driver {
             Report::Read { told, seen } => {
                 self.pace.read(told, seen);
                 return;
+            }
+            Report::Unprovable(why) => {
+                self.attempt.unprovable = Some(why);
+                Fact::Unprovable
             }
             Report::Proved(proof, holds) => self.proved(proof, holds),
             Report::Preflighted => {
@@ -563,6 +575,12 @@ impl Driver {
             reached(Point::AfterAdoptionProof);
             self.go_on();
         }
+    }
+
+    /// Whether nobody can command it any more and only its engine's memory is waited for.
+    fn ends_in_memory(&self) -> bool {
+        let memory = matches!(self.replica.state, State::Stopping { stage: StopStage::Memory { .. }, .. });
+        memory && self.commands.is_closed()
     }
 
     fn step(&mut self, event: Event) {

@@ -143,6 +143,9 @@ impl Driver {
         if let Some(staging) = &staging {
             reason = staging::words(staging);
         }
+        if let (State::Warming { .. }, Some(why)) = (&r.state, &self.attempt.unprovable) {
+            reason = format!("it waits for the driver to prove its memory: {why}");
+        }
         let loaded_percent = self.loaded();
         if let Some(percent) = loaded_percent {
             reason = format!("the engine has loaded {percent} %");
