@@ -1,6 +1,19 @@
 //! Whether an engine holds its memory on exactly its devices, from who is said to hold memory.
 
+use std::collections::BTreeMap;
+
+use crate::estimate::learnt::LEARNT_MARGIN;
+use crate::reserve::gib;
 use crate::{Failure, FailureClass};
+
+/// Where the bytes come from that an engine was promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// Of an estimate that learns from what was taken: the next one is another.
+    Learns,
+    /// Somebody said so, or nothing is learnt of such an engine: the next start would be promised the same.
+    Stands,
+}
 
 /// How much the list of holders is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,9 +77,57 @@ fn least(promised: u64) -> u64 {
     (promised / 8).clamp(1, 64 << 20)
 }
 
+/// By how much an engine may hold more than it was promised: the larger of 512 MiB and a twentieth, as the margin of an
+/// estimate, which is what figures for the same engine vary by. A promise by an estimate has that margin in it already; one
+/// in the config is often the bare figure that somebody read off.
+fn slack(promised: u64) -> u64 {
+    (promised / 20).max(LEARNT_MARGIN)
+}
+
+/// Whether what it holds, by device, is within its plan of bytes by device.
+///
+/// # Errors
+/// On the device where it holds the most beyond: `vram_oom` where the next start is promised more, `config` where only a
+/// person can say more.
+pub fn within_plan(plan: Plan, promised: &[(String, u64)], holds: &BTreeMap<String, u64>) -> Result<(), Failure> {
+    let beyond = promised.iter().filter_map(|(uuid, promised)| {
+        let held = *holds.get(uuid)?;
+        let over = held.checked_sub(promised.saturating_add(slack(*promised)))?;
+        (over > 0).then_some((over, uuid, held, *promised))
+    });
+    let Some((_, uuid, held, promised)) = beyond.max() else { return Ok(()) };
+    let (class, rest) = match plan {
+        Plan::Learns => {
+            (FailureClass::VramOom, "the estimate was too small, and the next start is promised what it took")
+        }
+        Plan::Stands => {
+            (FailureClass::Config, "set `vram` to what it takes, or have it take less (a smaller `context`)")
+        }
+    };
+    Err(Failure::new(class, format!("it holds {} on {uuid}, and its plan says {}: {rest}", gib(held), gib(promised))))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plan_may_be_exceeded_by_what_figures_vary_by_and_no_more() {
+        let promised = |each: [u64; 2]| ["a", "b"].map(str::to_owned).into_iter().zip(each).collect::<Vec<_>>();
+        let holds = |each: [u64; 2]| promised(each).into_iter().collect::<BTreeMap<_, _>>();
+        let class = |plan, had, has| within_plan(plan, &promised(had), &holds(has)).map_err(|f| f.class.code());
+        let small = [2 * GIB, 4 * GIB];
+        assert_eq!(class(Plan::Stands, small, [2 * GIB + LEARNT_MARGIN, GIB]), Ok(()));
+        assert_eq!(class(Plan::Stands, small, [2 * GIB + LEARNT_MARGIN + 1, GIB]), Err("config"));
+        assert_eq!(class(Plan::Learns, small, [GIB, 5 * GIB]), Err("vram_oom"));
+        // A twentieth of 40 GiB is more than 512 MiB.
+        assert_eq!(class(Plan::Stands, [40 * GIB, 0], [42 * GIB, 0]), Ok(()));
+        assert_eq!(class(Plan::Stands, [40 * GIB, 0], [42 * GIB + 1, 0]), Err("config"));
+        // Of whom nobody is listed nothing is known.
+        assert_eq!(within_plan(Plan::Stands, &promised(small), &BTreeMap::new()), Ok(()));
+        let told = within_plan(Plan::Stands, &promised(small), &holds([9 * GIB, 0])).unwrap_err().detail;
+        assert!(told.starts_with("it holds 9.0 GiB on a, and its plan says 2.0 GiB: set `vram`"), "{told}");
+    }
 
     const GIB: u64 = 1 << 30;
 

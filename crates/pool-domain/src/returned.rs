@@ -24,6 +24,17 @@ pub struct Now<'a> {
     pub own: bool,
 }
 
+/// Whether it came back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Back {
+    /// It has, or there is nothing that could be waited for.
+    Yes,
+    /// Nobody can say now.
+    Unknown,
+    /// It has not.
+    No,
+}
+
 /// What is used that no process is listed for.
 #[must_use]
 pub fn unlisted(device: &DeviceSnapshot, listed: u64) -> u64 {
@@ -34,24 +45,24 @@ pub fn unlisted(device: &DeviceSnapshot, listed: u64) -> u64 {
 /// decide: parts go first, and others whom nobody lists come and go. That they came meanwhile is also seen by a fall of
 /// what is used at the moment of its end.
 #[must_use]
-pub fn returned(had: &Had, now: &Now<'_>) -> bool {
-    let Some(device) = now.device else { return true };
+pub fn returned(had: &Had, now: &Now<'_>) -> Back {
+    let Some(device) = now.device else { return Back::Yes };
     match device.health {
         // What was there is gone with it.
-        DeviceHealth::Lost(_) => return true,
-        DeviceHealth::Unknown(_) if had.unlisted.is_some() => return false,
+        DeviceHealth::Lost(_) => return Back::Yes,
+        DeviceHealth::Unknown(_) if had.unlisted.is_some() => return Back::Unknown,
         _ => {}
     }
     let (before, listed) = match (had.unlisted, now.listed) {
-        _ if now.own => return false,
+        _ if now.own => return Back::No,
         // It never could be proved; what is used is waited for by whoever needs it.
-        (None, _) => return true,
-        (Some(_), None) => return false,
+        (None, _) => return Back::Yes,
+        (Some(_), None) => return Back::Unknown,
         (Some(before), Some(listed)) => (before, listed),
     };
     let grew = unlisted(device, listed).saturating_sub(before);
     let fell = had.used.map_or(0, |used| used.saturating_sub(device.vram_used));
-    grew <= had.bytes / 2 || fell > had.bytes / 2
+    if grew <= had.bytes / 2 || fell > had.bytes / 2 { Back::Yes } else { Back::No }
 }
 
 #[cfg(test)]
@@ -69,7 +80,7 @@ mod tests {
     }
 
     fn is_back(had: &Had, used: u64, listed: Option<u64>, own: bool) -> bool {
-        returned(had, &Now { device: Some(&device(used)), listed, own })
+        returned(had, &Now { device: Some(&device(used)), listed, own }) == Back::Yes
     }
 
     #[test]
@@ -96,16 +107,16 @@ mod tests {
         let blind = Had { unlisted: None, ..had(None) };
         assert!(is_back(&blind, 450, None, false) && is_back(&blind, 450, Some(0), false));
         assert!(!is_back(&blind, 450, Some(400), true), "but what can be seen counts");
-        assert!(!is_back(&had(None), 50, None, false));
+        assert_eq!(returned(&had(None), &Now { device: Some(&device(50)), listed: None, own: false }), Back::Unknown);
         let unknown = DeviceSnapshot { health: DeviceHealth::Unknown("driver".into()), ..device(50) };
-        assert!(!returned(&had(None), &Now { device: Some(&unknown), listed: Some(0), own: false }));
+        assert_eq!(returned(&had(None), &Now { device: Some(&unknown), listed: Some(0), own: false }), Back::Unknown);
     }
 
     #[test]
     fn a_device_that_is_gone_holds_nothing() {
         let lost = DeviceSnapshot { health: DeviceHealth::Lost("xid 79".into()), ..device(450) };
         for device in [None, Some(&lost)] {
-            assert!(returned(&had(None), &Now { device, listed: Some(0), own: false }));
+            assert_eq!(returned(&had(None), &Now { device, listed: Some(0), own: false }), Back::Yes);
         }
     }
 }

@@ -52,6 +52,43 @@ fn an_engine_that_takes_memory_elsewhere_is_stopped() {
     assert_eq!(daemon.stop(), Some(0));
 }
 
+#[test]
+fn an_engine_that_takes_more_than_its_plan_is_stopped_and_one_that_takes_a_little_more_is_counted_as_it_is() {
+    let node = Node::of("mixed-24-12.toml");
+    let much = node.pool("much", "0", Some("9 GiB"), "vram = \"2 GiB\"");
+    let little = node.pool("little", "1", Some("2400 MiB"), "vram = \"2 GiB\"");
+    let daemon = node.start(&(much + &little));
+    let engines = Engines::of(&daemon);
+    let failed = daemon.until("much", |p| p["state"] == "failed");
+    assert_eq!(failed["last_error"]["class"], "config", "{failed:#}");
+    let told = failed["reason"].as_str().unwrap();
+    assert!(told.contains("holds 9.0 GiB") && told.contains("plan says 2.0 GiB") && told.contains("`vram`"), "{told}");
+    ready(&daemon, "little");
+    eventually(|| (engines.running().len() == 1).then_some(()));
+    let all = 2400_u64 << 20;
+    let counted = device_when(&daemon, &gpu(2), |d| d["vram_reserved_bytes"] == all);
+    assert_eq!(counted["vram_foreign_bytes"], 0, "{counted:#}");
+    device_when(&daemon, &gpu(1), |d| d["vram_used_bytes"] == 0 && d["vram_reserved_bytes"] == 0);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn what_an_engine_takes_on_each_of_its_devices_is_ours_and_is_never_told_as_foreign() {
+    let mut node = Node::of("mixed-24-12.toml");
+    let daemon = node.start(&node.pool("wide", "0,1", Some("1300 MiB"), "vram = \"1 GiB\""));
+    ready(&daemon, "wide");
+    for uuid in [gpu(1), gpu(2)] {
+        let shown = device_when(&daemon, &uuid, |d| d["vram_reserved_bytes"] == 1300 << 20);
+        assert_eq!((&shown["vram_foreign_bytes"], &shown["vram_used_bytes"]), (&0.into(), &(1300 << 20).into()));
+    }
+    // Others come, whom nobody lists.
+    node.change(|s| s.gpu(&gpu(2)).unlisted = Size::gib(1));
+    let shown = device_when(&daemon, &gpu(2), |d| d["vram_foreign_bytes"] == GIB);
+    assert_eq!(shown["vram_reserved_bytes"], 1300 << 20, "{shown:#}");
+    assert_eq!(device(&daemon, &gpu(1))["vram_foreign_bytes"], 0);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
 fn generation(pool: &Value) -> u64 {
     pool["replicas"][0]["generation"].as_u64().unwrap()
 }
@@ -203,13 +240,34 @@ fn while_the_driver_hangs_the_api_answers_engines_serve_and_starts_wait() {
     untouched(&daemon, &here);
     untouched(&daemon, &there);
     daemon.post("/v1/pools/there/stop", "");
-    // Whether its memory is back nobody can say.
-    daemon.until("there", |p| p["replicas"][0]["reason_code"] == "memory" || p["state"] == "fenced");
+    // Whether its memory is back nobody can say, and nothing is held against its device.
+    daemon.until("there", |p| p["replicas"][0]["reason_code"] == "memory");
     std::fs::remove_file(hung).unwrap();
     device_when(&daemon, &gpu(1), |d| d["health"] == "ok");
     daemon.until("there", |p| p["state"] == "idle");
     daemon.post("/v1/pools/there/preload", "");
     again(&daemon, "there");
+    untouched(&daemon, &here);
+    assert_eq!(daemon.stop(), Some(0));
+}
+
+#[test]
+fn an_engine_that_loads_while_the_driver_hangs_about_another_gpu_waits_for_its_proof() {
+    let mut node = Node::of("mixed-24-12.toml");
+    let late = node.pool("late", "1", Some("2 GiB"), "vram = \"3 GiB\"");
+    let late =
+        late.replace("\"--vram\"", "\"--load-ms\", \"1500\", \"--vram\"").replace("\"preload\"", "\"on_demand\"");
+    let daemon = node.start(&(node.pool("here", "0", Some("2 GiB"), "vram = \"3 GiB\"") + &late));
+    let here = ready(&daemon, "here");
+    daemon.post("/v1/pools/late/preload", "");
+    daemon.until("late", |p| p["state"] == "starting" && p["live"] == true);
+    let hung = node.hang(Some(gpu(1)));
+    let waits = daemon.until("late", |p| p["reason"].as_str().is_some_and(|r| r.contains("waits for the driver")));
+    assert_eq!((&waits["state"], &waits["last_error"]), (&"warming".into(), &Value::Null), "{waits:#}");
+    std::fs::remove_file(hung).unwrap();
+    let proved = ready(&daemon, "late");
+    assert_eq!((generation(&proved), &proved["proof"]), (1, &"vram".into()), "{proved:#}");
+    device_when(&daemon, &gpu(2), |d| d["health"] == "ok");
     untouched(&daemon, &here);
     assert_eq!(daemon.stop(), Some(0));
 }

@@ -20,6 +20,7 @@ use crate::node::Node;
 use crate::ports::{Endpoint, EngineProbe, EngineRecord, NotAdopted, Phase, RunningEngine};
 use crate::returned::Held;
 use crate::spec::PoolSpec;
+use pool_domain::returned::Back;
 
 /// Devices that admit nobody, by UUID.
 pub(crate) type Closed = BTreeSet<String>;
@@ -118,7 +119,7 @@ pub(crate) async fn look(node: &Node, pools: &[Restored]) -> Boot {
             let gone = match &outcome {
                 Ok(engine) => {
                     tokio::time::timeout(Duration::ZERO, engine.gone()).await.is_ok()
-                        && Held::of(&record).is_back(&*ports.gpu).await
+                        && Held::of(&record).is_back(&*ports.gpu).await == Back::Yes
                 }
                 Err(_) => false,
             };

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use pool_domain::returned::{self, Had, Now};
+use pool_domain::returned::{self, Back, Had, Now};
 
 use crate::ports::{EngineRecord, GpuProbe, Holder, Residency};
 
 /// Between two looks.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// What an engine had, by device.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -37,9 +37,9 @@ impl Held {
         }
     }
 
-    pub(crate) async fn is_back(&self, gpu: &dyn GpuProbe) -> bool {
+    pub(crate) async fn is_back(&self, gpu: &dyn GpuProbe) -> Back {
         if self.devices.is_empty() {
-            return true;
+            return Back::Yes;
         }
         let residency = gpu.residency().await;
         let (holders, provable) = match &residency {
@@ -49,19 +49,20 @@ impl Held {
         };
         let inventory = gpu.inventory();
         let inventory = inventory.borrow();
-        self.devices.iter().all(|(uuid, had)| {
+        let each = self.devices.iter().map(|(uuid, had)| {
             let now = Now {
                 device: inventory.devices.iter().find(|d| d.uuid == *uuid),
                 listed: provable.then(|| listed(holders, uuid)),
                 own: holders.iter().any(|h| h.uuid == *uuid && self.pids.contains(&h.pid)),
             };
             returned::returned(had, &now)
-        })
+        });
+        each.max().unwrap_or(Back::Yes)
     }
 
     /// Resolves once it has come back. May never.
     pub(crate) async fn back(&self, gpu: &dyn GpuProbe) {
-        while !self.is_back(gpu).await {
+        while self.is_back(gpu).await != Back::Yes {
             tokio::time::sleep(LOOK_AGAIN).await;
         }
     }

@@ -155,6 +155,7 @@ impl Steward {
             let inventory = self.inventory.borrow_and_update().clone();
             self.wards = self.every_replica();
             self.free(&mut book);
+            self.see_taken(&inventory, &mut book);
             self.see_foreign(&inventory, &mut book);
             self.judge(&mut book);
             self.attend(&inventory, &mut book).await;
@@ -388,6 +389,21 @@ impl Steward {
         }
     }
 
+    /// An engine that takes more than it was promised holds that much: nobody else is promised it as long as it lives.
+    fn see_taken(&self, inventory: &Inventory, book: &mut Book) {
+        for ward in &self.wards {
+            let published = ward.published.borrow();
+            let Some(held) = book.held.get_mut(&ward.key).filter(|r| r.generation == published.snapshot.generation)
+            else {
+                continue;
+            };
+            for (uuid, bytes) in held.devices.uuids.iter().zip(&mut held.bytes) {
+                let device = inventory.devices.iter().find(|d| d.uuid == *uuid);
+                *bytes = (*bytes).max(device.and_then(|d| published.takes(d)).unwrap_or(0));
+            }
+        }
+    }
+
     /// Where the driver does not tell who uses what, others use what is used beyond ours. That is known only while none of
     /// ours comes or goes there: a promise that is not used yet would hide as much of theirs. Then the last figure stands.
     fn see_foreign(&self, inventory: &Inventory, book: &mut Book) {
@@ -398,7 +414,7 @@ impl Steward {
                 let published = ward.published.borrow();
                 quiet &=
                     matches!(published.state, State::Ready { .. } | State::Suspect { .. } | State::Draining { .. });
-                ours = ours.saturating_add(published.taken.unwrap_or(promised));
+                ours = ours.saturating_add(published.takes(device).unwrap_or(promised));
             }
             if quiet {
                 book.foreign.insert(device.uuid.clone(), device.vram_used.saturating_sub(ours));

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use pool_domain::device::DeviceProcess;
 use pool_domain::{DeviceHealth, FailureClass, PoolId};
 use pool_services::ports::{Holder, Residency};
 use pool_services::{Activation, ControlError, Event, PoolControl, PoolManager, PoolSnapshot, PoolSpec};
@@ -235,6 +236,58 @@ fn provable(node: &FakeNode, used: u64, holders: &[(u32, u64)]) {
     });
     let holder = |(pid, bytes): &(u32, u64)| Holder { uuid: gpu(0, 0).uuid, pid: *pid, bytes: bytes * GIB };
     node.gpus.set_residency(Residency::Provable(holders.iter().map(holder).collect()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_an_engine_takes_beyond_its_promise_later_is_ours_and_promised_to_nobody_else() {
+    let node = FakeNode::default();
+    provable(&node, 0, &[]);
+    node.engines.script(|s| s.load = Duration::from_secs(5));
+    let late = PoolSpec { vram: Some(4 * GIB), activation: Activation::OnDemand, ..on_first("late") };
+    let (m, _events) = node.manage(vec![PoolSpec { vram: Some(4 * GIB), ..on_first("big") }, late]).await;
+    let [big, late]: [PoolId; 2] = ["big", "late"].map(|id| id.parse().unwrap());
+    let pid = until(&m, &big, |s| s.replicas[0].live).await.replicas[0].pid.unwrap();
+    provable(&node, 4, &[(pid, 4)]);
+    until(&m, &big, PoolSnapshot::ready).await;
+    // It grows, and somebody comes whom nobody lists.
+    provable(&node, 8, &[(pid, 7)]);
+    let process = DeviceProcess { pid, bytes: 7 * GIB, name: None, ours: false };
+    node.gpus.change(|i| i.devices[0].details.processes = vec![process]);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let (device, ours) = m.node().await.unwrap().devices[0].clone();
+    assert_eq!((ours, device.vram_foreign), (7 * GIB, GIB));
+    m.preload(&late).await.unwrap();
+    let waits = until(&m, &late, |s| state(s) == "waiting").await;
+    assert!(waits.replicas[0].reason.contains("2.0 GiB left of the 4.0 GiB"), "{}", waits.replicas[0].reason);
+    assert!(m.pool(&big).await.unwrap().ready());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_driver_that_does_not_answer_ends_no_start_and_fences_no_device() {
+    let node = FakeNode::default();
+    provable(&node, 0, &[]);
+    node.engines.script(|s| s.load = Duration::from_secs(5));
+    let (m, mut events) = node.manage(vec![on_first("big")]).await;
+    let big: PoolId = "big".parse().unwrap();
+    let pid = until(&m, &big, |s| s.replicas[0].live).await.replicas[0].pid.unwrap();
+    let silent = || node.gpus.set_residency(Residency::Unknown("the driver does not answer".into()));
+    silent();
+    until(&m, &big, |s| s.replicas[0].reason.contains("waits for the driver to prove its memory")).await;
+    // Longer than any start may take.
+    tokio::time::sleep(Duration::from_secs(2 * 3600)).await;
+    assert_eq!(state(&m.pool(&big).await.unwrap()), "warming");
+    provable(&node, 1, &[(pid, 1)]);
+    let ready = until(&m, &big, PoolSnapshot::ready).await;
+    assert_eq!((ready.last_error(), node.engines.launches().len()), (None, 1));
+    silent();
+    m.stop(&big).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2 * 3600)).await;
+    let waits = m.pool(&big).await.unwrap();
+    assert_eq!((state(&waits), waits.replicas[0].reason_code), ("stopping", "memory"), "{waits:?}");
+    provable(&node, 0, &[]);
+    until(&m, &big, |s| state(s) == "idle").await;
+    let told = told(&mut events);
+    assert!(!told.contains(&"fenced") && !told.contains(&"device_suspected"), "{told:?}");
 }
 
 /// From now on the device is empty, and whoever is launched later is listed there.

@@ -479,6 +479,23 @@ async fn what_an_engine_really_took_is_promised_the_next_time() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_estimate_that_was_far_too_small_is_corrected_before_the_engine_serves() {
+    let (node, pool) = estimated();
+    let device = gpu(0, 0).uuid;
+    node.gpus.set_residency(Residency::Simulated(vec![Holder { uuid: device, pid: 0, bytes: 21 << 30 }]));
+    let (m, mut events) = node.manage(vec![pool]).await;
+    let id: PoolId = "chat".parse().unwrap();
+    let ended = until(&m, &id, |s| s.last_error().is_some()).await;
+    assert_eq!((ended.last_error().unwrap().class.code(), ended.ready()), ("vram_oom", false), "{ended:?}");
+    assert!(std::iter::from_fn(|| events.try_recv().ok()).any(|e| e.code() == "engine_failed"));
+    // It is off the device again.
+    node.gpus.set_residency(Residency::Simulated(Vec::new()));
+    let second = until(&m, &id, PoolSnapshot::ready).await;
+    assert_eq!(second.replicas[0].vram_reserved, (21 << 30) + LEARNT_MARGIN);
+    assert_eq!(node.engines.launches().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_split_is_granted_whole_with_its_own_bytes_on_each_device() {
     let (node, pool) = estimated();
     let split = PoolSpec { tensor_split: Split::Ratios("3,1".into()), devices: vec!["0,1".parse().unwrap()], ..pool };

@@ -59,6 +59,8 @@ pub enum Fact {
     Proved(Proof),
     /// It failed to.
     Unproved(Failure),
+    /// Nobody can say whether it holds its memory, because the driver does not answer.
+    Unprovable,
     /// A check passed.
     Healthy,
     /// A check failed.
@@ -67,6 +69,8 @@ pub enum Fact {
     Exited(Failure),
     /// No process of the engine is left, but its memory has not come back.
     MemoryHeld,
+    /// No process of the engine is left, and nobody can say whether its memory has come back.
+    MemoryUnknown,
     /// Nothing of the engine is left.
     Gone,
     /// No lease is held.

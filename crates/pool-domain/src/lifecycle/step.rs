@@ -10,6 +10,10 @@ use crate::{Draw, Failure, FailureClass, Tick};
 
 /// Ports tried at once before a conflict waits like a failure.
 const PORT_TRIES: u32 = 3;
+
+/// A driver that hangs says so again within this, or answers.
+const DRIVER_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Failed checks in a row that make an engine Suspect.
 const SUSPECT_AT: u32 = 2;
 
@@ -285,7 +289,15 @@ impl Replica {
             },
             Fact::Progress => {
                 if let State::Starting { stall_at, .. } | State::Warming { stall_at, .. } = &mut self.state {
-                    *stall_at = cx.now + cx.policy.start.stall;
+                    *stall_at = (*stall_at).max(cx.now + cx.policy.start.stall);
+                }
+                Vec::new()
+            }
+            // It is not what hangs.
+            Fact::Unprovable => {
+                if let State::Warming { stall_at, max_at, .. } = &mut self.state {
+                    let until = cx.now + DRIVER_PATIENCE;
+                    (*stall_at, *max_at) = ((*stall_at).max(until), (*max_at).max(until));
                 }
                 Vec::new()
             }
@@ -332,6 +344,14 @@ impl Replica {
                 }
                 _ => Vec::new(),
             },
+            // A device is not fenced because of another that hangs.
+            Fact::MemoryUnknown => {
+                if let State::Stopping { stage, .. } = &mut self.state {
+                    let fence_at = cx.now + cx.policy.stop.prove.max(DRIVER_PATIENCE);
+                    *stage = StopStage::Memory { fence_at };
+                }
+                Vec::new()
+            }
             Fact::Adopted(proof) => match (&self.state, proof) {
                 (State::Adopting { ready_since, .. }, Some(proof)) => {
                     let since = ready_since.unwrap_or(cx.now);

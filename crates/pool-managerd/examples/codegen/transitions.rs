@@ -106,6 +106,7 @@ fn events() -> Vec<(&'static str, Event)> {
         fact("launch failed for good", Fact::LaunchFailed(config())),
         fact("port taken", Fact::LaunchFailed(Failure::new(FailureClass::PortConflict, ""))),
         fact("progress", Fact::Progress),
+        fact("driver silent", Fact::Unprovable),
         fact("serving", Fact::Serving),
         fact("proved", Fact::Proved(proof())),
         fact("not proved", Fact::Unproved(crash())),

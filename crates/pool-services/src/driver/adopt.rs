@@ -9,7 +9,7 @@ use pool_domain::liveness::{Signals, Work};
 use pool_domain::{Failure, FailureClass};
 use tokio_util::sync::CancellationToken;
 
-use super::work::prove;
+use super::work::{Unproved, prove};
 use super::{Driver, Grant, Report};
 use crate::admission::SlotGuard;
 use crate::lease_desk::at;
@@ -171,10 +171,12 @@ impl Driver {
                 loop {
                     match prove(&ports, &engine, &endpoint, Some(&record)).await {
                         // The driver may have to come up first, as this daemon had.
-                        Err(failure) if failure.class == FailureClass::DriverError => {
+                        Err(Unproved::Driver(_)) => tokio::time::sleep(ASK_AGAIN).await,
+                        Err(Unproved::Engine(failure)) if failure.class == FailureClass::DriverError => {
                             tokio::time::sleep(ASK_AGAIN).await;
                         }
-                        answer => return answer.map(|(proof, _)| proof),
+                        Err(Unproved::Engine(failure)) => return Err(failure),
+                        Ok((proof, _)) => return Ok(proof),
                     }
                 }
             };

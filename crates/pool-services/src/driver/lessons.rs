@@ -4,12 +4,41 @@ use std::sync::Arc;
 
 use pool_domain::FailureClass;
 use pool_domain::estimate::{Correction, CorrectionKey};
+use pool_domain::lifecycle::{Fact, Proof};
 use pool_domain::plan::{Demand, EngineMemory, Split};
+use pool_domain::residency::{self, Plan};
 
-use super::Driver;
+use super::{Driver, Holds};
+use crate::ports::EngineRecord;
 use crate::spec::PoolSpec;
 
 impl Driver {
+    /// What follows from a proof: whoever holds more than its plan is not Ready, because others were promised the rest.
+    pub(super) fn proved(&mut self, proof: Proof, holds: Holds) -> Fact {
+        let Holds { on, pids } = holds;
+        self.attempt.held.pids = pids;
+        let promised = self.promised();
+        let alone = promised.first().filter(|_| promised.len() == 1).and_then(|(uuid, _)| on.get(uuid).copied());
+        // Who was launched by an earlier daemon is estimated anew by its next start.
+        let estimated = self.attempt.demand.as_ref().is_none_or(|demand| is_estimated(demand));
+        let plan = if estimated && alone.is_some() { Plan::Learns } else { Plan::Stands };
+        let within = residency::within_plan(plan, &promised, &on);
+        self.attempt.taken = on;
+        if let Err(failure) = within {
+            self.attempt.outgrew = alone;
+            return Fact::Unproved(failure);
+        }
+        self.timed(&proof);
+        self.learn(alone);
+        Fact::Proved(proof)
+    }
+
+    /// Bytes by device.
+    fn promised(&self) -> Vec<(String, u64)> {
+        let of = |r: &EngineRecord| r.devices.uuids.iter().cloned().zip(r.bytes.iter().copied()).collect();
+        self.attempt.record.as_ref().map(of).unwrap_or_default()
+    }
+
     /// Remembers what an engine took whose memory was estimated, for its next start; and that it did get along.
     pub(super) fn learn(&mut self, taken: Option<u64>) {
         let Some(before) = self.known() else { return };
@@ -26,6 +55,10 @@ impl Driver {
         let ran_out = |failure: &pool_domain::Failure| failure.class == FailureClass::VramOom;
         if !self.replica.last_failure.as_ref().is_some_and(|(_, failure)| ran_out(failure)) {
             return;
+        }
+        // It had room enough, beyond what it was promised.
+        if let Some(taken) = self.attempt.outgrew.take() {
+            return self.learn(Some(taken));
         }
         let (Some(before), Some(grant), Some(demand)) = (self.known(), &self.attempt.grant, &self.attempt.demand)
         else {

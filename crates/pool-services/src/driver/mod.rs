@@ -19,17 +19,19 @@ pub(crate) use pace::{Pace, SpeedBook};
 use scribe::Scribe;
 use staging::Progress;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
+use pool_domain::lifecycle::{
+    Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, StopStage, Wait,
+};
 use pool_domain::meters::Reading;
 use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
-use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
+use pool_domain::{DeviceMask, DeviceSnapshot, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -147,8 +149,8 @@ pub(crate) struct Published {
     pub(crate) wants: Option<Want>,
     /// What it wanted when it was told to wait.
     pub(crate) blocked: Option<Want>,
-    /// What it holds on its one device, as far as that is known.
-    pub(crate) taken: Option<u64>,
+    /// What it was seen to hold, by device, as far as that is known.
+    pub(crate) taken: BTreeMap<String, u64>,
     /// Its processes, as far as they are known.
     pub(crate) pids: BTreeSet<u32>,
     /// When the next start is due, where one is planned.
@@ -156,6 +158,16 @@ pub(crate) struct Published {
     pub(crate) accused: Option<Accused>,
     /// Verbs taken in so far: what is older than a verb is no answer to it.
     pub(crate) verbs: u64,
+}
+
+impl Published {
+    /// What its engine takes of a device: what its processes are listed with, as long as one is, else what they were at its
+    /// proof. Unset where none of them ever was.
+    pub(crate) fn takes(&self, device: &DeviceSnapshot) -> Option<u64> {
+        let proved = self.taken.get(&device.uuid).copied()?;
+        let own = device.details.processes.iter().filter(|p| self.pids.contains(&p.pid));
+        own.map(|p| p.bytes).reduce(u64::saturating_add).or(Some(proved))
+    }
 }
 
 /// The newest failure that throws suspicion on the devices it met.
@@ -169,8 +181,8 @@ pub(crate) struct Accused {
 /// Memory that an engine was seen to hold.
 #[derive(Debug, Default)]
 pub(crate) struct Holds {
-    /// Bytes on its one device, if that is known.
-    pub(crate) taken: Option<u64>,
+    /// Bytes by device, as far as that is known.
+    pub(crate) on: BTreeMap<String, u64>,
     pub(crate) pids: Vec<u32>,
 }
 
@@ -183,6 +195,8 @@ pub(crate) enum Report {
     Loaded(u8),
     Staged(ResolvedModel, Arc<Demand>),
     Proved(Proof, Holds),
+    /// The driver does not answer, for this reason.
+    Unprovable(String),
     Preflighted,
     Prepared(Box<(PreparedEngine, EngineRecord)>),
     Launched(Arc<dyn RunningEngine>),
@@ -203,8 +217,12 @@ struct Attempt {
     loaded: Option<u8>,
     model: Option<ResolvedModel>,
     demand: Option<Arc<Demand>>,
-    /// What it holds on its one device, as far as that is known.
-    taken: Option<u64>,
+    /// What it was seen to hold, by device, as far as that is known.
+    taken: BTreeMap<String, u64>,
+    /// Why nobody can say whether it holds its memory.
+    unprovable: Option<String>,
+    /// What it had taken when it was ended for taking more than its plan.
+    outgrew: Option<u64>,
     want: Option<Want>,
     blocked: Option<Want>,
     grant: Option<Grant>,
@@ -310,7 +328,7 @@ pub(crate) fn at_rest(
         state: replica.state.clone(),
         wants: None,
         blocked: None,
-        taken: None,
+        taken: BTreeMap::new(),
         pids: BTreeSet::new(),
         next_start: None,
         accused: None,
@@ -490,6 +508,8 @@ impl Driver {
             return;
         }
         let fact = match report {
+            // Whoever ends the daemon is not kept waiting by a driver that hangs.
+            Report::Fact(Fact::MemoryUnknown) if self.ends_in_memory() => return,
             Report::Fact(fact) => fact,
             Report::Staging(staging) => {
                 self.progressed(staging);
@@ -509,13 +529,11 @@ impl Driver {
                 self.pace.read(told, seen);
                 return;
             }
-            Report::Proved(proof, Holds { taken, pids }) => {
-                self.timed(&proof);
-                self.attempt.taken = taken;
-                self.attempt.held.pids = pids;
-                self.learn(taken);
-                Fact::Proved(proof)
+            Report::Unprovable(why) => {
+                self.attempt.unprovable = Some(why);
+                Fact::Unprovable
             }
+            Report::Proved(proof, holds) => self.proved(proof, holds),
             Report::Preflighted => {
                 if matches!(self.replica.state, State::Preparing { .. }) {
                     self.attempt.want = self.want();
@@ -557,6 +575,12 @@ impl Driver {
             reached(Point::AfterAdoptionProof);
             self.go_on();
         }
+    }
+
+    /// Whether nobody can command it any more and only its engine's memory is waited for.
+    fn ends_in_memory(&self) -> bool {
+        let memory = matches!(self.replica.state, State::Stopping { stage: StopStage::Memory { .. }, .. });
+        memory && self.commands.is_closed()
     }
 
     fn step(&mut self, event: Event) {

@@ -118,7 +118,7 @@ impl Driver {
             state: self.replica.state.clone(),
             wants: self.attempt.want.clone(),
             blocked: self.attempt.blocked.clone(),
-            taken: self.attempt.taken,
+            taken: self.attempt.taken.clone(),
             pids: self.process().into_iter().chain(self.attempt.held.pids.iter().copied()).collect(),
             next_start: next_start(&self.replica.state),
             accused: self.accused,
@@ -142,6 +142,9 @@ impl Driver {
         let staging = self.staging();
         if let Some(staging) = &staging {
             reason = staging::words(staging);
+        }
+        if let (State::Warming { .. }, Some(why)) = (&r.state, &self.attempt.unprovable) {
+            reason = format!("it waits for the driver to prove its memory: {why}");
         }
         let loaded_percent = self.loaded();
         if let Some(percent) = loaded_percent {

@@ -1,5 +1,6 @@
 //! The work of an attempt, each piece in a task of its own that reports with its generation.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use fault_points::{Point, reached};
 use pool_domain::lifecycle::{Fact, Proof, Wait};
 use pool_domain::residency::{self, Listing, Place};
+use pool_domain::returned::Back;
 use pool_domain::{Failure, FailureClass, Generation};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -28,6 +30,9 @@ const LOOK: std::ops::RangeInclusive<Duration> = Duration::from_millis(2)..=Dura
 
 /// The longest for an engine that somebody else starts, whenever that may be.
 const LOOK_EXTERNAL: Duration = Duration::from_secs(1);
+
+/// Between two proofs while the driver does not answer.
+const ASK_DRIVER_AGAIN: Duration = Duration::from_secs(1);
 
 /// Between an answer that was cut off and the news that the engine has ended.
 const LAST_WORDS: Duration = Duration::from_millis(100);
@@ -201,9 +206,18 @@ impl Driver {
                 engine.gone().await;
             }
             reached(Point::AfterGone);
-            if !held.is_back(&*gpu).await {
-                let _ = tx.send((generation, Report::Fact(Fact::MemoryHeld))).await;
-                held.back(&*gpu).await;
+            // The first look may wait for the driver longer than processes may take to go.
+            let mut seen =
+                tokio::time::timeout(returned::LOOK_AGAIN, held.is_back(&*gpu)).await.unwrap_or(Back::Unknown);
+            let mut told = None;
+            while seen != Back::Yes {
+                let fact = if seen == Back::No { Fact::MemoryHeld } else { Fact::MemoryUnknown };
+                // That nobody can say is said again as long as it is so.
+                if told.replace(seen) != Some(seen) || seen == Back::Unknown {
+                    let _ = tx.send((generation, Report::Fact(fact))).await;
+                }
+                tokio::time::sleep(returned::LOOK_AGAIN).await;
+                seen = held.is_back(&*gpu).await;
             }
             let _ = tx.send((generation, Report::Fact(Fact::Gone))).await;
         });
@@ -249,9 +263,22 @@ impl Driver {
         self.run_work(async move {
             reached(Point::BeforeProof);
             let loading = AtomicU32::new(0);
+            let proved = async {
+                loop {
+                    match prove(&ports, &engine, &endpoint, record.as_ref()).await {
+                        Ok(proved) => return Ok(proved),
+                        Err(Unproved::Engine(failure)) => return Err(failure),
+                        // Which is nothing against the engine, nor against its devices.
+                        Err(Unproved::Driver(why)) => {
+                            let _ = tx.send((generation, Report::Unprovable(why))).await;
+                            tokio::time::sleep(ASK_DRIVER_AGAIN).await;
+                        }
+                    }
+                }
+            };
             let proved = tokio::select! {
                 biased;
-                proved = prove(&ports, &engine, &endpoint, record.as_ref()) => proved,
+                proved = proved => proved,
                 () = tell_progress(&engine, &loading, &tx, generation) => std::future::pending().await,
             };
             match proved {
@@ -311,6 +338,21 @@ pub(super) async fn look<T: Send + 'static>(
     tokio::task::spawn_blocking(move || question(&*engine)).await.ok()
 }
 
+/// Why there is no proof.
+#[derive(Debug)]
+pub(super) enum Unproved {
+    /// The engine failed it.
+    Engine(Failure),
+    /// Nobody can say where its memory is.
+    Driver(String),
+}
+
+impl From<Failure> for Unproved {
+    fn from(failure: Failure) -> Self {
+        Self::Engine(failure)
+    }
+}
+
 /// Alive, the socket is its own, the right model, one unit of work done, memory on exactly its devices. What somebody else
 /// runs has no record.
 pub(super) async fn prove(
@@ -318,7 +360,7 @@ pub(super) async fn prove(
     engine: &Arc<dyn RunningEngine>,
     endpoint: &Endpoint,
     record: Option<&EngineRecord>,
-) -> Result<(Proof, Holds), Failure> {
+) -> Result<(Proof, Holds), Unproved> {
     let external = record.is_none();
     let addr = endpoint.addr;
     let listener = async {
@@ -377,7 +419,7 @@ async fn residency(
     ports: &super::Ports,
     engine: &Arc<dyn RunningEngine>,
     record: &EngineRecord,
-) -> Result<(&'static str, Holds), Failure> {
+) -> Result<(&'static str, Holds), Unproved> {
     let devices = &record.devices.uuids;
     let began = Instant::now();
     loop {
@@ -391,7 +433,7 @@ async fn residency(
                     Phase::Ready { proof, .. } | Phase::Draining { proof, .. } => {
                         Ok((proof.residency, Holds::default()))
                     }
-                    Phase::Starting | Phase::Stopping => Err(Failure::new(FailureClass::DriverError, why)),
+                    Phase::Starting | Phase::Stopping => Err(Unproved::Driver(why)),
                 };
             }
         };
@@ -412,10 +454,13 @@ async fn residency(
                 tokio::time::sleep(TOLD_LATE / 10).await;
                 continue;
             }
-            Err(failure) => return Err(failure),
+            Err(failure) => return Err(failure.into()),
         };
-        let taken = ours.iter().map(|h| h.bytes).sum::<u64>();
-        let taken = (devices.len() == 1 && taken > 0).then_some(taken);
-        return Ok((code, Holds { taken, pids: ours.iter().map(|h| h.pid).collect() }));
+        let mut on = BTreeMap::<String, u64>::new();
+        for h in ours.iter().filter(|h| h.bytes > 0) {
+            let bytes = on.entry(h.uuid.clone()).or_default();
+            *bytes = bytes.saturating_add(h.bytes);
+        }
+        return Ok((code, Holds { on, pids: ours.iter().map(|h| h.pid).collect() }));
     }
 }
