@@ -55,6 +55,8 @@ fn log(event: &Event, view: &EventView, format: LogFormat) {
                 model_id = view.model_id,
                 device = view.device,
                 xid = view.xid,
+                health = view.health,
+                reason = view.reason.as_deref().filter(|_| view.health.is_some()),
                 verdict = view.verdict,
                 backoff_ms = view.backoff_ms,
                 last_error = view.last_error,
@@ -73,6 +75,8 @@ fn log(event: &Event, view: &EventView, format: LogFormat) {
         };
     }
     match event.kind {
+        EventKind::DeviceHealthChanged { health: "ok", .. } => line!(info),
+        EventKind::DeviceHealthChanged { .. } => line!(warn),
         EventKind::EngineFailed { .. }
         | EventKind::BreakerOpened { .. }
         | EventKind::Fenced { .. }

@@ -45,11 +45,19 @@ pub(crate) fn left_by(pool: &PoolId) -> String {
     format!("something of an engine of the pool `{pool}` may be left there")
 }
 
-/// The device as it stands; what its own driver has against it weighs more.
-pub(crate) fn overlay(device: &mut DeviceSnapshot, conditions: &Conditions) {
-    let Some(condition) = conditions.devices.get(&device.uuid) else { return };
-    device.verdict = device.verdict.max(condition.verdict);
-    if device.health.admits() {
-        device.health = condition.health.clone();
+/// How a device stands; what its own driver has against it weighs more.
+pub(crate) fn stands<'a>(device: &'a DeviceSnapshot, conditions: &'a Conditions) -> (&'a DeviceHealth, Verdict) {
+    match conditions.devices.get(&device.uuid) {
+        Some(condition) => {
+            let health = if device.health.admits() { &condition.health } else { &device.health };
+            (health, device.verdict.max(condition.verdict))
+        }
+        None => (&device.health, device.verdict),
     }
+}
+
+/// The device as it stands.
+pub(crate) fn overlay(device: &mut DeviceSnapshot, conditions: &Conditions) {
+    let (health, verdict) = stands(device, conditions);
+    (device.health, device.verdict) = (health.clone(), verdict);
 }

@@ -9,6 +9,7 @@ use pool_domain::lifecycle::State;
 use pool_domain::xid::{self, XidAction};
 use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generation, ReplicaKey, Verdict};
 
+use crate::conditions::{Conditions, stands};
 use crate::driver::DriverCommand;
 use crate::events::EventKind;
 use crate::ports::{Incident, Inventory};
@@ -27,6 +28,8 @@ pub(crate) struct Casebook {
     xids: BTreeMap<(String, u64), u64>,
     /// What each replica was told last.
     told: BTreeMap<ReplicaKey, (Generation, Fate)>,
+    /// How each device stood when that was told last, if it was not well.
+    unwell: BTreeMap<String, (&'static str, Verdict)>,
 }
 
 impl Casebook {
@@ -114,6 +117,29 @@ impl Steward {
         }
         let here: Vec<&ReplicaKey> = self.wards.iter().map(|w| &w.key).collect();
         book.cases.told.retain(|key, _| here.contains(&key));
+    }
+
+    /// Tells of the devices that are otherwise than they were.
+    pub(crate) fn tell_health(&self, inventory: &Inventory, conditions: &Conditions, cases: &mut Casebook) {
+        for device in &inventory.devices {
+            let (health, verdict) = stands(device, conditions);
+            let now = (*health != DeviceHealth::Ok || verdict != Verdict::None).then(|| (health.code(), verdict));
+            if cases.unwell.get(&device.uuid).copied() == now {
+                continue;
+            }
+            match now {
+                Some(now) => cases.unwell.insert(device.uuid.clone(), now),
+                None => cases.unwell.remove(&device.uuid),
+            };
+            self.events.send_of_node(EventKind::DeviceHealthChanged {
+                device: device.uuid.clone(),
+                health: health.code(),
+                reason: health.reason().to_owned(),
+                verdict,
+            });
+        }
+        // A slice that was taken apart, and what stood for a GPU that says by now who it is.
+        cases.unwell.retain(|uuid, _| inventory.devices.iter().any(|d| d.uuid == *uuid));
     }
 
     async fn hear(&self, incident: &Incident, inventory: &Inventory, book: &mut Book, policy: &ChargePolicy) {

@@ -125,6 +125,17 @@ pub enum EventKind {
         /// What somebody has to do.
         verdict: Verdict,
     },
+    /// A device is otherwise than it was, whoever found out.
+    DeviceHealthChanged {
+        /// UUID of the GPU or slice.
+        device: String,
+        /// Its health as one word.
+        health: &'static str,
+        /// Why, empty where it is well.
+        reason: String,
+        /// What somebody has to do.
+        verdict: Verdict,
+    },
     /// A device is used again.
     DeviceReadmitted {
         /// Its UUID.
@@ -353,6 +364,18 @@ impl Event {
                     XidAction::Lost => "it is lost",
                 }
             ),
+            EventKind::DeviceHealthChanged { health: "ok", .. } => "A GPU is well again".into(),
+            EventKind::DeviceHealthChanged { health, verdict, .. } => {
+                let what = match *health {
+                    "suspect" => "is suspect: nothing new starts there",
+                    "draining" => "is being drained",
+                    "fenced" => "is fenced",
+                    "lost" => "is lost",
+                    _ => "is in a state that is not known",
+                };
+                let advice = verdict.advice();
+                format!("A GPU {what}{}{advice}", if advice.is_empty() { "" } else { "; " })
+            }
             EventKind::DeviceReadmitted { .. } => "A GPU that was not well is used again".into(),
             EventKind::EvictionPlanned { pools, .. } => {
                 let first: String = pools.first().map(|p| p.chars().take(24).collect()).unwrap_or_default();
@@ -436,6 +459,7 @@ impl Event {
             EventKind::Unfenced => "unfenced",
             EventKind::DeviceSuspected { .. } => "device_suspected",
             EventKind::DeviceIncident { .. } => "device_incident",
+            EventKind::DeviceHealthChanged { .. } => "device_health_changed",
             EventKind::DeviceReadmitted { .. } => "device_readmitted",
             EventKind::EvictionPlanned { .. } => "eviction_planned",
             EventKind::Evicted { .. } => "evicted",

@@ -213,6 +213,7 @@ impl Steward {
                 changed
             });
             let conditions = self.conditions(&inventory, &book);
+            self.tell_health(&inventory, &conditions, &mut book.cases);
             self.conditions.send_if_modified(|c| {
                 let changed = *c != conditions;
                 *c = conditions;

@@ -311,6 +311,54 @@ async fn an_error_that_two_sources_tell_of_happened_once_and_of_one_alone_as_wel
 }
 
 #[tokio::test(start_paused = true)]
+async fn health_that_only_a_look_shows_is_told_once_each_time_it_changes() {
+    let (node, m, mut events) = serving().await;
+    let told = |events: &mut mpsc::Receiver<Event>| -> Vec<(String, &'static str, String, Verdict)> {
+        let all = std::iter::from_fn(|| events.try_recv().ok());
+        all.filter_map(|e| match e.kind {
+            EventKind::DeviceHealthChanged { device, health, reason, verdict } => {
+                Some((device, health, reason, verdict))
+            }
+            _ => None,
+        })
+        .collect()
+    };
+    assert_eq!(told(&mut events), [], "all are well");
+    let unsure = DeviceHealth::Unknown("has not answered".into());
+    let lost = DeviceHealth::Lost("off the bus".into());
+    for (health, action, expected) in [
+        (DeviceHealth::Ok, Some(77), ("suspect", "recovery (action 77)", Verdict::ResetDevice)),
+        (unsure, None, ("unknown", "has not answered", Verdict::None)),
+        (lost, None, ("lost", "off the bus", Verdict::None)),
+        (DeviceHealth::Ok, None, ("ok", "", Verdict::None)),
+    ] {
+        node.gpus.change(|i| {
+            i.devices[0].health = health.clone();
+            i.devices[0].details.recovery_action = action;
+        });
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        let now = told(&mut events);
+        assert_eq!(now.len(), 1, "{now:?}");
+        let (device, code, reason, verdict) = &now[0];
+        assert_eq!((device.as_str(), *code, *verdict), (&*first(), expected.0, expected.2));
+        assert!(reason.contains(expected.1), "{reason}");
+    }
+    untouched(&m, "far").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_device_that_its_driver_says_has_to_be_reset_is_drained() {
+    let (node, m, _events) = serving().await;
+    node.gpus.change(|i| i.devices[0].health = DeviceHealth::Fenced("the driver says: reset".into()));
+    for name in ["a", "b"] {
+        until(&m, &id(name), |s| !s.ready() && s.replicas[0].reason_code == "devices").await;
+    }
+    untouched(&m, "far").await;
+    node.gpus.change(|i| i.devices[0].health = DeviceHealth::Ok);
+    until(&m, &id("a"), |s| s.ready() && s.replicas[0].generation.0 > 1).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn what_happens_to_a_device_that_no_pool_uses_is_told_as_well() {
     let node = FakeNode::default();
     let (m, mut events) = node.manage(vec![on("far", "1")]).await;
@@ -324,8 +372,15 @@ async fn what_happens_to_a_device_that_no_pool_uses_is_told_as_well() {
         std::iter::from_fn(|| events.try_recv().ok()).filter(|event| event.key.is_none()).collect();
     let told: Vec<(&str, String)> = of_node.iter().map(|e| (e.code(), e.human())).collect();
     let incident = "The driver reports XID 119 of a GPU that no pool uses: it is drained";
+    let fenced = "A GPU is fenced; reset it (nvidia-smi --gpu-reset), or reboot the node";
     let again = "A GPU that was not well is used again";
-    assert_eq!(told, [("device_incident", incident.to_owned()), ("device_readmitted", again.to_owned())]);
+    let expected = [
+        ("device_incident", incident),
+        ("device_health_changed", fenced),
+        ("device_readmitted", again),
+        ("device_health_changed", "A GPU is well again"),
+    ];
+    assert_eq!(told, expected.map(|(code, sentence)| (code, sentence.to_owned())));
     untouched(&m, "far").await;
 }
 

@@ -42,6 +42,8 @@ event! {
     device: String,
     /// The error that the driver reported of it.
     xid: u64,
+    /// How it stands by now.
+    health: String,
     /// What somebody has to do about it.
     verdict: String,
     /// The state that was left.
@@ -166,6 +168,11 @@ impl EventView {
             }
             EventKind::DeviceIncident { device, xid, verdict, .. } => {
                 (self.device, self.xid) = (Some(device.clone()), Some(*xid));
+                self.verdict = Some(verdict.code().to_owned());
+            }
+            EventKind::DeviceHealthChanged { device, health, reason, verdict } => {
+                (self.device, self.health) = (Some(device.clone()), Some((*health).to_owned()));
+                self.reason = (!reason.is_empty()).then(|| reason.clone());
                 self.verdict = Some(verdict.code().to_owned());
             }
             EventKind::EvictionPlanned { plan, pools } => {

@@ -189,6 +189,7 @@ impl Metrics {
             | EventKind::ReloadStarted
             | EventKind::DeviceSuspected { .. }
             | EventKind::DeviceIncident { .. }
+            | EventKind::DeviceHealthChanged { .. }
             | EventKind::DeviceReadmitted { .. }
             // Counted as they end, with those that are no streams.
             | EventKind::StreamStarted { .. }

@@ -25,6 +25,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::Unfenced
         | EventKind::DeviceSuspected { .. }
         | EventKind::DeviceIncident { .. }
+        | EventKind::DeviceHealthChanged { .. }
         | EventKind::DeviceReadmitted { .. }
         | EventKind::EvictionPlanned { .. }
         | EventKind::Evicted { .. }
@@ -45,7 +46,7 @@ fn every_kind_is_below(kind: &EventKind) {
         | EventKind::StreamEnded { .. } => {}
     }
 }
-const KINDS: usize = 38;
+const KINDS: usize = 39;
 
 /// What no sentence may tell: ids, and whatever a failure's detail may hold.
 const CANARY: &str = "canary";
@@ -72,6 +73,11 @@ fn all() -> Vec<EventKind> {
     for action in [Follows::Ignore, Follows::RestartEngine, Follows::Suspect, Follows::Drain, Follows::Lost] {
         let verdict = pool_domain::Verdict::RebootNode;
         all.push(EventKind::DeviceIncident { device: CANARY.into(), xid: 999, action, verdict });
+    }
+    for (health, verdict) in
+        pool_domain::DeviceHealth::CODES.iter().flat_map(|h| pool_domain::Verdict::ALL.map(|v| (*h, v)))
+    {
+        all.push(EventKind::DeviceHealthChanged { device: CANARY.into(), health, reason: CANARY.into(), verdict });
     }
     for outcome in ["done", "cancelled", "engine_failed"] {
         let (request, holder) = (canary(), holder());
@@ -133,7 +139,9 @@ fn every_kind_has_a_whole_sentence_without_ids_or_secrets() {
     for pool in [Some("c"), Some("x".repeat(63).as_str()), None] {
         let key = pool.map(|p| ReplicaKey { pool: p.parse().unwrap(), replica: pool_domain::ReplicaId(4711) });
         // Of a device alone.
-        for kind in all().into_iter().filter(|kind| key.is_some() || matches!(kind, EventKind::DeviceIncident { .. })) {
+        let of_device =
+            |k: &EventKind| matches!(k, EventKind::DeviceIncident { .. } | EventKind::DeviceHealthChanged { .. });
+        for kind in all().into_iter().filter(|kind| key.is_some() || of_device(kind)) {
             every_kind_is_below(&kind);
             let event = Event { key: key.clone(), generation: Generation(271_828), kind };
             let human = event.human();
