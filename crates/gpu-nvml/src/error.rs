@@ -10,6 +10,9 @@ pub enum NvmlError {
     /// `libnvidia-ml.so.1` is not there.
     #[error("the NVIDIA driver library libnvidia-ml.so.1 was not found: {0}")]
     LibraryMissing(String),
+    /// It is there and is no library that can be loaded.
+    #[error("the NVIDIA driver library libnvidia-ml.so.1 cannot be loaded: {0}")]
+    LibraryBroken(String),
     /// The library is there, the kernel module is not.
     #[error("the NVIDIA kernel driver is not loaded")]
     DriverNotLoaded,
@@ -42,7 +45,7 @@ impl NvmlError {
     /// Whether it does not pass by waiting.
     #[must_use]
     pub fn is_hopeless(&self) -> bool {
-        matches!(self, Self::LibraryMissing(_) | Self::VersionMismatch)
+        matches!(self, Self::LibraryMissing(_) | Self::LibraryBroken(_) | Self::VersionMismatch)
     }
 
     /// What a person can do about it.
@@ -52,6 +55,10 @@ impl NvmlError {
             Self::LibraryMissing(_) => {
                 "install the NVIDIA driver (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers install), in a \
                  container use the NVIDIA container toolkit, or use `[gpu] backend = \"simulated\"`"
+            }
+            Self::LibraryBroken(_) => {
+                "the file is damaged or of another architecture: install the driver's packages again, in a container \
+                 look at what is mounted there"
             }
             Self::DriverNotLoaded => {
                 "load the kernel driver with `modprobe nvidia`, or reboot after an installation; see `dmesg` if that \
@@ -79,7 +86,11 @@ impl NvmlError {
 impl From<Raw> for NvmlError {
     fn from(raw: Raw) -> Self {
         match raw {
-            Raw::LibloadingError(e) => Self::LibraryMissing(e.to_string()),
+            Raw::LibloadingError(e) => {
+                let why = e.to_string();
+                // The loader has only words for it.
+                if why.contains("No such file") { Self::LibraryMissing(why) } else { Self::LibraryBroken(why) }
+            }
             Raw::LibraryNotFound => Self::LibraryMissing("NVML could not load it".to_owned()),
             Raw::DriverNotLoaded | Raw::Uninitialized => Self::DriverNotLoaded,
             Raw::NoPermission | Raw::OperatingSystem => Self::NoPermission,

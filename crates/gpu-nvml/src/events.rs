@@ -11,7 +11,7 @@ use nvml_wrapper::{Device, EventSet, Nvml};
 use pool_domain::DeviceSnapshot;
 use pool_domain::charges::Said;
 use pool_domain::echo::Source;
-use pool_services::ports::Incident;
+use pool_services::ports::{Incident, Reach};
 
 use crate::raw;
 use crate::shared::Shared;
@@ -99,8 +99,8 @@ pub(crate) fn listen<'nvml>(
                 if let Some(uuid) = hearing.gpus.get(&happened.key)
                     && let Some(said) = said(happened.kind, happened.data)
                 {
-                    let device = concerned(uuid, happened.instance, &shared.last().devices);
-                    shared.tell(Incident { device, said, pid: None, source: Source::Driver });
+                    let (device, reach) = concerned(uuid, happened.instance, &shared.last().devices);
+                    shared.tell(Incident { device, reach, said, pid: None, source: Source::Driver });
                 }
                 // Whatever it was, the devices may look different now. Who makes the calls may be inside one.
                 let _ = worker.send(Question::Look);
@@ -126,15 +126,19 @@ fn said(kind: u64, data: u64) -> Option<Said> {
     }
 }
 
-/// The slice that an event is about, if it is about one that is known, else the GPU.
-pub(crate) fn concerned(gpu: &str, instance: Option<(u32, u32)>, devices: &[DeviceSnapshot]) -> String {
+/// The slice that an event is about, if it is about one that is known, else the GPU, with how much of it.
+pub(crate) fn concerned(gpu: &str, instance: Option<(u32, u32)>, devices: &[DeviceSnapshot]) -> (String, Reach) {
     let slice = instance.and_then(|(gi, ci)| {
         devices.iter().find(|d| {
             let here = d.mig.as_ref().is_some_and(|m| m.parent == gpu);
             here && d.details.instance.is_some_and(|(g, c)| g == gi && (c == ci || ci == u32::MAX))
         })
     });
-    slice.map_or_else(|| gpu.to_owned(), |d| d.uuid.clone())
+    match slice {
+        Some(slice) => (slice.uuid.clone(), Reach::Device),
+        None if instance.is_some() => (gpu.to_owned(), Reach::UnknownSlice),
+        None => (gpu.to_owned(), Reach::Device),
+    }
 }
 
 #[cfg(test)]

@@ -97,8 +97,8 @@ fn tell(line: &Line, shared: &Shared) {
         return;
     };
     let instance = line.instance.map(|(gi, ci)| (gi, ci.unwrap_or(u32::MAX)));
-    let device = concerned(&gpu, instance, &devices);
-    shared.tell(Incident { device, said: Said::Xid(line.xid), pid: line.pid, source: Source::KernelLog });
+    let (device, reach) = concerned(&gpu, instance, &devices);
+    shared.tell(Incident { device, reach, said: Said::Xid(line.xid), pid: line.pid, source: Source::KernelLog });
 }
 
 /// `NVRM: Xid (PCI:dddd:bb:dd GPU-I:nn GPU-CI:nn): number, pid=…, …`, after whatever the kernel or a tool puts before it.

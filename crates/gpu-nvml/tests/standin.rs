@@ -13,7 +13,7 @@ use pool_domain::charges::Said;
 use pool_domain::device::{Ecc, Remap};
 use pool_domain::echo::Source;
 use pool_domain::{DeviceHealth, DeviceSnapshot, Verdict};
-use pool_services::ports::{GpuProbe, Holder, Incident, Inventory, Residency};
+use pool_services::ports::{GpuProbe, Holder, Incident, Inventory, Reach, Residency};
 
 /// Longest any wait may take; nothing is measured by it.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -201,6 +201,17 @@ async fn every_failure_to_open_has_its_own_reason() {
     let none = NvmlGpus::start(Options { library: Some(site.file("none.so")), ..Options::default() }).unwrap();
     let missing = opening(&none, |o| matches!(o, Opening::Trying(Some(_)))).await;
     assert!(matches!(missing, Opening::Trying(Some(e @ NvmlError::LibraryMissing(_))) if e.is_hopeless()));
+    for (name, content) in
+        [("short.so", ""), ("text.so", "#!/bin/sh, and enough of it to be taken for a header of a library")]
+    {
+        fs::write(site.file(name), content.repeat(20)).unwrap();
+        let broken = NvmlGpus::start(Options { library: Some(site.file(name)), ..Options::default() }).unwrap();
+        let told = opening(&broken, |o| matches!(o, Opening::Trying(Some(_)))).await;
+        assert!(
+            matches!(&told, Opening::Trying(Some(e @ NvmlError::LibraryBroken(_))) if e.is_hopeless()),
+            "{name}: {told:?}"
+        );
+    }
 }
 
 #[tokio::test]
@@ -322,8 +333,8 @@ async fn no_device_is_published_before_its_events_are_heard() {
     assert_eq!(*gpus.opening().borrow(), Opening::Trying(None));
     assert!(gpus.inventory().borrow().devices.is_empty());
     fs::remove_file(&hung).unwrap();
+    opening(&gpus, |o| *o == Opening::Done).await;
     until(&gpus, well).await;
-    assert_eq!(*gpus.opening().borrow(), Opening::Done);
 }
 
 #[tokio::test]
@@ -398,14 +409,14 @@ async fn errors_are_told_of_the_gpu_or_the_slice_that_they_are_of() {
     let mut heard = gpus.incidents();
     let last = |i: &Incident| i.said == Said::DoubleBitEcc;
     tokio::time::timeout(PATIENCE, heard.wait_for(|i| i.newest.iter().any(last))).await.unwrap().unwrap();
-    let told: Vec<_> = heard.borrow().newest.iter().map(|i| (i.device.clone(), i.said)).collect();
-    let told: Vec<_> = told.into_iter().filter(|(_, said)| *said != Said::Xid(63)).collect();
+    let told: Vec<_> = heard.borrow().newest.iter().map(|i| (i.device.clone(), i.said, i.reach)).collect();
+    let told: Vec<_> = told.into_iter().filter(|(_, said, _)| *said != Said::Xid(63)).collect();
     let expected = [
-        (slice(2), Said::Xid(94)),
-        (gpu(1), Said::Xid(79)),
-        // Of a slice that nobody knows: the GPU.
-        (gpu(1), Said::Xid(13)),
-        (gpu(1), Said::DoubleBitEcc),
+        (slice(2), Said::Xid(94), Reach::Device),
+        (gpu(1), Said::Xid(79), Reach::Device),
+        // Of a slice that nobody knows: the GPU, but not all of it.
+        (gpu(1), Said::Xid(13), Reach::UnknownSlice),
+        (gpu(1), Said::DoubleBitEcc, Reach::Device),
     ];
     assert_eq!(told, expected);
 }
@@ -470,7 +481,8 @@ async fn the_kernel_s_log_tells_of_errors_too_from_its_end_on() {
         let mut heard = gpus.incidents();
         let last = |i: &Incident| i.said == Said::Xid(119);
         tokio::time::timeout(PATIENCE, heard.wait_for(|i| i.newest.iter().any(last))).await.unwrap().unwrap();
-        let incident = |device, xid, pid| Incident { device, said: Said::Xid(xid), pid, source: Source::KernelLog };
+        let (reach, source) = (Reach::Device, Source::KernelLog);
+        let incident = |device, xid, pid| Incident { device, reach, said: Said::Xid(xid), pid, source };
         let told: Vec<_> = heard.borrow().newest.iter().cloned().collect();
         assert_eq!(told, [incident(slice(2), 94, Some(7_194)), incident(gpu(1), 119, Some(77))]);
     }

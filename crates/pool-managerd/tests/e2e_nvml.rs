@@ -319,8 +319,15 @@ fn an_xid_of_one_slice_touches_no_other() {
     let (first, _) = (ready(&daemon, "first"), ready(&daemon, "second"));
     // GPU instance 8 is the second slice.
     node.report(&daemon, 31, Some((8, 0)));
-    again(&daemon, "second");
+    let second = again(&daemon, "second");
     untouched(&daemon, &first);
+    // One of a slice that nobody knows is counted and costs no engine; the next, which is heard after it, shows that.
+    node.report(&daemon, 13, Some((77, 0)));
+    node.report(&daemon, 63, None);
+    let counted = daemon.get("/v1/node").json()["xids"].clone();
+    assert!(counted.as_array().unwrap().iter().any(|x| x["xid"] == 13 && x["count"] == 1), "{counted:#}");
+    untouched(&daemon, &first);
+    untouched(&daemon, &second);
     assert_eq!(daemon.stop(), Some(0));
 }
 

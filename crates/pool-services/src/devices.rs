@@ -12,7 +12,7 @@ use pool_domain::{DeviceHealth, DeviceSnapshot, Failure, FailureClass, Generatio
 use crate::conditions::{Conditions, stands};
 use crate::driver::DriverCommand;
 use crate::events::EventKind;
-use crate::ports::{Incident, Inventory};
+use crate::ports::{Incident, Inventory, Reach};
 use crate::roster::Seat;
 use crate::snapshot::XidCount;
 use crate::steward::{Book, Steward};
@@ -143,7 +143,7 @@ impl Steward {
     }
 
     async fn hear(&self, incident: &Incident, inventory: &Inventory, book: &mut Book, policy: &ChargePolicy) {
-        let Incident { device, said, pid, source } = incident;
+        let Incident { device, reach, said, pid, source } = incident;
         let xid = said.number();
         // One of them may know of which slice it is.
         let slice = inventory.devices.iter().find(|d| d.uuid == *device).and_then(|d| d.mig.as_ref());
@@ -158,7 +158,11 @@ impl Steward {
             tracing::warn!(device, xid, "the driver reports an error, and nothing is done about errors");
             return;
         };
-        let action = book.cases.charges.hear(device, *said, table, self.clock.now(), policy);
+        let action = match (book.cases.charges.hear(device, *said, table, self.clock.now(), policy), reach) {
+            // Whose engine it was nobody can say: the others' did nothing.
+            (XidAction::RestartEngine, Reach::UnknownSlice) => XidAction::Ignore,
+            (action, _) => action,
+        };
         let verdict = xid::verdict(xid, action);
         tracing::warn!(
             device,

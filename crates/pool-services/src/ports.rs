@@ -68,11 +68,22 @@ pub enum Residency {
     Unknown(String),
 }
 
+/// How much of a device something is said of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// All of it.
+    Device,
+    /// One slice of it, which is not known.
+    UnknownSlice,
+}
+
 /// Something that a driver said of a device, once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Incident {
     /// UUID of the GPU or slice.
     pub device: String,
+    /// How much of it is meant.
+    pub reach: Reach,
     /// What.
     pub said: Said,
     /// The process that it is about, where that is told.

@@ -18,7 +18,7 @@ use pool_domain::{
 };
 use pool_services::ports::{
     AgainstDevices, EngineRecord, GpuProbe, Handoff, Incident, Incidents, Inventory, LedgerError, ModelStore, Presence,
-    Residency, ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
+    Reach, Residency, ResolvedModel, Staging, StagingStep, StagingTold, StateLedger, StoredPool,
 };
 use pool_services::snapshot::LastError;
 use pool_services::spec::{Activation, PoolSpec, Workload};
@@ -113,7 +113,9 @@ impl FakeGpus {
 
     /// The same of one of those who may say it.
     pub fn say_by(&self, device: &str, said: Said, source: Source) {
-        self.incidents.send_modify(|all| all.push(Incident { device: device.to_owned(), said, pid: None, source }));
+        self.incidents.send_modify(|all| {
+            all.push(Incident { device: device.to_owned(), reach: Reach::Device, said, pid: None, source })
+        });
     }
 
     /// What it said is told to nobody who comes later.

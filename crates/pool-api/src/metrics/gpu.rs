@@ -39,7 +39,8 @@ pub(super) fn scrape(s: &mut Scrape, pools: &[PoolSnapshot], node: &NodeSnapshot
     let watts = |milli: Option<u32>| milli.map(|m| f64::from(m) / 1e3);
     let hertz = |mega: Option<u32>| mega.map(|m| f64::from(m) * 1e6);
     gauge(names::GPU_TOTAL, &|(d, ..)| Some(number(d.vram_total)));
-    gauge(names::GPU_FREE, &|(d, ..)| Some(number(d.vram_free)));
+    // While nobody can say, none being free would only look like an answer.
+    gauge(names::GPU_FREE, &|(d, ..)| (!matches!(d.health, DeviceHealth::Unknown(_))).then(|| number(d.vram_free)));
     gauge(names::GPU_USED, &|(d, ..)| Some(number(d.vram_used)));
     gauge(names::GPU_RESERVED, &|(_, ours, _)| Some(number(*ours)));
     gauge(names::GPU_FOREIGN, &|(d, ..)| Some(number(d.vram_foreign)));
