@@ -31,7 +31,7 @@ use pool_domain::lifecycle::{
 use pool_domain::meters::Reading;
 use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
-use pool_domain::{DeviceMask, DeviceSnapshot, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
+use pool_domain::{DeviceMask, Draw, Failure, Generation, ReplicaKey, ResolvedMask};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -158,16 +158,6 @@ pub(crate) struct Published {
     pub(crate) accused: Option<Accused>,
     /// Verbs taken in so far: what is older than a verb is no answer to it.
     pub(crate) verbs: u64,
-}
-
-impl Published {
-    /// What its engine takes of a device: what its processes are listed with, as long as one is, else what they were at its
-    /// proof. Unset where none of them ever was.
-    pub(crate) fn takes(&self, device: &DeviceSnapshot) -> Option<u64> {
-        let proved = self.taken.get(&device.uuid).copied()?;
-        let own = device.details.processes.iter().filter(|p| self.pids.contains(&p.pid));
-        own.map(|p| p.bytes).reduce(u64::saturating_add).or(Some(proved))
-    }
 }
 
 /// The newest failure that throws suspicion on the devices it met.
@@ -575,12 +565,6 @@ impl Driver {
             reached(Point::AfterAdoptionProof);
             self.go_on();
         }
-    }
-
-    /// Whether nobody can command it any more and only its engine's memory is waited for.
-    fn ends_in_memory(&self) -> bool {
-        let memory = matches!(self.replica.state, State::Stopping { stage: StopStage::Memory { .. }, .. });
-        memory && self.commands.is_closed()
     }
 
     fn step(&mut self, event: Event) {
