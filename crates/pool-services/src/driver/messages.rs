@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pool_domain::lifecycle::{Command, Fact, Proof, State, Wait};
 use pool_domain::meters::Reading;
 use pool_domain::plan::Demand;
-use pool_domain::{DeviceMask, DeviceSnapshot, Failure, Generation, ResolvedMask};
+use pool_domain::{DeviceMask, Failure, Generation, ResolvedMask};
 
 use crate::api_key::ApiKey;
 use crate::ports::{EngineRecord, PreparedEngine, ResolvedModel, RunningEngine, Staging};
@@ -100,16 +100,6 @@ pub(crate) struct Published {
     pub(crate) accused: Option<Accused>,
     /// Verbs taken in so far: what is older than a verb is no answer to it.
     pub(crate) verbs: u64,
-}
-
-impl Published {
-    /// What its engine takes of a device: what its processes are listed with, as long as one is, else what they were at its
-    /// proof. Unset where none of them ever was.
-    pub(crate) fn takes(&self, device: &DeviceSnapshot) -> Option<u64> {
-        let proved = self.taken.get(&device.uuid).copied()?;
-        let own = device.details.processes.iter().filter(|p| self.pids.contains(&p.pid));
-        own.map(|p| p.bytes).reduce(u64::saturating_add).or(Some(proved))
-    }
 }
 
 /// The newest failure that throws suspicion on the devices it met.

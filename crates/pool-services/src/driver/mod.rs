@@ -27,7 +27,7 @@ use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, StopStage};
+use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State};
 use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
 use pool_domain::{Draw, Failure, Generation, ReplicaKey, ResolvedMask};
@@ -436,12 +436,6 @@ impl Driver {
             reached(Point::AfterAdoptionProof);
             self.go_on();
         }
-    }
-
-    /// Whether nobody can command it any more and only its engine's memory is waited for.
-    fn ends_in_memory(&self) -> bool {
-        let memory = matches!(self.replica.state, State::Stopping { stage: StopStage::Memory { .. }, .. });
-        memory && self.commands.is_closed()
     }
 
     fn step(&mut self, event: Event) {

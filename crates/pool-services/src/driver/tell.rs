@@ -1,7 +1,7 @@
 //! What a driver tells others: its picture and its events.
 
 use pool_domain::lifecycle::{Left, Replica, State, StopStage, Then, Wait};
-use pool_domain::{Failure, Tick};
+use pool_domain::{DeviceSnapshot, Failure, Tick};
 
 use super::{Driver, Published, staging};
 use crate::events::EventKind;
@@ -38,7 +38,23 @@ impl Before {
     }
 }
 
+impl Published {
+    /// What its engine takes of a device: what its processes are listed with, as long as one is, else what they were at its
+    /// proof. Unset where none of them ever was.
+    pub(crate) fn takes(&self, device: &DeviceSnapshot) -> Option<u64> {
+        let proved = self.taken.get(&device.uuid).copied()?;
+        let own = device.details.processes.iter().filter(|p| self.pids.contains(&p.pid));
+        own.map(|p| p.bytes).reduce(u64::saturating_add).or(Some(proved))
+    }
+}
+
 impl Driver {
+    /// Whether nobody can command it any more and only its engine's memory is waited for.
+    pub(super) fn ends_in_memory(&self) -> bool {
+        let memory = matches!(self.replica.state, State::Stopping { stage: StopStage::Memory { .. }, .. });
+        memory && self.commands.is_closed()
+    }
+
     pub(super) fn emit(&self, kind: EventKind) {
         self.events.send(&self.key, self.replica.generation, kind);
     }

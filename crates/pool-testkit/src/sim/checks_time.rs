@@ -253,6 +253,8 @@ fn keep_known(failures: &mut BTreeMap<ReplicaKey, Failures>, scene: &Scene, now:
 pub struct BreakerHolds {
     starts: BTreeMap<ReplicaKey, Failures>,
     crashes: BTreeMap<ReplicaKey, Failures>,
+    /// When each process did its first work while somebody could say where its memory was: before, it was not Ready.
+    proved: BTreeMap<u32, Duration>,
 }
 
 impl BreakerHolds {
@@ -278,6 +280,9 @@ impl Invariant for BreakerHolds {
             }
             // Ready, perhaps.
             What::Worked(pid) => {
+                if !scene.ill.contains(&None) {
+                    self.proved.entry(*pid).or_insert(entry.at);
+                }
                 if let Some(p) = scene.processes.get(pid) {
                     self.starts.remove(&p.launch.key);
                 }
@@ -304,7 +309,7 @@ impl Invariant for BreakerHolds {
                         let before = self.starts.remove(&key).unwrap_or_default();
                         self.starts.insert(key, before.and(p, entry.at));
                     }
-                    Some(since) if early(since) => {
+                    Some(_) if self.proved.get(pid).is_some_and(|since| early(*since)) => {
                         self.starts.remove(&key);
                         let before = self.crashes.remove(&key).unwrap_or_default();
                         self.crashes.insert(key, before.and(p, entry.at));
