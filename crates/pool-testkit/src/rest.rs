@@ -114,7 +114,7 @@ impl FakeGpus {
     /// The same of one of those who may say it.
     pub fn say_by(&self, device: &str, said: Said, source: Source) {
         self.incidents.send_modify(|all| {
-            all.push(Incident { device: device.to_owned(), reach: Reach::Device, said, pid: None, source })
+            all.push(Incident { device: device.to_owned(), reach: Reach::Device, said, pid: None, source });
         });
     }
 
