@@ -25,9 +25,7 @@ use std::time::{Duration, SystemTime};
 
 use fault_points::{Point, reached};
 use pool_domain::estimate::{Correction, CorrectionKey};
-use pool_domain::lifecycle::{
-    Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, StopStage, Wait,
-};
+use pool_domain::lifecycle::{Action, Command, Event, Fact, OnDeadline, Policy, Proof, Replica, State, Wait};
 use pool_domain::meters::Reading;
 use pool_domain::perf::{PerfHints, PerfKey};
 use pool_domain::plan::Demand;
