@@ -122,11 +122,7 @@ fn details() -> DeviceDetails {
         memory_utilisation: Some(25),
         clock_limits: Some(vec!["power_cap".into()]),
         pcie_replays: Some(4),
-<<<<<<< HEAD
         unheard: Some("not now".into()),
-=======
-        unheard: None,
->>>>>>> fixb
         peers: vec![Peer { uuid: "GPU-y".into(), path: Some("system".into()), p2p: Some(true), nvlinks: 18 }],
         instance: Some((9, 0)),
         processes: vec![DeviceProcess { pid: 7, name: Some("Xorg".into()), bytes: 40, ours: false }],
